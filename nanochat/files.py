@@ -1,0 +1,86 @@
+"""Files are written whole or not at all: temporary name, fsync, rename.
+
+A process may be killed between any two instructions. `os.replace` is atomic on POSIX file systems, but
+only what was fsynced before it survives a power cut, and the new name itself only once its directory
+is fsynced too; every writer of the project therefore goes through this module.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock
+
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+def fsync_dir(directory: Path) -> None:
+    """Make the names in `directory` durable (a rename is not, until this)."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on a clean exit it is fsynced and takes its name.
+
+    On any exception the temporary file is removed and what stood at `path` is untouched.
+    Raises OSError when the disk is full or the directory is missing.
+    """
+    path = Path(path)
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        encoding = None if "b" in mode else "utf-8"
+        with os.fdopen(fd, mode, encoding=encoding) as file:
+            os.fchmod(file.fileno(), 0o644)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_dir(path.parent)
+
+
+def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+    with atomic_file(path, "wb") as file:
+        file.write(data)
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def atomic_write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON; NaN and infinities are refused (they are not JSON)."""
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def file_lock(path: Path | str, timeout_s: float = -1) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (kept by the kernel: it ends with its holder, however that dies).
+
+    `timeout_s` < 0 waits for ever; otherwise `filelock.Timeout` is raised after it.
+    """
+    with FileLock(str(path), timeout=timeout_s):
+        yield
