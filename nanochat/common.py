@@ -1,0 +1,231 @@
+"""What every file of the package shares: base directory, devices, ranks, dtypes, command lines.
+
+Nothing is decided at import time and nothing is kept in globals: base directory, dtype and device are
+looked up when asked for and travel as arguments from there, so that two clients with different answers
+can live in one process. Importing this module does not import torch (a ClientApp that only moves bytes
+imports it too).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+DEVICE_TYPES = ("cuda", "mps", "cpu")
+
+_SCRIPT_SEED = 42
+
+
+class UserError(Exception):
+    """A mistake its reader can repair: one sentence that says what is wrong and what to do."""
+
+
+def get_base_dir() -> Path:
+    """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; made if missing, read anew at each call."""
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the base directory {base} ({error.strerror}): "
+            "set NANOCHAT_BASE_DIR to a directory that you may write to"
+        ) from error
+    return base
+
+
+def get_dist_info() -> tuple[bool, int, int, int]:
+    """(under a launcher?, rank, local rank, world size).
+
+    A process group that this process has joined tells the truth; before there is one, torchrun's
+    environment does; without either this is the only process.
+    """
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            rank = dist.get_rank()
+            return (
+                True,
+                rank,
+                int(os.environ.get("LOCAL_RANK", rank)),
+                dist.get_world_size(),
+            )
+    if all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        environ = os.environ
+        return (
+            True,
+            int(environ["RANK"]),
+            int(environ["LOCAL_RANK"]),
+            int(environ["WORLD_SIZE"]),
+        )
+    return False, 0, 0, 1
+
+
+def print0(*values: object, **options: Any) -> None:
+    """`print` on rank 0, silence on the others."""
+    if get_dist_info()[1] == 0:
+        print(*values, **options, flush=True)
+
+
+def autodetect_device_type() -> str:
+    """The best device there is: "cuda", else "mps", else "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device_type(device_type: str) -> str:
+    """`device_type`, or the best one there is for ""; raises UserError for one that is not there."""
+    import torch
+
+    if not device_type:
+        return autodetect_device_type()
+    if device_type not in DEVICE_TYPES:
+        raise UserError(
+            f"unknown device type {device_type!r}: choose one of {', '.join(DEVICE_TYPES)}"
+        )
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is usable here: choose the device type cpu")
+    if device_type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no MPS device is usable here: choose the device type cpu")
+    return device_type
+
+
+def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.device"]:
+    """Join the process group if a launcher started us: (ddp, rank, local rank, world size, device).
+
+    gloo on CPU, nccl on CUDA; `device_type` "" takes the best there is. Seeds torch's global generators
+    alike on all ranks. Raises UserError when the device is not there.
+    """
+    import torch
+    import torch.distributed as dist
+
+    device_type = check_device_type(device_type)
+    ddp, rank, local_rank, world_size = get_dist_info()
+    torch.manual_seed(_SCRIPT_SEED)
+    if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU ({torch.cuda.device_count()} are visible): "
+                "start at most one process a GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        device = torch.device(device_type)
+    if device_type == "mps" and world_size > 1:
+        raise UserError(
+            "several processes cannot share the MPS device: start one, or use cpu"
+        )
+    if ddp and not dist.is_initialized():
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    return ddp, rank, local_rank, world_size, device
+
+
+def compute_cleanup() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def default_compute_dtype(device_type: str) -> "torch.dtype":
+    """The dtype of matmuls on `device_type`; `$NANOCHAT_DTYPE` wins.
+
+    bf16 where the hardware multiplies it natively: CUDA from SM 80 on, and CPUs with avx512_bf16 or AMX
+    (measured there: 1.3-1.8x faster than fp32; CPUs without emulate it and lose). Else fp32.
+    """
+    import torch
+
+    name = os.environ.get("NANOCHAT_DTYPE", "")
+    if name:
+        return dtype_from_name(name)
+    if device_type == "cuda" and torch.cuda.is_available():
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    elif device_type == "cpu":
+        native = (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def dtype_from_name(name: str) -> "torch.dtype":
+    """ "bfloat16" and its like as a torch.dtype; UserError for anything else."""
+    import torch
+
+    if name not in DTYPE_NAMES:
+        raise UserError(
+            f"NANOCHAT_DTYPE is {name!r}: choose one of {', '.join(DTYPE_NAMES)}"
+        )
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def __getattr__(name: str) -> Any:
+    # Outside code imports `COMPUTE_DTYPE`; it is computed when asked for, so that importing this
+    # module neither imports torch nor fixes the answer.
+    if name == "COMPUTE_DTYPE":
+        return default_compute_dtype(autodetect_device_type())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with the habits of this project's command lines.
+
+    `--a-b` and `--a_b` are the same option; a leading `--`, which torchrun may hand on, is dropped;
+    abbreviations are not guessed; an error is one line `error: …` and exit code 2.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(**options)
+
+    def parse_known_args(  # type: ignore[override]  # argparse's overloads cannot be restated
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        arguments = list(sys.argv[1:] if args is None else args)
+        if arguments[:1] == ["--"]:
+            del arguments[0]
+        return super().parse_known_args([_dashed(a) for a in arguments], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def _dashed(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def run_command_line(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and exit: 0, 2 after a UserError (one line on stderr), 130 on Ctrl-C."""
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        ddp, rank, _, _ = get_dist_info()
+        where = f"rank {rank}: " if ddp and rank > 0 else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
