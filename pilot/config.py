@@ -1,0 +1,320 @@
+"""The run configuration: typed, checked, frozen.
+
+Flower hands over whatever was typed: it neither checks types (`lr="abc"` passes) nor names an unknown
+key, and a mistake would show after an hour of training. So every key is declared once, here, with its
+default, its limits and one sentence; `pyproject.toml` and the README's table are tested against it.
+Standard library only: ClientApps and the command line import this without torch.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+Scalar = bool | int | float | str
+
+
+class PilotError(Exception):
+    """Base of the errors that a user can cause or cure: the message is one sentence that says how."""
+
+
+class ConfigError(PilotError, ValueError):
+    """A run-config key is unknown, mistyped or out of range."""
+
+
+def _key(
+    default: Scalar,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+    shapes_training: bool = True,
+) -> Any:
+    """Declare a run-config key; `shapes_training` says that another value gives another model."""
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "low": low,
+            "high": high,
+            "choices": tuple(choices),
+            "shapes_training": shapes_training,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every run-config key (dashes become underscores). Durations are seconds, batch sizes tokens."""
+
+    # the run
+    run_name: str = _key("", "name of the run; empty: generated", shapes_training=False)
+    seed: int = _key(0, "seeds the weights and the order of shards", low=0)
+    # the model
+    depth: int = _key(20, "transformer layers; width follows (64 a layer)", low=1, high=128)
+    arch: str = _key("classic", "model architecture", choices=("classic", "modern"))
+    vocab_size: int = _key(65536, "tokens of the vocabulary, checked on every site", low=266)
+    sequence_len: int = _key(2048, "tokens a row", low=8, high=1 << 20)
+    window_pattern: str = _key("", "attention windows, as SSSL; empty: the architecture's own")
+    # the data
+    source: str = _key("fineweb-edu", "fineweb-edu, climbmix, builtin, or a directory of shards")
+    num_shards: int = _key(240, "training shards of the source that the run uses", low=1)
+    epochs: int = _key(1, "passes over the shards before the data is exhausted", low=1)
+    tokenizer: str = _key("tokenizer", "tokenizer's directory under the base directory, or a path")
+    packing: str = _key("bestfit", "how documents become rows", choices=("bestfit", "stream"))
+    eval_rows: int = _key(512, "validation rows that each merged model is scored on", low=1)
+    # how long
+    total_tokens: int = _key(0, "tokens to train on; 0: target-param-data-ratio decides", low=0)
+    target_param_data_ratio: float = _key(20.0, "tokens a parameter, if total-tokens is 0", low=0.0)
+    num_rounds: int = _key(0, "rounds at the most; 0: until the tokens are reached", low=0)
+    # the inner optimizer and its schedule
+    lr: float = _key(0.02, "Muon's matrix learning rate; the others keep their ratio to it", low=0)
+    embedding_lr: float = _key(0.0, "learning rate of the embeddings; 0: follows lr", low=0)
+    unembedding_lr: float = _key(0.0, "learning rate of the head; 0: follows lr", low=0)
+    scalar_lr: float = _key(0.0, "learning rate of the modern scalars; 0: follows lr", low=0)
+    weight_decay: float = _key(0.2, "Muon's weight decay at depth 12", low=0)
+    warmdown_ratio: float = _key(
+        0.4, "last share of the run in which the rate falls", low=0, high=1
+    )
+    total_batch_size: int = _key(524288, "tokens of a client's optimizer step", low=1)
+    device_batch_size: int = _key(8, "rows a device takes at once", low=1)
+    # rounds
+    min_clients: int = _key(2, "clients a round waits for before it opens", low=1)
+    quorum: int = _key(2, "training clients without which only time ends a round", low=1)
+    round_min_duration: float = _key(600.0, "seconds that a round lasts at least", low=0)
+    round_max_duration: float = _key(3600.0, "seconds after which a round ends anyhow", low=1)
+    target_tokens: int = _key(0, "tokens of all clients that end a round; 0: time does", low=0)
+    round_steps: int = _key(0, "optimizer steps a client takes a round; 0: time rules", low=0)
+    grace_max: float = _key(
+        600.0, "seconds for replies after a round's end", low=1, shapes_training=False
+    )
+    clients_timeout: float = _key(
+        1800.0, "seconds to wait for clients before the run gives up", low=1, shapes_training=False
+    )
+    # the outer optimizer
+    outer_optimizer: str = _key(
+        "nesterov", "step on the mean pseudo-gradient", choices=("fedavg", "nesterov", "adam")
+    )
+    outer_lr: float = _key(0.7, "learning rate of the outer step", low=0)
+    outer_momentum: float = _key(0.9, "momentum of nesterov, beta1 of adam", low=0, high=1)
+    wire_dtype: str = _key(
+        "float32", "pseudo-gradients on the wire", choices=("float32", "bfloat16")
+    )
+    # sites
+    device: str = _key(
+        "auto", "what sites train on", choices=("auto", "cpu", "cuda", "mps"), shapes_training=False
+    )
+    client_processes: int = _key(
+        0, "processes a client; 0: one a GPU, one without", low=0, shapes_training=False
+    )
+    client_threads: int = _key(
+        0, "CPU threads a process; 0: a fair share of the cores", low=0, shapes_training=False
+    )
+    # services
+    redis_url: str = _key(
+        "", "Redis of the run, if PILOT_REDIS_URL is unset", shapes_training=False
+    )
+    heartbeat: float = _key(
+        1.0, "seconds between a client's signs of life", low=0.05, shapes_training=False
+    )
+    snapshot_keep: int = _key(3, "snapshots kept on disk", low=1, shapes_training=False)
+    wandb_mode: str = _key(
+        "auto",
+        "auto: online with a key, else offline",
+        choices=("auto", "online", "offline", "disabled"),
+        shapes_training=False,
+    )
+    wandb_project: str = _key("pilot", "W&B project", shapes_training=False)
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> "RunConfig":
+        """Check `values` (dashed keys; missing ones take their defaults) and freeze them.
+
+        Raises ConfigError with one sentence that names the key and what it may be.
+        """
+        fields = {_dashed(f.name): f for f in dataclasses.fields(RunConfig)}
+        checked: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in fields:
+                raise ConfigError(_unknown_key(key, list(fields)))
+            checked[fields[key].name] = _check(key, value, fields[key])
+        config = RunConfig(**checked)
+        config._check_together()
+        return config
+
+    def to_mapping(self) -> dict[str, Scalar]:
+        return {_dashed(name): value for name, value in dataclasses.asdict(self).items()}
+
+    def training_hash(self) -> str:
+        """Hex SHA-256 of the keys that shape the training: resuming compares them."""
+        text = json.dumps(self.training_keys(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def training_keys(self) -> dict[str, Scalar]:
+        return {
+            _dashed(f.name): getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata["shapes_training"]
+        }
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one optimizer step of one client."""
+        return self.total_batch_size // self.sequence_len
+
+    def _check_together(self) -> None:
+        if self.total_batch_size % self.sequence_len:
+            raise ConfigError(
+                f"total-batch-size {self.total_batch_size} is not a multiple of sequence-len "
+                f"{self.sequence_len}: choose {self.sequence_len * max(1, self.batch_rows)}"
+            )
+        if self.round_min_duration > self.round_max_duration:
+            raise ConfigError(
+                f"round-min-duration {self.round_min_duration:g} is longer than "
+                f"round-max-duration {self.round_max_duration:g}"
+            )
+        if not self.total_tokens and not self.target_param_data_ratio:
+            raise ConfigError("set total-tokens or target-param-data-ratio: both are 0")
+        if set(self.window_pattern) - set("SL"):
+            raise ConfigError(
+                f'window-pattern "{self.window_pattern}" may hold only the letters S and L'
+            )
+        if self.run_name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_name):
+            raise ConfigError(
+                f'run-name "{self.run_name}" may hold letters, digits, ".", "_" and "-" only, '
+                "and starts with a letter or digit"
+            )
+        if self.redis_url:
+            check_redis_url(self.redis_url, "redis-url")
+            if self.redis_url != without_credentials(self.redis_url):
+                raise ConfigError(
+                    "redis-url holds credentials, which would travel with the run configuration: "
+                    "put the whole URL into the environment variable PILOT_REDIS_URL instead"
+                )
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f'did you mean "{close[0]}"? ' if close else ""
+    return f'unknown run-config key "{key}": {hint}valid keys are {", ".join(sorted(known))}'
+
+
+def _check(key: str, value: Any, declared: Any) -> Scalar:
+    kind: type = declared.type
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise ConfigError(f"run-config key {key}={value!r} must be {names[kind]}")
+    low, high = declared.metadata["low"], declared.metadata["high"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"run-config key {key}={value} must be finite")
+    if low is not None and value < low or high is not None and value > high:
+        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise ConfigError(f"run-config key {key}={value} must be {bounds}")
+    choices = declared.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f'run-config key {key}="{value}" must be one of {", ".join(choices)}')
+    return value
+
+
+DEFAULTS: Mapping[str, Scalar] = RunConfig().to_mapping()
+
+_OVERRIDE = re.compile(r"""\s*([^\s=]+)\s*=\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^\s"']+)(?=\s|$)""")
+
+
+def load_run_config(values: Sequence[str]) -> dict[str, Scalar]:
+    """Merge `--run-config` arguments, later ones winning: TOML files and 'key=value …' strings.
+
+    Raises ConfigError for a missing or malformed file, and for text that is not key=value.
+    """
+    merged: dict[str, Scalar] = {}
+    for value in values:
+        if value.endswith(".toml"):
+            merged.update(_read_file(Path(value)))
+        else:
+            merged.update(_parse_overrides(value))
+    return merged
+
+
+def _read_file(path: Path) -> dict[str, Scalar]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read run-config file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run-config file {path} is not TOML: {error}") from error
+    for key, value in table.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise ConfigError(f"run-config file {path}: {key} must be a single value, not a table")
+    return table
+
+
+def _parse_overrides(text: str) -> dict[str, Scalar]:
+    values: dict[str, Scalar] = {}
+    position = 0
+    while text[position:].strip():
+        match = _OVERRIDE.match(text, position)
+        if match is None:
+            rest = text[position:].strip()
+            raise ConfigError(
+                f'--run-config "{rest}" is neither a .toml file nor key=value (strings in quotes)'
+            )
+        key, raw = match.groups()
+        try:
+            values[key] = tomllib.loads(f"value = {raw}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                f"--run-config {key}={raw}: write a number, true, false or a quoted string "
+                f"({key}='\"{raw}\"')"
+            ) from error
+        position = match.end()
+    return values
+
+
+def check_redis_url(url: str, name: str) -> None:
+    """Raise ConfigError, without showing credentials, unless `url` is one that redis-py takes."""
+    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+        raise ConfigError(
+            f'{name} "{redact_url(url)}" must start with redis://, rediss:// or unix://'
+        )
+
+
+def redact_url(url: str) -> str:
+    """`url` with the user name and password of its authority, and a password in its query, hidden."""
+    parts = urlsplit(url)
+    netloc = parts.netloc
+    if "@" in netloc:
+        netloc = "***@" + netloc.rpartition("@")[2]
+    query = re.sub(r"(?i)(password|username)=[^&]*", r"\1=***", parts.query)
+    return _join_url(parts.scheme, netloc, parts.path, query)
+
+
+def without_credentials(url: str) -> str:
+    """`url` as it may travel in a message: no user, no password."""
+    parts = urlsplit(url)
+    query = "&".join(
+        pair
+        for pair in parts.query.split("&")
+        if pair and pair.partition("=")[0].lower() not in ("password", "username")
+    )
+    return _join_url(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query)
+
+
+def _join_url(scheme: str, netloc: str, path: str, query: str) -> str:
+    text = urlunsplit((scheme, netloc, path, query, ""))
+    # urlunsplit drops the empty authority of unix:///path
+    return text if netloc or scheme != "unix" else text.replace("unix:/", "unix:///", 1)
