@@ -1,5 +1,13 @@
-use pyo3::prelude::*;
-#[pymodule]
-fn rustbpe(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
-}
+//! Exact byte-pair encoding: training, and encoding with what was trained.
+//!
+//! One file a step: [`split`] cuts text into pieces ([`scanner`] is its fast path for the default pattern), [`count`]
+//! counts distinct pieces on all threads, [`merge`] finds the merges, [`encode`] applies them. Only `python` knows
+//! of Python, so that everything else is tested by `cargo test --no-default-features`.
+
+pub mod count;
+pub mod encode;
+pub mod merge;
+pub mod split;
+
+#[cfg(feature = "python")]
+mod python;

@@ -1,0 +1,295 @@
+//! Pieces to distinct words with their counts, on several threads.
+//!
+//! Every worker owns a table, and nothing is shared but the queue of batches. Sums do not depend on order, so the
+//! counts are the same for any number of threads.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use hashbrown::HashTable;
+use rustc_hash::FxBuildHasher;
+use std::hash::BuildHasher;
+
+use crate::split::{SplitError, Splitter};
+
+/// How often a waiting caller looks for Ctrl-C.
+pub const POLL: Duration = Duration::from_millis(50);
+
+/// Distinct words, interned in one arena: a word costs its bytes and about 22 more.
+#[derive(Default)]
+pub struct WordCounts {
+    arena: Vec<u8>,
+    ends: Vec<usize>, // word i is arena[ends[i-1]..ends[i]]
+    counts: Vec<u64>,
+    table: HashTable<u32>,
+}
+
+impl WordCounts {
+    pub fn len(&self) -> usize {
+        self.counts.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.counts.is_empty()
+    }
+
+    pub fn word(&self, index: usize) -> &[u8] {
+        word_at(&self.arena, &self.ends, index)
+    }
+
+    pub fn count(&self, index: usize) -> u64 {
+        self.counts[index]
+    }
+
+    pub fn add(&mut self, word: &[u8], count: u64) {
+        let hash = FxBuildHasher.hash_one(word);
+        let (arena, ends) = (&self.arena, &self.ends);
+        let same = |&index: &u32| word_at(arena, ends, index as usize) == word;
+        if let Some(&index) = self.table.find(hash, same) {
+            self.counts[index as usize] += count;
+            return;
+        }
+        let index = u32::try_from(self.ends.len()).expect("fewer than 2^32 distinct words");
+        self.arena.extend_from_slice(word);
+        self.ends.push(self.arena.len());
+        self.counts.push(count);
+        let (arena, ends) = (&self.arena, &self.ends);
+        self.table.insert_unique(hash, index, |&index| {
+            FxBuildHasher.hash_one(word_at(arena, ends, index as usize))
+        });
+    }
+
+    fn absorb(&mut self, other: &WordCounts) {
+        for index in 0..other.len() {
+            self.add(other.word(index), other.count(index));
+        }
+    }
+}
+
+fn word_at<'a>(arena: &'a [u8], ends: &[usize], index: usize) -> &'a [u8] {
+    let start = if index == 0 { 0 } else { ends[index - 1] };
+    &arena[start..ends[index]]
+}
+
+/// Documents in one allocation, which goes back to be filled again.
+#[derive(Default)]
+pub struct Batch {
+    text: String,
+    ends: Vec<usize>, // document i is text[ends[i-1]..ends[i]]
+}
+
+impl Batch {
+    pub fn clear(&mut self) {
+        self.text.clear();
+        self.ends.clear();
+    }
+
+    pub fn push(&mut self, document: &str) {
+        self.text.push_str(document);
+        self.ends.push(self.text.len());
+    }
+
+    pub fn num_documents(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn num_bytes(&self) -> usize {
+        self.text.len()
+    }
+
+    fn documents(&self) -> impl Iterator<Item = &str> {
+        let mut start = 0;
+        self.ends.iter().map(move |&end| {
+            let document = &self.text[start..end];
+            start = end;
+            document
+        })
+    }
+}
+
+/// Why counting ended early. `E` is the caller's own error, from reading or from polling.
+#[derive(Debug)]
+pub enum CountError<E> {
+    Caller(E),
+    Split(SplitError),
+    /// A worker panicked: a bug of this crate.
+    Worker,
+}
+
+/// Counts the words of all batches that `fill` delivers, with `num_threads` workers.
+///
+/// `fill` runs on the calling thread while the workers count the batches before; it gets an empty batch and leaves it empty
+/// at the end of the input. `poll` is called at least every [`POLL`] while the caller waits. An error of either stops all workers.
+pub fn count_words<E>(
+    splitter: &Splitter,
+    num_threads: usize,
+    mut fill: impl FnMut(&mut Batch) -> Result<(), E>,
+    mut poll: impl FnMut() -> Result<(), E>,
+) -> Result<WordCounts, CountError<E>> {
+    let stop = AtomicBool::new(false);
+    let (work_sender, work) = channel::<Batch>();
+    let (spare_sender, spare) = channel::<Batch>();
+    // One batch a worker, and one that is being filled: memory is bounded by these.
+    for _ in 0..num_threads + 1 {
+        let _ = spare_sender.send(Batch::default());
+    }
+    let work = Mutex::new(work);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..num_threads)
+            .map(|_| {
+                let (splitter, spare_sender) = (splitter.clone(), spare_sender.clone());
+                let (work, stop) = (&work, &stop);
+                scope.spawn(move || count_queue(&splitter, work, &spare_sender, stop))
+            })
+            .collect();
+        drop(spare_sender); // `spare` then disconnects when the last worker is gone
+        let read = feed(work_sender, &spare, &stop, &mut fill, &mut poll);
+        if read.is_err() {
+            stop.store(true, Ordering::Relaxed);
+        }
+        let mut tables = Vec::new();
+        let mut failure = None;
+        for worker in workers {
+            match worker.join() {
+                Ok(Ok(table)) => tables.push(table),
+                Ok(Err(error)) => failure = Some(CountError::Split(error)),
+                Err(_) => failure = Some(CountError::Worker),
+            }
+        }
+        read.map_err(CountError::Caller)?;
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(sum_tables(tables)),
+        }
+    })
+}
+
+/// Fills and sends batches until the input ends or a worker fails, and then waits for the workers to finish.
+fn feed<E>(
+    work: Sender<Batch>,
+    spare: &Receiver<Batch>,
+    stop: &AtomicBool,
+    fill: &mut impl FnMut(&mut Batch) -> Result<(), E>,
+    poll: &mut impl FnMut() -> Result<(), E>,
+) -> Result<(), E> {
+    let mut work = Some(work);
+    loop {
+        match spare.recv_timeout(POLL) {
+            Ok(mut batch) => {
+                if let Some(sender) = &work {
+                    batch.clear();
+                    fill(&mut batch)?;
+                    if batch.num_documents() == 0 || sender.send(batch).is_err() {
+                        work = None; // workers end when the queue is empty and closed
+                    }
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(()); // a worker failed; its error is found when it is joined
+        }
+        poll()?;
+    }
+}
+
+fn count_queue(
+    splitter: &Splitter,
+    work: &Mutex<Receiver<Batch>>,
+    spare: &Sender<Batch>,
+    stop: &AtomicBool,
+) -> Result<WordCounts, SplitError> {
+    let mut words = WordCounts::default();
+    loop {
+        let next = match work.lock() {
+            Ok(queue) => queue.recv(),
+            Err(_) => break, // another worker panicked while it held the queue
+        };
+        let Ok(batch) = next else { break };
+        for document in batch.documents() {
+            let counted = splitter.for_each_piece(document, |piece| {
+                words.add(piece.as_bytes(), 1);
+                !stop.load(Ordering::Relaxed)
+            });
+            if let Err(error) = counted {
+                stop.store(true, Ordering::Relaxed);
+                return Err(error);
+            }
+            if stop.load(Ordering::Relaxed) {
+                return Ok(words);
+            }
+        }
+        let _ = spare.send(batch);
+    }
+    Ok(words)
+}
+
+fn sum_tables(mut tables: Vec<WordCounts>) -> WordCounts {
+    tables.sort_by_key(WordCounts::len);
+    let mut sum = tables.pop().unwrap_or_default();
+    for table in tables {
+        sum.absorb(&table);
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::split::DEFAULT_PATTERN;
+    use std::collections::BTreeMap;
+
+    fn count(texts: &[&str], num_threads: usize) -> BTreeMap<Vec<u8>, u64> {
+        let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
+        let mut rest = texts.iter();
+        let fill = |batch: &mut Batch| -> Result<(), ()> {
+            rest.by_ref().take(2).for_each(|text| batch.push(text));
+            Ok(())
+        };
+        let words = count_words(&splitter, num_threads, fill, || Ok(())).unwrap();
+        (0..words.len())
+            .map(|i| (words.word(i).to_vec(), words.count(i)))
+            .collect()
+    }
+
+    #[test]
+    fn counts_are_the_same_for_any_number_of_threads() {
+        let texts = ["a b a", "", "b b", "ü ü", " a", "a a a a"];
+        let one = count(&texts, 1);
+        assert_eq!(one[&b" a"[..]], 5);
+        for num_threads in 2..5 {
+            assert_eq!(one, count(&texts, num_threads));
+        }
+    }
+
+    #[test]
+    fn an_error_of_the_reader_is_returned() {
+        let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
+        let mut calls = 0;
+        let fill = |batch: &mut Batch| {
+            calls += 1;
+            batch.push("some text");
+            if calls == 20 {
+                Err("broken")
+            } else {
+                Ok(())
+            }
+        };
+        let result = count_words(&splitter, 2, fill, || Ok(()));
+        assert!(matches!(result, Err(CountError::Caller("broken"))));
+    }
+
+    #[test]
+    fn an_error_of_poll_stops_counting() {
+        let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
+        let fill = |batch: &mut Batch| {
+            batch.push("endless");
+            Ok(())
+        };
+        let result = count_words(&splitter, 2, fill, || Err("ctrl-c"));
+        assert!(matches!(result, Err(CountError::Caller("ctrl-c"))));
+    }
+}

@@ -1,0 +1,174 @@
+//! Text to ids and back with the merges that were found. The ids are those of tiktoken with the same ranks.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use rustc_hash::FxHashMap;
+
+use crate::merge::{Pair, NUM_BYTES};
+use crate::split::{SplitError, Splitter};
+
+/// Up to this many bytes, rescanning a piece for each merge is faster than a heap.
+const SMALL_PIECE_BYTES: usize = 64;
+
+/// A split pattern with the tokens that were trained on it. Never changes once made.
+pub struct Model {
+    splitter: Splitter,
+    tokens: Vec<Box<[u8]>>, // bytes of each id
+    merges: FxHashMap<Pair, u32>,
+    ids: FxHashMap<Box<[u8]>, u32>, // whole pieces that are one token
+}
+
+impl Model {
+    pub fn new(splitter: Splitter, merges: &[Pair]) -> Self {
+        let mut tokens: Vec<Box<[u8]>> = (0..NUM_BYTES).map(|b| vec![b as u8].into()).collect();
+        for &(left, right) in merges {
+            let joined = [&*tokens[left as usize], &*tokens[right as usize]].concat();
+            tokens.push(joined.into());
+        }
+        let first = NUM_BYTES as u32;
+        Self {
+            splitter,
+            merges: merges.iter().copied().zip(first..).collect(),
+            ids: tokens.iter().cloned().zip(0..).collect(),
+            tokens,
+        }
+    }
+
+    pub fn pattern(&self) -> &str {
+        self.splitter.pattern()
+    }
+
+    /// The bytes of each id, in order.
+    pub fn tokens(&self) -> &[Box<[u8]>] {
+        &self.tokens
+    }
+
+    /// Appends the ids of `text`; stops between two pieces when `go_on` says false.
+    pub fn encode(
+        &self,
+        text: &str,
+        ids: &mut Vec<u32>,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<(), SplitError> {
+        self.splitter.for_each_piece(text, |piece| {
+            self.encode_piece(piece.as_bytes(), ids);
+            go_on()
+        })
+    }
+
+    fn encode_piece(&self, piece: &[u8], ids: &mut Vec<u32>) {
+        if let Some(&id) = self.ids.get(piece) {
+            ids.push(id);
+        } else if piece.len() <= SMALL_PIECE_BYTES {
+            self.merge_by_scan(piece, ids);
+        } else {
+            self.merge_by_heap(piece, ids);
+        }
+    }
+
+    /// O(n^2), with nothing but one small array.
+    fn merge_by_scan(&self, piece: &[u8], ids: &mut Vec<u32>) {
+        let first = ids.len();
+        ids.extend(piece.iter().map(|&byte| u32::from(byte)));
+        loop {
+            let part = &ids[first..];
+            let lowest = part
+                .windows(2)
+                .enumerate()
+                .filter_map(|(i, two)| Some((*self.merges.get(&(two[0], two[1]))?, i)))
+                .min();
+            let Some((id, i)) = lowest else { break };
+            ids[first + i] = id;
+            ids.remove(first + i + 1);
+        }
+    }
+
+    /// O(n log n), for the pieces that someone makes to hurt.
+    fn merge_by_heap(&self, piece: &[u8], ids: &mut Vec<u32>) {
+        let n = piece.len();
+        let mut symbols: Vec<Option<u32>> = piece.iter().map(|&b| Some(u32::from(b))).collect();
+        let mut next: Vec<usize> = (1..=n).collect();
+        let mut previous: Vec<usize> = (0..n).map(|i| i.wrapping_sub(1)).collect();
+        let mut heap = BinaryHeap::new();
+        let candidate = |symbols: &[Option<u32>], left: usize, right: usize| {
+            let pair = (symbols.get(left).copied()??, symbols.get(right).copied()??);
+            Some(Reverse((*self.merges.get(&pair)?, left, pair.0, right)))
+        };
+        heap.extend((1..n).filter_map(|right| candidate(&symbols, right - 1, right)));
+        while let Some(Reverse((id, left, left_id, right))) = heap.pop() {
+            // Stale when either side has been merged since: then the pair's ids or its end differ.
+            let same = symbols[left] == Some(left_id) && next[left] == right;
+            if !same
+                || candidate(&symbols, left, right) != Some(Reverse((id, left, left_id, right)))
+            {
+                continue;
+            }
+            symbols[left] = Some(id);
+            symbols[right] = None;
+            next[left] = next[right];
+            if next[left] < n {
+                previous[next[left]] = left;
+                heap.extend(candidate(&symbols, left, next[left]));
+            }
+            if previous[left] < n {
+                heap.extend(candidate(&symbols, previous[left], left));
+            }
+        }
+        ids.extend(symbols.into_iter().flatten());
+    }
+
+    /// The bytes of `ids`, or the first id that there is none of.
+    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, u32> {
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            bytes.extend_from_slice(self.tokens.get(id as usize).ok_or(id)?);
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::count::WordCounts;
+    use crate::merge::find_merges;
+    use proptest::prelude::*;
+
+    fn model(words: &[Vec<u8>], max_merges: usize) -> Model {
+        let mut counts = WordCounts::default();
+        words.iter().for_each(|word| counts.add(word, 1));
+        let merges = find_merges(counts, max_merges, || Ok::<(), ()>(())).unwrap();
+        Model::new(Splitter::new(".+").unwrap(), &merges)
+    }
+
+    proptest! {
+        #[test]
+        fn heap_and_scan_agree_and_decode_restores(
+            words in prop::collection::vec(prop::collection::vec(97u8..100, 1..14), 1..20),
+            piece in prop::collection::vec(97u8..100, 0..90),
+        ) {
+            let model = model(&words, 40);
+            let (mut by_scan, mut by_heap) = (vec![7], vec![7]);
+            model.merge_by_scan(&piece, &mut by_scan);
+            model.merge_by_heap(&piece, &mut by_heap);
+            prop_assert_eq!(&by_scan, &by_heap);
+            prop_assert_eq!(model.decode(&by_scan[1..]).unwrap(), piece);
+        }
+    }
+
+    #[test]
+    fn every_token_encodes_to_itself() {
+        let model = model(&[b"banana bandana".to_vec(), b"aaaaaaa".to_vec()], 99);
+        for (id, token) in model.tokens().iter().enumerate() {
+            let mut ids = Vec::new();
+            model.merge_by_scan(token, &mut ids);
+            assert_eq!(ids, [id as u32]);
+        }
+    }
+
+    #[test]
+    fn an_unknown_id_is_named() {
+        assert_eq!(model(&[b"ab".to_vec()], 1).decode(&[97, 300]), Err(300));
+    }
+}

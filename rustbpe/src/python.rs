@@ -1,0 +1,285 @@
+//! The Python module. The GIL is held only to pull documents, to look for Ctrl-C and to build the answers; a panic becomes
+//! a RuntimeError, so that nothing but ordinary exceptions reaches Python.
+
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
+
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyUserWarning, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyIterator, PyString};
+
+use crate::count::{count_words, Batch, CountError, POLL};
+use crate::encode::Model;
+use crate::merge::{find_merges, MergeError, NUM_BYTES};
+use crate::split::{SplitError, Splitter, DEFAULT_PATTERN};
+
+/// A batch is closed at this size even when it has fewer documents than `buffer_size`: it bounds memory and lets several
+/// threads share the work when documents are long.
+const MAX_BATCH_BYTES: usize = 4 << 20;
+
+/// `encode` looks for Ctrl-C after this many pieces: some tens of milliseconds.
+const PIECES_A_POLL: usize = 1 << 16;
+
+impl From<SplitError> for PyErr {
+    fn from(error: SplitError) -> Self {
+        PyValueError::new_err(error.0)
+    }
+}
+
+impl From<CountError<PyErr>> for PyErr {
+    fn from(error: CountError<PyErr>) -> Self {
+        match error {
+            CountError::Caller(error) => error,
+            CountError::Split(error) => error.into(),
+            CountError::Worker => internal_error(),
+        }
+    }
+}
+
+impl From<MergeError<PyErr>> for PyErr {
+    fn from(error: MergeError<PyErr>) -> Self {
+        match error {
+            MergeError::Caller(error) => error,
+            MergeError::TooManyWords => PyValueError::new_err(
+                "the distinct words of this text have more than 4 GiB: train on less text",
+            ),
+        }
+    }
+}
+
+fn internal_error() -> PyErr {
+    PyRuntimeError::new_err("rustbpe failed inside (a bug: its panic message is on stderr)")
+}
+
+/// Runs `work` without the GIL.
+fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> PyResult<T> + Send) -> PyResult<T> {
+    py.detach(|| catch_unwind(AssertUnwindSafe(work)))
+        .unwrap_or_else(|_| Err(internal_error()))
+}
+
+fn check_signals() -> PyResult<()> {
+    Python::attach(|py| py.check_signals())
+}
+
+fn threads_or_all(num_threads: Option<usize>) -> PyResult<usize> {
+    match num_threads {
+        Some(0) => Err(PyValueError::new_err("num_threads must be at least 1")),
+        Some(n) => Ok(n),
+        None => Ok(std::thread::available_parallelism().map_or(1, |n| n.get())),
+    }
+}
+
+/// Pulls documents into `batch` until it is full or the iterator ends.
+fn pull(documents: &Py<PyIterator>, buffer_size: usize, batch: &mut Batch) -> PyResult<()> {
+    Python::attach(|py| {
+        let mut documents = documents.bind(py).clone();
+        while batch.num_documents() < buffer_size && batch.num_bytes() < MAX_BATCH_BYTES {
+            let Some(document) = documents.next() else {
+                break;
+            };
+            let document = document?;
+            let Ok(text) = document.downcast::<PyString>() else {
+                let got = document.get_type().name()?;
+                let message = format!("the iterator must yield str, one a document; got {got}");
+                return Err(PyTypeError::new_err(message));
+            };
+            batch.push(text.to_str()?);
+        }
+        Ok(())
+    })
+}
+
+/// Byte-pair encoding, trained exactly and applied as tiktoken does. See README.md.
+#[pyclass(frozen, module = "rustbpe")]
+struct Tokenizer {
+    // Training replaces the model as a whole, so a failed training changes nothing and encoding may run meanwhile.
+    model: RwLock<Arc<Model>>,
+}
+
+impl Tokenizer {
+    fn model(&self) -> Arc<Model> {
+        let guard = self.model.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&guard)
+    }
+}
+
+#[pymethods]
+impl Tokenizer {
+    /// An untrained tokenizer: the default pattern and the 256 single bytes.
+    #[new]
+    fn new() -> PyResult<Self> {
+        let model = Model::new(Splitter::new(DEFAULT_PATTERN)?, &[]);
+        let model = RwLock::new(Arc::new(model));
+        Ok(Self { model })
+    }
+
+    /// Learns a vocabulary of at most `vocab_size` tokens from an iterable of documents.
+    ///
+    /// The merges are those of the naive algorithm, ties in pair counts broken towards the smaller pair of ids, for any
+    /// number of threads. When the text supports fewer tokens, there are fewer, with a warning. Any error, also one that
+    /// the iterator raises, leaves the tokenizer as it was.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, *, num_threads=None))]
+    fn train_from_iterator(
+        &self,
+        py: Python<'_>,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: i64,
+        buffer_size: usize,
+        pattern: Option<&str>,
+        num_threads: Option<usize>,
+    ) -> PyResult<()> {
+        let max_merges = usize::try_from(vocab_size)
+            .ok()
+            .filter(|&size| size <= i32::MAX as usize)
+            .and_then(|size| size.checked_sub(NUM_BYTES));
+        let Some(max_merges) = max_merges else {
+            return Err(PyValueError::new_err(format!(
+                "vocab_size must be from 256 (the single bytes) to 2147483647; got {vocab_size}"
+            )));
+        };
+        if buffer_size == 0 {
+            return Err(PyValueError::new_err("buffer_size must be at least 1"));
+        }
+        if iterator.is_instance_of::<PyString>() {
+            let message = "the iterator must yield documents, but it is one str: put it in a list";
+            return Err(PyTypeError::new_err(message));
+        }
+        let num_threads = threads_or_all(num_threads)?;
+        let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))?;
+        let documents = iterator.try_iter()?.unbind();
+        let (model, num_merges) = detached(py, || {
+            let fill = |batch: &mut Batch| pull(&documents, buffer_size, batch);
+            let words = count_words(&splitter, num_threads, fill, check_signals)?;
+            let merges = find_merges(words, max_merges, check_signals)?;
+            Ok((Model::new(splitter, &merges), merges.len()))
+        })?;
+        *self.model.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(model);
+        if num_merges < max_merges {
+            let message = format!(
+                "the text supports only {} tokens, not the {vocab_size} asked for\0",
+                NUM_BYTES + num_merges
+            );
+            let message = std::ffi::CStr::from_bytes_with_nul(message.as_bytes())
+                .map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
+            PyErr::warn(py, &py.get_type::<PyUserWarning>(), message, 1)?;
+        }
+        Ok(())
+    }
+
+    /// The split pattern.
+    fn get_pattern(&self) -> String {
+        self.model().pattern().to_string()
+    }
+
+    /// (bytes, rank) of every token in the order of ranks; the first 256 are the single bytes.
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
+        let model = self.model();
+        let tokens = model.tokens().iter().zip(0u32..);
+        tokens
+            .map(|(token, rank)| (PyBytes::new(py, token), rank))
+            .collect()
+    }
+
+    /// The number of tokens, the 256 single bytes included.
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.model().tokens().len()
+    }
+
+    /// The ids of `text`, as tiktoken gives them for the same pattern and ranks.
+    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
+        let model = self.model();
+        detached(py, || {
+            let (mut ids, mut pieces, mut signal) = (Vec::new(), 0usize, Ok(()));
+            model.encode(text, &mut ids, || {
+                pieces += 1;
+                if pieces % PIECES_A_POLL == 0 {
+                    signal = check_signals();
+                }
+                signal.is_ok()
+            })?;
+            signal.map(|()| ids)
+        })
+    }
+
+    /// The ids of each text, on `num_threads` threads (default: all).
+    #[pyo3(signature = (texts, *, num_threads=None))]
+    fn batch_encode(
+        &self,
+        py: Python<'_>,
+        texts: Vec<String>,
+        num_threads: Option<usize>,
+    ) -> PyResult<Vec<Vec<u32>>> {
+        let (model, num_threads) = (self.model(), threads_or_all(num_threads)?);
+        detached(py, || encode_all(&model, &texts, num_threads))
+    }
+
+    /// The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+    fn decode(&self, py: Python<'_>, ids: Vec<u32>) -> PyResult<String> {
+        let model = self.model();
+        detached(py, || match model.decode(&ids) {
+            Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            Err(id) => Err(PyValueError::new_err(format!(
+                "there is no token {id} in a vocabulary of {}",
+                model.tokens().len()
+            ))),
+        })
+    }
+}
+
+type Encoded = Result<Vec<u32>, SplitError>;
+
+/// Encodes on `num_threads` workers while the calling thread looks for Ctrl-C.
+fn encode_all(model: &Model, texts: &[String], num_threads: usize) -> PyResult<Vec<Vec<u32>>> {
+    let (stop, next) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (sender, results) = channel::<(usize, Encoded)>();
+    std::thread::scope(|scope| {
+        for _ in 0..num_threads.min(texts.len()) {
+            let (sender, stop, next) = (sender.clone(), &stop, &next);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(text) = texts.get(i) else { break };
+                    let mut ids = Vec::new();
+                    let go_on = || !stop.load(Ordering::Relaxed);
+                    let encoded = model.encode(text, &mut ids, go_on).map(|()| ids);
+                    let _ = sender.send((i, encoded)); // fails when the caller has given up
+                }
+            });
+        }
+        drop(sender); // `results` then disconnects when the last worker is gone
+        let collected = collect(&results, texts.len());
+        stop.store(true, Ordering::Relaxed);
+        collected
+    })
+}
+
+fn collect(results: &Receiver<(usize, Encoded)>, num_texts: usize) -> PyResult<Vec<Vec<u32>>> {
+    let mut ids = vec![Vec::new(); num_texts];
+    let mut missing = num_texts;
+    let mut polled = Instant::now();
+    while missing > 0 {
+        match results.recv_timeout(POLL) {
+            Ok((i, encoded)) => {
+                ids[i] = encoded?;
+                missing -= 1;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(internal_error()),
+        }
+        if polled.elapsed() >= POLL {
+            check_signals()?;
+            polled = Instant::now();
+        }
+    }
+    Ok(ids)
+}
+
+#[pymodule]
+fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("DEFAULT_PATTERN", DEFAULT_PATTERN)?;
+    module.add_class::<Tokenizer>()
+}

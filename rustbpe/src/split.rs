@@ -1,0 +1,106 @@
+//! Text to pieces: a merge never crosses the border between two pieces.
+
+use fancy_regex::Regex;
+
+/// GPT-4's split pattern with at most two digits a number token.
+pub const DEFAULT_PATTERN: &str = concat!(
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+);
+
+/// A pattern that does not compile, or a text on which the engine gave up (its backtracking is bounded).
+#[derive(Debug, Clone)]
+pub struct SplitError(pub String);
+
+/// A compiled split pattern. Clones are cheap and each thread should own one: the engine's scratch space
+/// belongs to a value, and threads that share it wait for each other.
+#[derive(Debug, Clone)]
+pub struct Splitter {
+    regex: Regex,
+}
+
+impl Splitter {
+    pub fn new(pattern: &str) -> Result<Self, SplitError> {
+        match Regex::new(pattern) {
+            Ok(regex) => Ok(Self { regex }),
+            Err(error) => Err(SplitError(format!(
+                "the split pattern is not a valid regular expression: {error}"
+            ))),
+        }
+    }
+
+    pub fn pattern(&self) -> &str {
+        self.regex.as_str()
+    }
+
+    /// Calls `visit` with each non-empty piece in order, until it returns false. Text that the pattern does not match is left out,
+    /// as tiktoken does.
+    pub fn for_each_piece<'t>(
+        &self,
+        text: &'t str,
+        mut visit: impl FnMut(&'t str) -> bool,
+    ) -> Result<(), SplitError> {
+        for found in self.regex.find_iter(text) {
+            match found {
+                Ok(piece) if piece.as_str().is_empty() => {}
+                Ok(piece) => {
+                    if !visit(piece.as_str()) {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    return Err(SplitError(format!(
+                        "the split pattern gave up on a text of {} bytes: {error}",
+                        text.len()
+                    )))
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(pattern: &str, text: &str) -> Vec<String> {
+        let mut out = Vec::new();
+        let splitter = Splitter::new(pattern).unwrap();
+        splitter
+            .for_each_piece(text, |piece| {
+                out.push(piece.to_string());
+                true
+            })
+            .unwrap();
+        out
+    }
+
+    #[test]
+    fn default_pattern_splits_as_documented() {
+        let text = "I'll pay 12345 €!!\n\n  ok";
+        let want = [
+            "I",
+            "'ll",
+            " pay",
+            " ",
+            "12",
+            "34",
+            "5",
+            " €!!\n\n",
+            " ",
+            " ok",
+        ];
+        assert_eq!(pieces(DEFAULT_PATTERN, text), want);
+    }
+
+    #[test]
+    fn unmatched_text_and_empty_matches_are_left_out() {
+        assert_eq!(pieces("[a-z]*", "ab1 cd"), ["ab", "cd"]);
+    }
+
+    #[test]
+    fn a_bad_pattern_is_an_error() {
+        assert!(Splitter::new("(").is_err());
+    }
+}
