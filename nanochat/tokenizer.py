@@ -1,0 +1,318 @@
+"""Byte-pair tokenizer: trained by rustbpe, applied by tiktoken, saved as JSON.
+
+Three files make a tokenizer directory. `tokenizer.json` is the one that we read; its SHA-256 is the
+tokenizer's fingerprint, which sites compare. `tokenizer.pkl` (a pickled `tiktoken.Encoding`) is
+written for upstream only: unpickling runs code, so we never read it. `token_bytes.pt` holds the
+byte length of each token, for bits per byte.
+"""
+
+import base64
+import hashlib
+import importlib
+import itertools
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tiktoken
+
+from nanochat.common import UserError, get_base_dir
+from nanochat.files import atomic_file, atomic_write_bytes, file_lock
+
+if TYPE_CHECKING:
+    import torch
+
+SPECIAL_TOKENS = [  # after the mergeable ranks, in this order
+    "<|bos|>",  # in front of every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # a call of the Python tool …
+    "<|python_end|>",
+    "<|output_start|>",  # … and what it gave back
+    "<|output_end|>",
+]
+# GPT-4's, with at most two digits a number token (it has three): small vocabularies have no room.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+DEFAULT_DIRECTORY = "tokenizer"
+_JSON, _PICKLE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
+_FORMAT = "nanochat-bpe-1"
+_NUM_BYTES = 256
+MIN_VOCAB_SIZE = _NUM_BYTES + len(SPECIAL_TOKENS)
+
+
+class RustBPETokenizer:
+    """A tokenizer in memory. `encode` gives lists of ids; ids of text never include special tokens.
+
+    `directory` is where it was loaded from or last saved to, None while it is in memory only.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, *, directory: Path | None = None) -> None:
+        self.enc = encoding
+        self.directory = directory
+        self.bos_token_id = self.encode_special("<|bos|>")
+
+    @classmethod
+    def train_from_iterator(
+        cls, text_iterator: Iterable[str], vocab_size: int
+    ) -> "RustBPETokenizer":
+        """Train on documents; `vocab_size` counts the special tokens.
+
+        Deterministic for the same texts, on any number of threads. Raises UserError if `vocab_size`
+        is out of range, or larger than the text can fill.
+        """
+        check_vocab_size(vocab_size)
+        trainer = _rustbpe().Tokenizer()
+        num_mergeable = vocab_size - len(SPECIAL_TOKENS)
+        trainer.train_from_iterator(iter(text_iterator), num_mergeable, pattern=SPLIT_PATTERN)
+        ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+        if len(ranks) < num_mergeable:
+            most = len(ranks) + len(SPECIAL_TOKENS)
+            raise UserError(
+                f"the text fills a vocabulary of {most} only: "
+                f"train on more text, or set vocab_size to at most {most}"
+            )
+        return cls(_encoding(SPLIT_PATTERN, ranks, SPECIAL_TOKENS))
+
+    @classmethod
+    def from_directory(cls, tokenizer_dir: str | Path) -> "RustBPETokenizer":
+        """Load `tokenizer.json`; raises UserError when it is missing or damaged."""
+        directory = Path(tokenizer_dir)
+        path = directory / _JSON
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            if entry["format"] != _FORMAT:
+                raise ValueError(f"its format is {entry['format']!r}, not {_FORMAT!r}")
+            tokens = [base64.b64decode(token, validate=True) for token in entry["mergeable"]]
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            if len(ranks) != len(tokens):
+                raise ValueError("it names a token twice")
+            encoding = _encoding(entry["pattern"], ranks, entry["special"])
+            return cls(encoding, directory=directory)
+        except FileNotFoundError as error:
+            raise UserError(_missing(directory)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}): delete it and train the tokenizer again"
+            ) from error
+
+    def save(self, tokenizer_dir: str | Path) -> None:
+        """Write the three files; `tokenizer.json` last: a crash leaves no half tokenizer."""
+        import torch
+
+        directory = Path(tokenizer_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _JSON).unlink(missing_ok=True)
+        atomic_write_bytes(directory / _PICKLE, pickle.dumps(self.enc))
+        with atomic_file(directory / _TOKEN_BYTES) as file:
+            torch.save(torch.tensor(self.token_bytes(), dtype=torch.int32), file)
+        atomic_write_bytes(directory / _JSON, self._to_json())
+        self.directory = directory
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of `tokenizer.json`; equal tokenizers have equal ones."""
+        return hashlib.sha256(self._to_json()).hexdigest()
+
+    def get_vocab_size(self) -> int:
+        """Number of ids, the special tokens included."""
+        return self.enc.n_vocab
+
+    def get_bos_token_id(self) -> int:
+        return self.bos_token_id
+
+    def get_special_tokens(self) -> set[str]:
+        return self.enc.special_tokens_set
+
+    def id_to_token(self, id: int) -> str:
+        return self.enc.decode([id])
+
+    def encode_special(self, text: str) -> int:
+        """The id of a special token; KeyError for any other text."""
+        return self.enc.encode_single_token(text)
+
+    def encode(
+        self,
+        text: str | Sequence[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int = 8,
+    ) -> Any:
+        """Ids of a text, or a list of ids for each of several; special tokens in texts are text.
+
+        `prepend` and `append` are ids or names of special tokens to put around each text.
+        """
+        head = [] if prepend is None else [self._special_id(prepend)]
+        tail = [] if append is None else [self._special_id(append)]
+        if isinstance(text, str):
+            return head + self.enc.encode_ordinary(text) + tail
+        if num_threads == 1:  # spares the threads' overhead
+            rows = [self.enc.encode_ordinary(one) for one in text]
+        else:
+            rows = self.enc.encode_ordinary_batch(list(text), num_threads=num_threads)
+        return [head + row + tail for row in rows] if head or tail else rows
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.encode(*args, **kwargs)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.enc.decode(list(ids))
+
+    def token_bytes(self) -> list[int]:
+        """Bytes that each id stands for; 0 for special tokens, which stand for no text.
+
+        Raw bytes: upstream measures the decoded string instead, where a token that is not UTF-8 by
+        itself counts three bytes for each U+FFFD.
+        """
+        special = self.enc._special_tokens.values()
+        return [
+            0 if id in special else len(self.enc.decode_single_token_bytes(id))
+            for id in range(self.get_vocab_size())
+        ]
+
+    def _special_id(self, token: int | str) -> int:
+        return token if isinstance(token, int) else self.encode_special(token)
+
+    def _to_json(self) -> bytes:
+        by_rank = sorted(self.enc._mergeable_ranks.items(), key=lambda item: item[1])
+        special = sorted(self.enc._special_tokens.items(), key=lambda item: item[1])
+        entry = {
+            "format": _FORMAT,
+            "pattern": self.enc._pat_str,
+            "special": [name for name, _ in special],
+            "mergeable": [base64.b64encode(token).decode("ascii") for token, _ in by_rank],
+        }
+        return (json.dumps(entry, indent=0, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def tokenizer_dir(name_or_path: str | Path = DEFAULT_DIRECTORY) -> Path:
+    """A bare name is a directory under the base directory; anything with a slash is a path."""
+    text = str(name_or_path)
+    if not text:
+        raise UserError("the tokenizer's name is empty: give a name or a path")
+    path = Path(text).expanduser()
+    return path if path.is_absolute() or "/" in text else get_base_dir() / text
+
+
+def get_tokenizer(directory: str | Path | None = None) -> RustBPETokenizer:
+    """The tokenizer in `directory` (default: `tokenizer/` of the base directory)."""
+    return RustBPETokenizer.from_directory(tokenizer_dir(directory or DEFAULT_DIRECTORY))
+
+
+def get_token_bytes(
+    directory: str | Path | None = None, device: "str | torch.device" = "cpu"
+) -> "torch.Tensor":
+    """Bytes of each token, (vocab_size,) int32, 0 for special tokens."""
+    import torch
+
+    path = tokenizer_dir(directory or DEFAULT_DIRECTORY) / _TOKEN_BYTES
+    try:
+        token_bytes: torch.Tensor = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(_missing(path.parent)) from error
+    return token_bytes
+
+
+def train_and_save(
+    text_iterator: Iterable[str], vocab_size: int, directory: str | Path
+) -> RustBPETokenizer:
+    """Train a tokenizer and write it to `directory` (a name or a path)."""
+    tokenizer = RustBPETokenizer.train_from_iterator(text_iterator, vocab_size)
+    tokenizer.save(tokenizer_dir(directory))
+    return tokenizer
+
+
+def ensure_builtin_tokenizer(directory: str | Path, vocab_size: int) -> RustBPETokenizer:
+    """The tokenizer in `directory`; if there is none, one trained on the built-in corpus.
+
+    Two processes at once: one trains, the other waits. Raises UserError if the one there has
+    another vocabulary size.
+    """
+    from nanochat import dataset
+
+    path = tokenizer_dir(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    with file_lock(path / ".lock"):
+        if (path / _JSON).exists():
+            tokenizer = RustBPETokenizer.from_directory(path)
+        else:
+            source = dataset.prepare_builtin()
+            batches = dataset.parquets_iter_batched("train", source=source)
+            texts = itertools.chain.from_iterable(batches)
+            tokenizer = train_and_save(texts, vocab_size, path)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} has {tokenizer.get_vocab_size()} tokens, not {vocab_size}: "
+            "name another directory, or set the vocabulary size to its size"
+        )
+    return tokenizer
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise UserError unless all 256 bytes and the special tokens fit into `vocab_size`."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: it needs at least {MIN_VOCAB_SIZE} "
+            f"({_NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+
+
+def check_trainable() -> None:
+    """Raise UserError if the training extension is not built."""
+    _rustbpe()
+
+
+def cropped(batches: Iterable[Sequence[str]], *, max_chars: int, doc_cap: int) -> Iterator[str]:
+    """The first `doc_cap` characters of each document, until `max_chars` characters are reached.
+
+    Long documents would give their own words too much weight; `doc_cap` 0 crops nothing.
+    """
+    left = max_chars
+    for text in itertools.chain.from_iterable(batches):
+        if left <= 0:
+            return
+        document = text[:doc_cap] if doc_cap else text
+        left -= len(document)
+        yield document
+
+
+def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> tiktoken.Encoding:
+    ids = {name: len(ranks) + offset for offset, name in enumerate(special)}
+    missing = [token for token in SPECIAL_TOKENS if token not in ids]
+    if missing:
+        raise ValueError(f"it has no special token {missing[0]}")
+    return tiktoken.Encoding(
+        name="rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids
+    )
+
+
+def _missing(directory: Path) -> str:
+    train = "python -m scripts.tok_train --max-chars=4000000000 --vocab-size=65536"
+    if directory.name != DEFAULT_DIRECTORY:
+        train += f" --tokenizer={directory}"
+    if (directory / _PICKLE).exists():
+        return (
+            f"{directory} has a {_PICKLE} only, which is never loaded (unpickling runs code): "
+            f"train one with `{train}`"
+        )
+    return f"there is no tokenizer in {directory}: make one with `{train}`"
+
+
+def _rustbpe() -> Any:
+    """The extension module. Unbuilt, `rustbpe/` of the repository imports as an empty namespace."""
+    try:
+        module: Any = importlib.import_module("rustbpe")
+    except ImportError:
+        module = None
+    if not hasattr(module, "Tokenizer"):
+        raise UserError(
+            "rustbpe is not built: run `uv sync`, "
+            "or `maturin develop --release --manifest-path rustbpe/Cargo.toml`"
+        )
+    return module
