@@ -1,9 +1,9 @@
 """What every file of the package shares: base directory, devices, ranks, dtypes, command lines.
 
-Nothing is decided at import time and nothing is kept in globals: base directory, dtype and device are
-looked up when asked for and travel as arguments from there, so that two clients with different answers
-can live in one process. Importing this module does not import torch (a ClientApp that only moves bytes
-imports it too).
+Nothing is decided at import time and nothing is kept in globals: base directory, dtype and device
+are looked up when asked for and travel as arguments from there, so that two clients with different
+answers can live in one process. Importing this module does not import torch (a ClientApp that only
+moves bytes imports it too).
 """
 
 import argparse
@@ -83,7 +83,7 @@ def autodetect_device_type() -> str:
 
 
 def check_device_type(device_type: str) -> str:
-    """`device_type`, or the best one there is for ""; raises UserError for one that is not there."""
+    """`device_type`, or for "" the best one; raises UserError for one that is not there."""
     import torch
 
     if not device_type:
@@ -100,10 +100,11 @@ def check_device_type(device_type: str) -> str:
 
 
 def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.device"]:
-    """Join the process group if a launcher started us: (ddp, rank, local rank, world size, device).
+    """Join the process group, if a launcher started us.
 
-    gloo on CPU, nccl on CUDA; `device_type` "" takes the best there is. Seeds torch's global generators
-    alike on all ranks. Raises UserError when the device is not there.
+    Returns (ddp, rank, local rank, world size, device). gloo on CPU, nccl on CUDA; `device_type` ""
+    takes the best there is. Seeds torch's global generators alike on all ranks. Raises UserError
+    when the device is not there.
     """
     import torch
     import torch.distributed as dist
@@ -123,9 +124,7 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.dev
     else:
         device = torch.device(device_type)
     if device_type == "mps" and world_size > 1:
-        raise UserError(
-            "several processes cannot share the MPS device: start one, or use cpu"
-        )
+        raise UserError("several processes cannot share the MPS device: start one, or use cpu")
     if ddp and not dist.is_initialized():
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
@@ -145,8 +144,8 @@ def compute_cleanup() -> None:
 def default_compute_dtype(device_type: str) -> "torch.dtype":
     """The dtype of matmuls on `device_type`; `$NANOCHAT_DTYPE` wins.
 
-    bf16 where the hardware multiplies it natively: CUDA from SM 80 on, and CPUs with avx512_bf16 or AMX
-    (measured there: 1.3-1.8x faster than fp32; CPUs without emulate it and lose). Else fp32.
+    bf16 where the hardware multiplies it natively: CUDA from SM 80 on, and CPUs with avx512_bf16 or
+    AMX (measured there: 1.3-1.8x faster than fp32; CPUs without emulate it and lose). Else fp32.
     """
     import torch
 
@@ -156,9 +155,7 @@ def default_compute_dtype(device_type: str) -> "torch.dtype":
     if device_type == "cuda" and torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)
     elif device_type == "cpu":
-        native = (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
@@ -169,9 +166,7 @@ def dtype_from_name(name: str) -> "torch.dtype":
     import torch
 
     if name not in DTYPE_NAMES:
-        raise UserError(
-            f"NANOCHAT_DTYPE is {name!r}: choose one of {', '.join(DTYPE_NAMES)}"
-        )
+        raise UserError(f"NANOCHAT_DTYPE is {name!r}: choose one of {', '.join(DTYPE_NAMES)}")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -217,7 +212,7 @@ def _dashed(argument: str) -> str:
 
 
 def run_command_line(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0, 2 after a UserError (one line on stderr), 130 on Ctrl-C."""
+    """Run a script's `main` and exit: 0, 2 after a UserError (a line on stderr), 130 on Ctrl-C."""
     code = 0
     try:
         main()

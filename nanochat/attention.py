@@ -1,0 +1,74 @@
+"""Rotary position embedding and causal attention with a sliding window.
+
+The one place where an attention kernel is chosen. Everything runs on
+`scaled_dot_product_attention`: it has a fused causal kernel on CPU, CUDA and MPS, and takes an
+explicit mask for the layers whose window is shorter than the sequence (a full T x T mask: twice the
+work of a windowed kernel at T = 2048, but exact everywhere).
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
+_SHORT_WINDOW_DIVISOR = 4
+
+
+def rotary_tables(
+    length: int, head_dim: int, *, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i/head_dim), each (1, length, 1, head_dim/2)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1.0 / (base**exponents)
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, frequencies)[None, :, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head: y1 = x1*cos + x2*sin, y2 = -x1*sin + x2*cos.
+
+    x: (B, T, H, D); cos, sin: (1, T, 1, D/2).
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def layer_windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
+    """How many tokens back each layer sees: the pattern of S and L tiled, the last layer always L.
+
+    L is the whole sequence, S a quarter of it, rounded up to a multiple of 128.
+    """
+    tile = _SHORT_WINDOW_DIVISOR * _WINDOW_MULTIPLE
+    short = (sequence_len + tile - 1) // tile * _WINDOW_MULTIPLE
+    windows = {"L": sequence_len, "S": short}
+    tiled = [windows[pattern[i % len(pattern)]] for i in range(n_layer)]
+    tiled[-1] = sequence_len
+    return tuple(tiled)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """Each position attends to itself and to at most `window` positions before it.
+
+    q: (B, T, H, D); k, v: (B, T, H_kv, D) with H a multiple of H_kv; returns (B, T, H, D).
+    """
+    T = q.size(1)
+    grouped = q.size(2) != k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if window >= T - 1:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        mask = _window_mask(T, window, q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+@lru_cache(maxsize=8)
+def _window_mask(T: int, window: int, device: torch.device) -> Tensor:
+    """(T, T) bool: True where key j is visible to query i, that is 0 <= i - j <= window."""
+    # Outside inference mode: a mask first made during an evaluation is used in training later.
+    with torch.inference_mode(False):
+        distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+        return (distance >= 0) & (distance <= window)

@@ -1,0 +1,361 @@
+"""The GPT: one class, two architectures.
+
+`classic` is what transformers' NanoChatForCausalLM computes. `modern` adds value embeddings,
+residual scalars, smear and backout: a lower loss a token, but 2.5 times the bytes to synchronise at
+depth 20. Both share rotary positions, QK norm, grouped-query attention, relu^2 MLPs, untied
+embeddings, norms without weights, no biases, and a softcap on the logits.
+
+Master weights are fp32 and cast to the activations' dtype in each matmul, so no autocast is needed;
+the embedding tables, which are only gathered, are stored in the compute dtype. Models are built on
+the meta device, get memory from `to_empty`, and data from `init_weights` or a checkpoint.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.attention import apply_rotary, causal_attention, layer_windows, rotary_tables
+from nanochat.common import autodetect_device_type, default_compute_dtype
+from nanochat.gpt_config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig, config_for_depth
+from nanochat.optim import MuonAdamW
+from nanochat.param_groups import param_groups
+from nanochat.schedule import LearningRates, learning_rates
+
+__all__ = ["GPT", "GPTConfig", "Linear", "config_for_depth", "norm"]
+
+_ROTARY_LENGTH_FACTOR = 10  # positions beyond sequence_len, for generation
+_LOGIT_SOFTCAP = 15.0
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm without weights, over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """A matmul in the input's dtype over an fp32 master weight; never a bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, window: int) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim, self.window = config.head_dim, window
+        self.qk_scale = 1.2 if config.is_modern else 1.0
+        kv_dim = self.n_kv_head * self.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_v = Linear(config.n_embd, kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if config.has_value_embedding(layer):
+            self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None) -> Tensor:
+        """x: (B, T, C); ve: (B, T, n_kv_head * head_dim) on layers with a value embedding."""
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if ve is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, n_kv_head)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        if self.qk_scale != 1.0:
+            q, k = q * self.qk_scale, k * self.qk_scale
+        y = causal_attention(q, k, v, window=self.window)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, window: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer, window)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, ve)
+        x = x + self.mlp(norm(x))
+        return x
+
+
+class _Transformer(nn.Module):
+    """Only a name: the keys of a checkpoint begin with `transformer.`."""
+
+    def __init__(self, config: GPTConfig, windows: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=dtype)
+        self.h = nn.ModuleList(Block(config, i, w) for i, w in enumerate(windows))
+
+
+class GPT(nn.Module):
+    """The model. `compute_dtype` None takes `default_compute_dtype` of the best device there is."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, *, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if compute_dtype is None:
+            compute_dtype = default_compute_dtype(autodetect_device_type())
+        self.config = config
+        self.compute_dtype = compute_dtype
+        # fp16 cannot hold the small updates of a table that has no fp32 master copy
+        table_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        self.windows = layer_windows(config.pattern, config.n_layer, config.sequence_len)
+        self.transformer = _Transformer(config, self.windows, table_dtype)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        if config.is_modern:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+            kv_dim = config.n_kv_head * config.head_dim
+            self.value_embeds = nn.ModuleDict(
+                {
+                    str(i): nn.Embedding(config.padded_vocab_size, kv_dim, dtype=table_dtype)
+                    for i in range(config.n_layer)
+                    if config.has_value_embedding(i)
+                }
+            )
+        shape = (1, _ROTARY_LENGTH_FACTOR * config.sequence_len, 1, config.head_dim // 2)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(shape, dtype=compute_dtype), persistent=False)
+
+    # -- data for the tensors ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(
+        self, *, seed: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Fill every tensor. A `seed` makes the result a function of it (and of the device type).
+
+        Numbers are drawn in fp32 and rounded, so the dtype of a table does not change the draw.
+        """
+        if seed is not None:
+            generator = torch.Generator(self.get_device()).manual_seed(seed)
+        config = self.config
+        s = (3 / config.n_embd) ** 0.5  # uniform(-s, s) has the deviation n_embd^-0.5
+        s_fc = 0.4 * s if config.is_modern else s
+
+        def normal(weight: Tensor, std: float) -> None:
+            draw = torch.empty_like(weight, dtype=torch.float32)
+            weight.copy_(draw.normal_(0.0, std, generator=generator))
+
+        def uniform(weight: Tensor, low: float, high: float) -> None:
+            draw = torch.empty_like(weight, dtype=torch.float32)
+            weight.copy_(draw.uniform_(low, high, generator=generator))
+
+        self.init_rotary()
+        normal(self.transformer.wte.weight, 0.8 if config.is_modern else 1.0)
+        normal(self.lm_head.weight, 0.001)
+        for block in self._blocks():
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                uniform(linear.weight, -s, s)
+            uniform(block.mlp.c_fc.weight, -s_fc, s_fc)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        if not config.is_modern:
+            return
+        for layer, block in enumerate(self._blocks()):
+            share = layer / max(config.n_layer - 1, 1)
+            self.resid_lambdas[layer] = 1.15 - 0.10 * share
+            self.x0_lambdas[layer] = 0.20 - 0.15 * share
+            if config.has_value_embedding(layer):
+                uniform(self._value_embed(layer).weight, -s, s)
+                uniform(block.attn.ve_gate.weight, 0.0, 0.02)
+        uniform(self.smear_gate.weight, 0.0, 0.02)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    @torch.no_grad()
+    def init_rotary(self) -> None:
+        """Fill the rotary tables; enough before loading a checkpoint, which does not hold them."""
+        base = 100_000.0 if self.config.is_modern else 10_000.0
+        cos, sin = rotary_tables(
+            self.cos.size(1),
+            self.config.head_dim,
+            base=base,
+            device=self.cos.device,
+            dtype=self.cos.dtype,
+        )
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+
+    # -- the function that it computes ---------------------------------------------------------
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, loss_reduction: str = "mean"
+    ) -> Tensor:
+        """Logits (B, T, vocab_size) in fp32, or the cross entropy of `targets` in nats.
+
+        idx, targets: (B, T) of token ids, target -1 is ignored; loss_reduction: 'mean', 'sum', or
+        'none', which gives (B * T,).
+        """
+        logits = self._logits(self._hidden(idx))
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.view(-1, logits.size(-1)),
+            targets.reshape(-1),
+            ignore_index=-1,
+            reduction=loss_reduction,
+        )
+
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, C), the normed output of the last block."""
+        config, T = self.config, idx.size(1)
+        if self.cos.size(1) < T:
+            raise ValueError(f"{T} tokens are more than the {self.cos.size(1)} rotary positions")
+        cos, sin = self.cos[:, :T], self.sin[:, :T]
+        x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        if not config.is_modern:
+            for block in self._blocks():
+                x = block(x, cos, sin, None)
+            return norm(x)
+        x = x0 = self._smear(x)
+        middle = x
+        for i, block in enumerate(self._blocks()):
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            ve = None
+            if config.has_value_embedding(i):
+                ve = self._value_embed(i)(idx).to(self.compute_dtype)
+            x = block(x, cos, sin, ve)
+            if i == config.n_layer // 2:
+                middle = x
+        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+
+    def _smear(self, x: Tensor) -> Tensor:
+        """Mix a gated part of each position's predecessor into it: cheap bigrams."""
+        gate = torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))  # (B, T-1, 1)
+        smeared = x[:, 1:] + self.smear_lambda.to(x.dtype) * gate * x[:, :-1]
+        return torch.cat((x[:, :1], smeared), dim=1)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        return _LOGIT_SOFTCAP * torch.tanh(logits / _LOGIT_SOFTCAP)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
+    ) -> Iterator[int]:
+        """Yield `max_tokens` sampled tokens after `tokens`; temperature 0 takes the likeliest.
+
+        Recomputes the whole sequence for each token: plain, and the reference for faster ways.
+        """
+        device = self.get_device()
+        generator = torch.Generator(device).manual_seed(seed)
+        ids = torch.tensor([tokens], dtype=torch.long, device=device)
+        for _ in range(max_tokens):
+            logits = self._logits(self._hidden(ids)[:, -1])  # (1, vocab_size)
+            if top_k is not None:
+                floor = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < floor, -torch.inf)
+            if temperature > 0:
+                probabilities = F.softmax(logits / temperature, dim=-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)
+            else:
+                token = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat((ids, token), dim=1)
+            yield int(token)
+
+    # -- what it is made of --------------------------------------------------------------------
+
+    def get_device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.transformer.h:
+            assert isinstance(block, Block)
+            yield block
+
+    def _value_embed(self, layer: int) -> nn.Embedding:
+        embedding = self.value_embeds[str(layer)]
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameters by role; `total` is their sum."""
+        matrices = sum(p.numel() for p in self.transformer.h.parameters())
+        embeds = 0
+        if self.config.is_modern:
+            embeds = sum(p.numel() for p in self.value_embeds.parameters())
+        counts = {
+            "wte": self.transformer.wte.weight.numel(),
+            "value_embeds": embeds,
+            "lm_head": self.lm_head.weight.numel(),
+            "transformer_matrices": matrices,
+        }
+        total = sum(p.numel() for p in self.parameters())
+        return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+    def data_ratio_params(self) -> int:
+        """The parameters that a token-to-parameter ratio counts.
+
+        classic counts all of them (20 tokens each are 11.2 G tokens at depth 20), modern those that
+        every token is multiplied with: the blocks and lm_head, as its ratios were fitted.
+        """
+        counts = self.num_scaling_params()
+        if self.config.is_modern:
+            return counts["transformer_matrices"] + counts["lm_head"]
+        return counts["total"]
+
+    def estimate_flops(self) -> int:
+        """Floating-point operations of training a token: forward and backward.
+
+        6 a weight of each matmul, and 12 * heads * head_dim a visible key in attention.
+        """
+        config = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        visible = sum(min(window, config.sequence_len) for window in self.windows)
+        return 6 * weights + 12 * config.n_head * config.head_dim * visible
+
+    def setup_optimizer(
+        self,
+        unembedding_lr: float | None = None,
+        embedding_lr: float | None = None,
+        matrix_lr: float | None = None,
+        weight_decay: float = 0.0,
+        scalar_lr: float | None = None,
+    ) -> MuonAdamW:
+        """The optimizer over all parameters; a rate that is not given is the architecture's own."""
+        rates = learning_rates(
+            self.config.arch,
+            embedding_lr=embedding_lr,
+            unembedding_lr=unembedding_lr,
+            scalar_lr=scalar_lr,
+        )
+        if matrix_lr is not None:
+            rates = rates.replace(matrix=matrix_lr)
+        return self.make_optimizer(rates, weight_decay=weight_decay)
+
+    def make_optimizer(self, rates: LearningRates, *, weight_decay: float) -> MuonAdamW:
+        """MuonAdamW over `param_groups`; `weight_decay` is that of the matrices."""
+        bf16 = self.compute_dtype == torch.bfloat16
+        return MuonAdamW(
+            param_groups(self, rates, weight_decay=weight_decay),
+            polar_dtype=torch.bfloat16 if bf16 else torch.float32,
+        )

@@ -1,0 +1,315 @@
+"""Muon for the matrices of the blocks and AdamW for everything else, in one sharded optimizer.
+
+There is no DDP wrapper: `step` takes the mean of the gradients over the ranks by reduce-scatter,
+each rank updates the shard whose state it keeps, and an all-gather hands the new weights round.
+That is one path for gloo and nccl, it holds 1/n of the optimizer state on each of n ranks, and it
+makes the weights bit-identical on all ranks, since each element is computed once and copied. The
+collectives of all groups are started before the first is waited for.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Polar express (arXiv 2505.16932): the best odd quintic for each of 5 iterations, safety 2e-2.
+_POLAR_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+_POLAR_SAFETY = 1.01
+_TINY = 1e-10  # keeps divisions by a norm finite where a gradient is exactly zero
+
+
+def adamw_update(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step in place: decoupled decay first, then the bias-corrected update.
+
+    All tensors have one shape; moments are fp32, weight and grad may be bf16 (rounded once, at the
+    end).
+    """
+    beta1, beta2 = betas
+    grad = grad.float()
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    new = weight.float().mul(1 - lr * weight_decay)
+    new.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
+    weight.copy_(new)
+
+
+def equilibrate_rows(x: Tensor) -> Tensor:
+    """Scale the rows of each matrix (..., m, n) to the mean of their norms."""
+    norms = x.norm(dim=-1, keepdim=True)
+    return x * (norms.mean(dim=-2, keepdim=True) / norms.clamp_min(_TINY))
+
+
+def polar_express(x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About the orthogonal factor of the polar decomposition of each matrix (..., m, n).
+
+    Iterates on the smaller Gram matrix, in `dtype`; bf16 is what the safety margin is made for.
+    """
+    x = x.to(dtype)
+    x = x / (_POLAR_SAFETY * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in _POLAR_COEFFICIENTS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x
+
+
+def snap_norm(x: Tensor) -> Tensor:
+    """Scale each matrix (..., m, n) to the Frobenius norm of an exactly orthogonal one."""
+    target = math.sqrt(min(x.size(-2), x.size(-1)))
+    return x * (target / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_TINY))
+
+
+def reduce_variance(x: Tensor, second_moment: Tensor, *, beta2: float) -> Tensor:
+    """NorMuon: even out the rows (columns, if those are more) of an update, keeping its norm.
+
+    x: (..., m, n); second_moment: (..., m, 1) if m >= n, else (..., 1, n), is updated in place.
+    """
+    mean_square = x.square().mean(dim=_shorter_dim(x.shape), keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    evened = x * second_moment.clamp_min(_TINY).rsqrt()
+    norms = [t.norm(dim=(-2, -1), keepdim=True) for t in (x, evened)]
+    return evened * (norms[0] / norms[1].clamp_min(_TINY))
+
+
+def _shorter_dim(shape: torch.Size) -> int:
+    return -1 if shape[-2] >= shape[-1] else -2
+
+
+def muon_update(
+    weights: Tensor,
+    grads: Tensor,
+    momentum_buffer: Tensor,
+    second_moment: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    beta2: float,
+    weight_decay: float,
+    polar_dtype: torch.dtype,
+) -> None:
+    """One Muon step in place on a stack of matrices (k, m, n), fp32.
+
+    Nesterov momentum, row equilibration, polar express, norm snap, NorMuon, then the update with
+    cautious decay: only weights that the update shrinks anyway are decayed.
+    """
+    momentum_buffer.lerp_(grads, 1 - momentum)
+    update = equilibrate_rows(torch.lerp(grads, momentum_buffer, momentum))
+    update = snap_norm(polar_express(update, dtype=polar_dtype).float())
+    update = reduce_variance(update, second_moment, beta2=beta2)
+    lr = lr * math.sqrt(max(1.0, weights.size(-2) / weights.size(-1)))
+    if weight_decay:
+        agree = (update * weights) >= 0
+        update = update + weight_decay * weights * agree
+    weights.sub_(update, alpha=lr)
+
+
+@dataclass
+class _Unit:
+    """What is sharded over the ranks as one array: an AdamW parameter, or a Muon group's stack.
+
+    The array has `count` items along its first dimension, padded to a multiple of the world size.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    own_grads: Tensor | None = None
+    own_weights: Tensor | None = None
+    everyone: Tensor | None = None
+    work: dist.Work | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    @property
+    def is_muon(self) -> bool:
+        return bool(self.group["kind"] == "muon")
+
+    @property
+    def count(self) -> int:
+        return len(self.params) if self.is_muon else self.params[0].numel()
+
+    def pack(self, tensors: Iterable[Tensor | None], padded: int) -> Tensor:
+        """One array of `padded` items, a view where it can be; None counts as zeros."""
+        first = self.params[0]
+        tensors = list(tensors)
+        if not self.is_muon and padded == self.count and tensors[0] is not None:
+            return tensors[0].reshape(-1)
+        item = first.shape if self.is_muon else torch.Size()
+        array = torch.zeros((padded, *item), dtype=first.dtype, device=first.device)
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            if self.is_muon:
+                array[i].copy_(tensor)
+            else:
+                array[: self.count].copy_(tensor.reshape(-1))
+        return array
+
+    def unpack(self, array: Tensor) -> None:
+        """Copy the new weights into the parameters."""
+        if not self.is_muon:
+            self.params[0].copy_(array[: self.count].view_as(self.params[0]))
+            return
+        for i, param in enumerate(self.params):
+            param.copy_(array[i])
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups say `kind`: "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum, beta2,
+    weight_decay; matrices of one shape). Every group gets `initial_lr`, for schedules.
+
+    All ranks must call `step` together; a parameter without a gradient on a rank counts as zeros
+    there. `state_dict` is this rank's shard: load it on the same rank of as many.
+    """
+
+    def __init__(
+        self, param_groups: list[dict[str, Any]], *, polar_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(param_groups, defaults={})
+        self._polar_dtype = polar_dtype
+        for group in self.param_groups:
+            if group["kind"] not in ("adamw", "muon"):
+                raise ValueError(f"unknown kind of parameter group: {group['kind']!r}")
+            if group["kind"] == "muon" and len({p.shape for p in group["params"]}) != 1:
+                raise ValueError("the matrices of a muon group must have one shape")
+            group.setdefault("initial_lr", group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
+        rank, world_size = _rank_and_world_size()
+        units = [
+            _Unit(group, params)
+            for group in self.param_groups
+            for params in ([group["params"]] if group["kind"] == "muon" else _each(group["params"]))
+        ]
+        for unit in units:
+            self._start_reduce(unit, world_size)
+        for unit in units:
+            unit.wait()
+            self._update(unit, rank, world_size)
+        for unit in units:
+            unit.wait()
+            if unit.everyone is not None:
+                unit.unpack(unit.everyone)
+
+    def _start_reduce(self, unit: _Unit, world_size: int) -> None:
+        chunk = -(-unit.count // world_size)
+        grads = unit.pack((p.grad for p in unit.params), chunk * world_size)
+        unit.own_grads = grads
+        if world_size > 1:
+            unit.own_grads = torch.empty_like(grads[:chunk])
+            unit.work = dist.reduce_scatter_tensor(unit.own_grads, grads, async_op=True)
+
+    def _update(self, unit: _Unit, rank: int, world_size: int) -> None:
+        """Update this rank's shard and start handing it round."""
+        assert unit.own_grads is not None
+        grads, unit.own_grads = unit.own_grads, None
+        chunk = grads.size(0)
+        begin = min(rank * chunk, unit.count)
+        size = min(begin + chunk, unit.count) - begin  # the last ranks may hold padding only
+        if world_size > 1:
+            grads.div_(world_size)
+        if unit.is_muon:
+            weights = unit.pack(unit.params[begin : begin + size], chunk)
+        else:
+            weights = unit.params[0].view(-1)[begin : begin + size]
+        if size:
+            rule = self._muon if unit.is_muon else self._adamw
+            rule(unit, weights[:size], grads[:size])
+        if world_size == 1:
+            unit.everyone = weights if unit.is_muon else None  # AdamW has worked in place
+            return
+        if not unit.is_muon:
+            own = torch.zeros_like(grads, dtype=weights.dtype)
+            own[:size].copy_(weights)
+            weights = own
+        unit.own_weights = weights
+        unit.everyone = weights.new_empty((chunk * world_size, *weights.shape[1:]))
+        unit.work = dist.all_gather_into_tensor(unit.everyone, weights, async_op=True)
+
+    def _adamw(self, unit: _Unit, weights: Tensor, grads: Tensor) -> None:
+        group, state = unit.group, self.state[unit.params[0]]
+        if not state:
+            whole = weights.numel() == unit.params[0].numel()
+            shape = unit.params[0].shape if whole else weights.shape
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(shape, dtype=torch.float32, device=weights.device)
+        state["step"] += 1
+        adamw_update(
+            weights,
+            grads,
+            state["exp_avg"].view(-1),
+            state["exp_avg_sq"].view(-1),
+            step=int(state["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _muon(self, unit: _Unit, weights: Tensor, grads: Tensor) -> None:
+        group, state = unit.group, self.state[unit.params[0]]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weights)
+            factored = list(weights.shape)
+            factored[_shorter_dim(weights.shape)] = 1
+            state["second_momentum_buffer"] = weights.new_zeros(factored)
+        muon_update(
+            weights,
+            grads,
+            state["momentum_buffer"],
+            state["second_momentum_buffer"],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            beta2=group["beta2"],
+            weight_decay=group["weight_decay"],
+            polar_dtype=self._polar_dtype,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a shard saved by the same rank of as many; moments stay (or become) fp32."""
+        super().load_state_dict(state_dict)
+        # torch casts moments to their parameter's dtype, which would round those of bf16 tables
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+                    moved = value.to(param.device, torch.float32, copy=True)
+                    self.state[param][name] = moved
+
+
+def _each(params: list[Tensor]) -> list[list[Tensor]]:
+    return [[p] for p in params]
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
