@@ -1,0 +1,197 @@
+"""Keep a command alive exactly as long as its parent, and leave nothing of it behind.
+
+    python keeper.py --parent PID [--grace SECONDS] [--remove DIR] -- COMMAND ...
+
+The keeper ends the command, everything the command ever started, and DIR, when its parent ends in
+any way (kill -9 included), when it gets SIGTERM, or when the command itself ends. It sees its
+parent's end as the end of its standard input, a pipe that only the parent holds, and as a change of
+its parent's id, should a fork have kept that pipe open.
+
+Why a process between the two: PR_SET_PDEATHSIG alone fires when the *thread* that forked ends (in a
+Flower simulation the ServerApp is a thread), it does not reach grandchildren, and Flower and Ray
+leave orphans in sessions of their own (Ray's dashboard agent lived on for more than 40 s). On Linux
+the keeper is the subreaper of its descendants, so orphans come to it and are found; elsewhere the
+descendants are those that still hang together when the end begins.
+
+Standard library only, and nothing of pilot: it runs by path, from a checkout or a Flower bundle.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+POLL_S = 0.1
+KILL_S = 3.0  # how long descendants that still fork are killed again and again
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def start(
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    output: int = subprocess.DEVNULL,
+    remove: Path | None = None,
+    grace_s: float = 2.0,
+) -> "subprocess.Popen[bytes]":
+    """Start `command` under a keeper that ends with this process; its exit code is the command's.
+
+    `output` takes both output streams; `remove` is a directory deleted at the end; `grace_s` passes
+    between SIGTERM for the command and SIGKILL for all of its descendants.
+    """
+    options = ["--parent", str(os.getpid()), "--grace", str(grace_s)]
+    if remove is not None:
+        options += ["--remove", str(remove)]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(__file__).resolve()), *options, "--", *command],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        cwd=cwd,
+        env=env,
+        start_new_session=True,  # a Ctrl-C in the terminal is the parent's business
+    )
+
+
+def stop(keeper: "subprocess.Popen[bytes]", *, timeout_s: float = 20.0) -> int:
+    """End a keeper's command and wait until all is gone; returns the exit code."""
+    if keeper.stdin is not None:
+        keeper.stdin.close()
+    try:
+        return keeper.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        keeper.kill()
+        return keeper.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--grace", type=float, default=2.0)
+    parser.add_argument("--remove", type=Path)
+    parser.add_argument("command", nargs="+")
+    args = parser.parse_args()
+
+    ended: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda number, _frame: ended.append(number))
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        command = subprocess.Popen(
+            args.command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_keeper
+        )
+    except OSError as error:
+        print(f"cannot start {args.command[0]}: {error.strerror}", file=sys.stderr)
+        _remove(args.remove)
+        return 127
+    status = None
+    while status is None and not ended and not _parent_gone(args.parent):
+        status = _reap(command.pid)
+    if status is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(command.pid, signal.SIGTERM)
+        deadline = time.monotonic() + args.grace
+        while time.monotonic() < deadline and _descendants(os.getpid()):
+            status = _first(status, _reap(command.pid))
+            time.sleep(POLL_S)
+    deadline = time.monotonic() + KILL_S
+    while (alive := _descendants(os.getpid())) and time.monotonic() < deadline:
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_S / 2)
+        status = _first(status, _reap(command.pid))
+    _remove(args.remove)
+    if status is None or status < 0:  # ended by a signal: as a shell would say it
+        return 128 - (status or -signal.SIGTERM)
+    return status
+
+
+def _parent_gone(parent: int) -> bool:
+    """Wait up to POLL_S for the end of standard input; True when the parent is gone."""
+    readable, _, _ = select.select([0], [], [], POLL_S)
+    return bool(readable and not os.read(0, 1024)) or os.getppid() != parent
+
+
+def _reap(command: int) -> int | None:
+    """Collect ended children, adopted ones too; the command's exit code if it was among them."""
+    status = None
+    while True:
+        try:
+            pid, raw = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid == 0:
+            return status
+        if pid == command:
+            status = os.waitstatus_to_exitcode(raw)
+
+
+def _first(known: int | None, new: int | None) -> int | None:
+    return new if known is None else known
+
+
+def _descendants(root: int) -> list[int]:
+    """All living descendants of `root`, nearest first; zombies don't count."""
+    children: dict[int, list[int]] = {}
+    for pid, parent, state in _process_table():
+        if not state.startswith("Z"):
+            children.setdefault(parent, []).append(pid)
+    found, queue = [], [root]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
+
+
+def _process_table() -> list[tuple[int, int, str]]:
+    """(pid, parent's pid, state) of all processes."""
+    if not sys.platform.startswith("linux"):
+        listing = subprocess.Popen(
+            ["ps", "-A", "-o", "pid=,ppid=,stat="], stdout=subprocess.PIPE, text=True
+        )
+        rows = [line.split(None, 2) for line in listing.communicate()[0].splitlines()]
+        own = str(listing.pid)
+        return [(int(pid), int(parent), state) for pid, parent, state in rows if pid != own]
+    table = []
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - ten times a second: no Path for each process
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as file:
+                    # the name in brackets may hold anything, brackets too
+                    fields = file.read().rsplit(b")", 1)[1].split()
+            except (OSError, IndexError):
+                continue  # it ended while we looked
+            table.append((int(entry), int(fields[1]), fields[0].decode()))
+    return table
+
+
+def _die_with_keeper() -> None:
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def _prctl(option: int, value: int) -> None:
+    """Linux only; elsewhere the keeper works without."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _remove(directory: Path | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
