@@ -23,7 +23,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.param_groups import param_groups
 from nanochat.schedule import LearningRates, learning_rates
 
-__all__ = ["GPT", "GPTConfig", "Linear", "config_for_depth", "norm"]
+__all__ = ["GPT", "GPTConfig", "Linear", "build_gpt", "config_for_depth", "norm"]
 
 _ROTARY_LENGTH_FACTOR = 10  # positions beyond sequence_len, for generation
 _LOGIT_SOFTCAP = 15.0
@@ -359,3 +359,22 @@ class GPT(nn.Module):
             param_groups(self, rates, weight_decay=weight_decay),
             polar_dtype=torch.bfloat16 if bf16 else torch.float32,
         )
+
+
+def build_gpt(
+    config: GPTConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    compute_dtype: torch.dtype | None = None,
+) -> GPT:
+    """A new model on `device`.
+
+    Its numbers are drawn on the CPU: a seed means the same weights on every kind of device (up to
+    the rounding of the tables to `compute_dtype`, None for the device's default).
+    """
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype=compute_dtype or default_compute_dtype(device.type))
+    model.to_empty(device="cpu")
+    model.init_weights(seed=seed)
+    return model.to(device)

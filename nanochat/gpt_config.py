@@ -15,7 +15,7 @@ _VOCAB_MULTIPLE = 64  # rows of the vocabulary matrices are padded to it: matmul
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model; `window_pattern` None becomes the architecture's default."""
+    """The shape of a model; `window_pattern` None (or "") becomes the architecture's default."""
 
     sequence_len: int = 2048
     vocab_size: int = 32768
@@ -29,10 +29,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.arch not in ARCHITECTURES:
             raise UserError(f"arch is {self.arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-        if self.window_pattern is None:
+        if not self.window_pattern:
             object.__setattr__(self, "window_pattern", "SSSL" if self.is_modern else "L")
         object.__setattr__(self, "window_pattern", str(self.window_pattern).upper())
-        if not self.pattern or set(self.pattern) - set("SL"):
+        if set(self.pattern) - set("SL"):
             raise UserError(f"window_pattern is {self.window_pattern!r}: use the letters S and L")
         sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
         for name in sizes:
