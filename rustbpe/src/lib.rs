@@ -7,6 +7,7 @@
 pub mod count;
 pub mod encode;
 pub mod merge;
+pub mod scanner;
 pub mod split;
 
 #[cfg(feature = "python")]

@@ -2,6 +2,8 @@
 
 use fancy_regex::Regex;
 
+use crate::scanner::Scanner;
+
 /// GPT-4's split pattern with at most two digits a number token.
 pub const DEFAULT_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
@@ -12,25 +14,33 @@ pub const DEFAULT_PATTERN: &str = concat!(
 #[derive(Debug, Clone)]
 pub struct SplitError(pub String);
 
-/// A compiled split pattern. Clones are cheap and each thread should own one: the engine's scratch space
-/// belongs to a value, and threads that share it wait for each other.
+/// A compiled split pattern. Clones are cheap, and a thread that splits much should own one: the regex engine's
+/// scratch space belongs to a value, and threads that share it wait for each other.
 #[derive(Debug, Clone)]
 pub struct Splitter {
-    regex: Regex,
+    pattern: String,
+    engine: Engine,
+}
+
+#[derive(Debug, Clone)]
+enum Engine {
+    Scanner(Scanner), // for DEFAULT_PATTERN only
+    Regex(Box<Regex>),
 }
 
 impl Splitter {
     pub fn new(pattern: &str) -> Result<Self, SplitError> {
-        match Regex::new(pattern) {
-            Ok(regex) => Ok(Self { regex }),
-            Err(error) => Err(SplitError(format!(
-                "the split pattern is not a valid regular expression: {error}"
-            ))),
-        }
+        let engine = if pattern == DEFAULT_PATTERN {
+            Engine::Scanner(Scanner::default())
+        } else {
+            Engine::Regex(Box::new(compile(pattern)?))
+        };
+        let pattern = pattern.to_string();
+        Ok(Self { pattern, engine })
     }
 
     pub fn pattern(&self) -> &str {
-        self.regex.as_str()
+        &self.pattern
     }
 
     /// Calls `visit` with each non-empty piece in order, until it returns false. Text that the pattern does not match is left out,
@@ -40,24 +50,36 @@ impl Splitter {
         text: &'t str,
         mut visit: impl FnMut(&'t str) -> bool,
     ) -> Result<(), SplitError> {
-        for found in self.regex.find_iter(text) {
-            match found {
-                Ok(piece) if piece.as_str().is_empty() => {}
-                Ok(piece) => {
-                    if !visit(piece.as_str()) {
-                        break;
-                    }
-                }
-                Err(error) => {
-                    return Err(SplitError(format!(
-                        "the split pattern gave up on a text of {} bytes: {error}",
-                        text.len()
-                    )))
-                }
+        let regex = match &self.engine {
+            Engine::Scanner(scanner) => {
+                let _all_visited = scanner.pieces(text).all(visit);
+                return Ok(());
+            }
+            Engine::Regex(regex) => regex,
+        };
+        for found in regex.find_iter(text) {
+            let piece = found.map_err(|error| gave_up(text, &error))?.as_str();
+            if !piece.is_empty() && !visit(piece) {
+                break;
             }
         }
         Ok(())
     }
+}
+
+fn compile(pattern: &str) -> Result<Regex, SplitError> {
+    Regex::new(pattern).map_err(|error| {
+        SplitError(format!(
+            "the split pattern is not a valid regular expression: {error}"
+        ))
+    })
+}
+
+fn gave_up(text: &str, error: &fancy_regex::Error) -> SplitError {
+    SplitError(format!(
+        "the split pattern gave up on a text of {} bytes: {error}",
+        text.len()
+    ))
 }
 
 #[cfg(test)]

@@ -1,0 +1,209 @@
+//! A hand-written scanner for exactly [`DEFAULT_PATTERN`](crate::split::DEFAULT_PATTERN): one pass and no backtracking, where
+//! the regex engine backtracks on every run of white space. The tests hold it equal to the engine.
+//!
+//! The alternatives of the pattern, in order, as the comments below number them:
+//! 1. `'(?i:[sdmt]|ll|ve|re)`  2. `[^\r\n\p{L}\p{N}]?+\p{L}+`  3. `\p{N}{1,2}`  4. ` ?[^\s\p{L}\p{N}]++[\r\n]*`
+//! 5. `\s*[\r\n]`  6. `\s+(?!\S)`  7. `\s+`. Some alternative matches at every character, so no text is left out.
+
+use std::sync::OnceLock;
+
+use regex_syntax::hir::{Class, HirKind};
+
+const OTHER: u8 = 0;
+const LETTER: u8 = 1;
+const NUMBER: u8 = 2;
+const SPACE: u8 = 3;
+const NEWLINE: u8 = 4; // \r and \n, which are white space too
+
+const NUM_CHARS: usize = 0x11_0000;
+
+/// The class of every character, from the Unicode tables of the regex engine, so that both always agree.
+fn classes() -> &'static [u8] {
+    static CLASSES: OnceLock<Vec<u8>> = OnceLock::new();
+    CLASSES.get_or_init(|| {
+        let mut classes = vec![OTHER; NUM_CHARS];
+        for (pattern, class) in [
+            (r"\p{L}", LETTER),
+            (r"\p{N}", NUMBER),
+            (r"\s", SPACE),
+            (r"[\r\n]", NEWLINE),
+        ] {
+            let hir = regex_syntax::parse(pattern).expect("a valid class");
+            let HirKind::Class(Class::Unicode(ranges)) = hir.kind() else {
+                unreachable!("{pattern} is a Unicode class");
+            };
+            for range in ranges.ranges() {
+                classes[range.start() as usize..=range.end() as usize].fill(class);
+            }
+        }
+        classes
+    })
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Scanner {
+    classes: &'static [u8],
+}
+
+impl Default for Scanner {
+    fn default() -> Self {
+        Self { classes: classes() }
+    }
+}
+
+impl Scanner {
+    /// The pieces of `text` in order; together they are all of it.
+    pub fn pieces<'t>(&self, text: &'t str) -> impl Iterator<Item = &'t str> {
+        let (scanner, mut start) = (*self, 0);
+        std::iter::from_fn(move || {
+            let from = start;
+            start = scanner.piece_end(text, from)?;
+            Some(&text[from..start])
+        })
+    }
+
+    /// Class of the character at `at` and the position behind it; None at the end.
+    fn class(&self, text: &str, at: usize) -> Option<(u8, usize)> {
+        let byte = *text.as_bytes().get(at)?;
+        if byte < 0x80 {
+            return Some((self.classes[byte as usize], at + 1));
+        }
+        let char = text[at..].chars().next()?;
+        Some((self.classes[char as usize], at + char.len_utf8()))
+    }
+
+    /// The position behind the run of `class` that begins at `at`.
+    fn run_end(&self, text: &str, mut at: usize, class: u8) -> usize {
+        while let Some((found, next)) = self.class(text, at) {
+            if found != class {
+                break;
+            }
+            at = next;
+        }
+        at
+    }
+
+    fn piece_end(&self, text: &str, start: usize) -> Option<usize> {
+        let (class, second) = self.class(text, start)?;
+        match class {
+            LETTER => return Some(self.run_end(text, second, LETTER)), // 2
+            NUMBER => match self.class(text, second) {
+                Some((NUMBER, third)) => return Some(third), // 3
+                _ => return Some(second),
+            },
+            _ => {}
+        }
+        if let Some(end) = contraction_end(text, start) {
+            return Some(end); // 1
+        }
+        let following = self.class(text, second);
+        if let (true, Some((LETTER, third))) = (class != NEWLINE, following) {
+            return Some(self.run_end(text, third, LETTER)); // 2
+        }
+        let symbols = match (class, following) {
+            (OTHER, _) => Some(second),
+            (SPACE, Some((OTHER, third))) if text.as_bytes()[start] == b' ' => Some(third),
+            _ => None,
+        };
+        match symbols {
+            Some(at) => {
+                let at = self.run_end(text, at, OTHER);
+                Some(self.run_end(text, at, NEWLINE)) // 4
+            }
+            None => Some(self.space_end(text, start)),
+        }
+    }
+
+    /// Alternatives 5 to 7, where a run of white space begins at `start`.
+    fn space_end(&self, text: &str, start: usize) -> usize {
+        let (mut end, mut last, mut newline_end) = (start, start, None);
+        while let Some((class @ (SPACE | NEWLINE), next)) = self.class(text, end) {
+            (last, end) = (end, next);
+            if class == NEWLINE {
+                newline_end = Some(end);
+            }
+        }
+        match newline_end {
+            Some(newline_end) => newline_end, // 5: back to the last newline
+            None if end < text.len() && last > start => last, // 6: all but the last
+            None => end,                      // 6 at the end of the text, 7 elsewhere
+        }
+    }
+}
+
+/// Alternative 1. Ignoring case, Unicode has one more s: U+017F.
+fn contraction_end(text: &str, start: usize) -> Option<usize> {
+    match text.as_bytes()[start..] {
+        [b'\'', b's' | b'S' | b'd' | b'D' | b'm' | b'M' | b't' | b'T', ..] => Some(start + 2),
+        [b'\'', b'l' | b'L', b'l' | b'L', ..] => Some(start + 3),
+        [b'\'', b'v' | b'V' | b'r' | b'R', b'e' | b'E', ..] => Some(start + 3),
+        [b'\'', 0xc5, 0xbf, ..] => Some(start + 3),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::split::DEFAULT_PATTERN;
+    use fancy_regex::Regex;
+    use proptest::prelude::*;
+
+    fn by_engine<'t>(regex: &Regex, text: &'t str) -> Vec<&'t str> {
+        regex.find_iter(text).map(|m| m.unwrap().as_str()).collect()
+    }
+
+    fn assert_same(regex: &Regex, text: &str) {
+        let scanned: Vec<&str> = Scanner::default().pieces(text).collect();
+        assert_eq!(scanned, by_engine(regex, text), "on {text:?}");
+    }
+
+    #[test]
+    fn equals_the_engine_around_every_character() {
+        let regex = Regex::new(DEFAULT_PATTERN).unwrap();
+        // One long text a context: the engine's start-up would cost more than the matching.
+        for (before, after) in [
+            ("", ""),
+            ("'", "x'"),
+            ("'l", "' "),
+            ("'", "e\n"),
+            (" ", "1"),
+            ("\n", "\t "),
+        ] {
+            let mut text = String::new();
+            for char in '\0'..=char::MAX {
+                text.push_str(before);
+                text.push(char);
+                text.push_str(after);
+            }
+            let scanned = Scanner::default().pieces(&text);
+            let engine = regex.find_iter(&text).map(|m| m.unwrap().as_str());
+            assert!(scanned.eq(engine), "around {before:?}, {after:?}");
+        }
+    }
+
+    #[test]
+    fn equals_the_engine_on_all_short_texts() {
+        let regex = Regex::new(DEFAULT_PATTERN).unwrap();
+        let alphabet = [
+            "'", "s", "L", "e", "ſ", "é", "7", "²", " ", "\n", "\r", "\u{a0}", "!", "\u{301}",
+        ];
+        let mut texts = vec![String::new()];
+        for _ in 0..4 {
+            let longer = texts
+                .iter()
+                .flat_map(|t| alphabet.map(|c| format!("{t}{c}")));
+            texts = longer.collect();
+            texts.iter().for_each(|text| assert_same(&regex, text));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn equals_the_engine_on_random_text(text in any::<String>(), prose in "([a-zA-Z'’ \t\r\n0-9!?é٣\u{2003}]|ll|re){0,60}") {
+            let regex = Regex::new(DEFAULT_PATTERN).unwrap();
+            assert_same(&regex, &text);
+            assert_same(&regex, &prose);
+        }
+    }
+}
