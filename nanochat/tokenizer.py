@@ -12,7 +12,10 @@ import importlib
 import itertools
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,10 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+# tiktoken's regex engine panics on a run of some 500,000 spaces (measured, 0.14): one such document
+# must not cost the whole shard, so longer runs than this are encoded in pieces.
+_LONGEST_SPACE = 100_000
+_LONG_SPACE = re.compile(rf"(\s{{{_LONGEST_SPACE}}})")
 DEFAULT_DIRECTORY = "tokenizer"
 _JSON, _PICKLE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
 _FORMAT = "nanochat-bpe-1"
@@ -70,7 +77,9 @@ class RustBPETokenizer:
         check_vocab_size(vocab_size)
         trainer = _rustbpe().Tokenizer()
         num_mergeable = vocab_size - len(SPECIAL_TOKENS)
-        trainer.train_from_iterator(iter(text_iterator), num_mergeable, pattern=SPLIT_PATTERN)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of too little text: an error below
+            trainer.train_from_iterator(iter(text_iterator), num_mergeable, pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) < num_mergeable:
             most = len(ranks) + len(SPECIAL_TOKENS)
@@ -150,11 +159,12 @@ class RustBPETokenizer:
         head = [] if prepend is None else [self._special_id(prepend)]
         tail = [] if append is None else [self._special_id(append)]
         if isinstance(text, str):
-            return head + self.enc.encode_ordinary(text) + tail
+            return head + self._encode_text(text) + tail
         if num_threads == 1:  # spares the threads' overhead
-            rows = [self.enc.encode_ordinary(one) for one in text]
+            rows = [self._encode_text(one) for one in text]
         else:
-            rows = self.enc.encode_ordinary_batch(list(text), num_threads=num_threads)
+            with ThreadPoolExecutor(num_threads) as pool:  # tiktoken encodes without the GIL
+                rows = list(pool.map(self._encode_text, text))
         return [head + row + tail for row in rows] if head or tail else rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,6 +185,12 @@ class RustBPETokenizer:
             0 if id in special else len(self.enc.decode_single_token_bytes(id))
             for id in range(self.get_vocab_size())
         ]
+
+    def _encode_text(self, text: str) -> list[int]:
+        if len(text) <= _LONGEST_SPACE or not _LONG_SPACE.search(text):
+            return self.enc.encode_ordinary(text)
+        pieces = _LONG_SPACE.split(text)
+        return [id for piece in pieces for id in self.enc.encode_ordinary(piece)]
 
     def _special_id(self, token: int | str) -> int:
         return token if isinstance(token, int) else self.encode_special(token)
