@@ -1,9 +1,9 @@
 """A Redis of one's own for a simulation: a Unix socket in a private directory, nothing on disk.
 
-No TCP port (nobody else can reach it, no port can be taken), no persistence (the coordinator survives
-the loss of everything in Redis). It ends with the process that started it, however that ends: see
-`pilot.keeper`. `PILOT_SCRATCH_DIR` says where its directory is made; `pilot run` sets it, so that a
-run's directory and all in it go together.
+No TCP port (nobody else can reach it, no port can be taken), no persistence (the coordinator
+survives the loss of everything in Redis). It ends with the process that started it, however that
+ends: see `pilot.keeper`. `PILOT_SCRATCH_DIR` says where its directory is made; `pilot run` sets it,
+so that a run's directory and all in it go together.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class LocalRedis:
         return f"redis://{user}127.0.0.1:{self._port}/0"
 
     def start(self) -> "LocalRedis":
-        """Start the server and wait until it answers; raises PilotError if there is none to start."""
+        """Start the server and wait until it answers; raises PilotError if that fails."""
         binary = find_server()
         self._directory = _private_directory()
         configuration = self._directory / "redis.conf"

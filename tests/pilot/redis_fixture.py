@@ -15,14 +15,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture()
+@pytest.fixture
 def redis_url() -> Iterator[str]:
     """A server of this test's own, on a Unix socket."""
     with LocalRedis() as server:
         yield server.url
 
 
-@pytest.fixture()
+@pytest.fixture
 def tcp_redis() -> Iterator[LocalRedis]:
     """A server of this test's own, on a TCP port with a password; `.stop()` it to lose it."""
     with LocalRedis(port=free_port(), password="correct horse") as server:

@@ -1,0 +1,256 @@
+"""One stream of events -> the console, a JSONL file of the run, and W&B.
+
+What happens in a run is said once, as an event; `events.jsonl` is the record that tests, tables and
+plots read. Telemetry never ends a run: values of any type are written in some form, a full disk or a
+W&B that fails costs one warning.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pilot.config import redact_url
+
+logger = logging.getLogger("pilot")
+
+EVENTS_FILE = "events.jsonl"
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+WANDB_INIT_TIMEOUT_S = 60.0
+WANDB_FINISH_TIMEOUT_S = 60.0  # an upload over a dead network would hold up the end of the run
+MAX_DEPTH = 8  # of nested values; what lies deeper, or in a cycle, is written as its repr
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_CREDENTIALS = re.compile(r"@|password=|username=", re.IGNORECASE)
+
+
+class Telemetry:
+    """The event stream of one run, written in `run_dir` (which must exist).
+
+    `wandb_mode`: "auto" (online with WANDB_API_KEY in the environment, else offline), "online",
+    "offline" or "disabled". `wandb_id` continues that W&B run; `.wandb_id` is the one in use, to be
+    kept for a resume. Credentials in URLs are cut out of everything that is written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        config_dict: Mapping[str, Any],
+        wandb_mode: str,
+        wandb_project: str,
+        run_name: str,
+        wandb_id: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.events_path = run_dir / EVENTS_FILE
+        self.wandb_id = wandb_id or secrets.token_hex(4)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._file_works = True
+        self._close_torn_line()
+        self._wandb: Any = None
+        if wandb_mode == "auto":
+            wandb_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        if wandb_mode != "disabled":
+            options = {
+                "project": wandb_project,
+                "name": run_name,
+                "id": self.wandb_id,
+                "dir": str(run_dir),
+                "config": jsonable(config_dict),
+            }
+            self._start_wandb(wandb_mode, options)
+
+    def event(self, kind: str, message: str | None = None, **fields: Any) -> None:
+        """Record that `kind` happened, with its fields; `message` is its line on the console."""
+        record: dict[str, Any] = {"time": self._clock(), "event": kind}
+        if message is not None:
+            message = redact(message)
+            record["message"] = message
+            logger.info("%s", message)
+        for name, value in fields.items():
+            record[f"{name}_" if name in record else name] = jsonable(value)
+        self._append(record)
+
+    def metrics(self, step: int, **numbers: Any) -> None:
+        """Record numbers of one global step, as an event and in W&B."""
+        self.event("metrics", step=step, **numbers)
+        if self._wandb is not None:
+            finite = {name: jsonable(value) for name, value in numbers.items()}
+            finite = {name: value for name, value in finite.items() if value is not None}
+            try:
+                self._wandb.log(finite, step=step)
+            except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
+                self._without_wandb(error)
+
+    def close(self, *, exit_code: int = 0) -> None:
+        """Finish the W&B run; events may still be recorded. Harmless when repeated."""
+        run, self._wandb = self._wandb, None
+        if run is None:
+            return
+        finish = threading.Thread(target=self._finish, args=(run, exit_code), daemon=True)
+        finish.start()
+        finish.join(WANDB_FINISH_TIMEOUT_S)
+        if finish.is_alive():
+            logger.warning(
+                "W&B did not finish its upload; later: wandb sync %s",
+                self.events_path.parent / "wandb",
+            )
+
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    def _close_torn_line(self) -> None:
+        """A crash may have left half a line: what follows must not be glued to it."""
+        try:
+            with self.events_path.open("rb+") as file:
+                if file.seek(0, os.SEEK_END) == 0:
+                    return
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+        except FileNotFoundError:
+            pass
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            try:
+                # one write each: whole lines also when several threads record
+                with self.events_path.open("ab", buffering=0) as file:
+                    file.write(line)
+                self._file_works = True
+            except OSError as error:
+                if self._file_works:
+                    logger.warning("events are not being recorded: %s", error)
+                self._file_works = False
+
+    def _start_wandb(self, mode: Any, options: dict[str, Any]) -> None:
+        try:
+            import wandb
+
+            settings = wandb.Settings(
+                silent=True,
+                console="off",  # Flower's log stream already wraps the output
+                disable_git=True,
+                disable_code=True,
+                init_timeout=WANDB_INIT_TIMEOUT_S,
+            )
+            resume: Any = "allow" if mode == "online" else None  # offline runs merge when synced
+            try:
+                self._wandb = wandb.init(mode=mode, resume=resume, settings=settings, **options)
+            except Exception as error:
+                if mode == "offline":
+                    raise
+                logger.warning("W&B cannot be reached, going on offline: %s", redact(str(error)))
+                self._wandb = wandb.init(mode="offline", settings=settings, **options)
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
+            self._without_wandb(error)
+
+    def _without_wandb(self, error: Exception) -> None:
+        self._wandb = None
+        logger.warning("W&B failed, going on without: %s", redact(str(error)))
+
+    @staticmethod
+    def _finish(run: Any, exit_code: int) -> None:
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run has ended well
+            logger.warning("W&B failed to finish: %s", redact(str(error)))
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a file, oldest first; lines torn by a crash are left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def jsonable(value: Any, depth: int = 0) -> Any:
+    """`value` in JSON's types: numbers of numpy and torch as numbers, NaN and infinity as None."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, str):
+        return redact(str(value))
+    try:
+        if depth < MAX_DEPTH:
+            if isinstance(value, Mapping):
+                return {str(key): jsonable(item, depth + 1) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [jsonable(item, depth + 1) for item in value]
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                names = [field.name for field in dataclasses.fields(value)]
+                return {name: jsonable(getattr(value, name), depth + 1) for name in names}
+            if hasattr(value, "tolist"):  # arrays and tensors, numpy's and torch's scalars
+                return jsonable(value.tolist(), depth + 1)
+        return redact(str(value))
+    except Exception as error:  # noqa: BLE001 - a foreign type's own methods may raise anything
+        return f"<{type(value).__name__}: {type(error).__name__}>"
+
+
+def redact(text: str) -> str:
+    """`text` without the credentials of the URLs in it."""
+
+    def without(match: re.Match[str]) -> str:
+        url = match.group()
+        return redact_url(url) if _CREDENTIALS.search(url) else url
+
+    return _URL.sub(without, text)
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to what sys.stdout is at that moment: Flower and pytest exchange it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stdout
+
+
+class _Formatter(logging.Formatter):
+    """The message alone; warnings and errors say so in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def configure_logging() -> None:
+    """Print the logger "pilot" to standard output, in whole plain lines. Once is enough."""
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        handler = _Handler()
+        handler.setFormatter(_Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
