@@ -1,0 +1,103 @@
+"""What a run on one machine tells: a progress bar, lines, Weights & Biases."""
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from nanochat.common import get_base_dir
+
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+class ProgressLog:
+    """Progress bar, lines and W&B of rank 0; a loss is read from the device every few steps only."""
+
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        step_tokens: int,
+        log_every: int,
+        rank: int,
+        run: str,
+        wandb_project: str,
+        wandb_mode: str,
+        config: dict[str, Any],
+    ) -> None:
+        self._num_steps, self._step_tokens = num_steps, step_tokens
+        self._log_every, self._rank = log_every, rank
+        # None: no bar where nobody watches (not a terminal); the lines tell the same
+        self._bar = tqdm(total=num_steps, unit="step", disable=None if rank == 0 else True)
+        self._wandb = None
+        if rank == 0:
+            self._wandb = _open_wandb(run, wandb_project, wandb_mode, config)
+        self._pending: list[Tensor] = []
+        self._since = time.monotonic()
+
+    def step(
+        self,
+        done: int,
+        nats: Tensor,
+        lr_multiplier: float,
+        position: tuple[int, int, int, int | None],
+    ) -> None:
+        """Take note of a step whose nats, those of this rank, are still on the device."""
+        self._bar.update()
+        self._pending.append(nats)
+        if done % self._log_every and done != self._num_steps:
+            return
+        total = torch.stack(self._pending).sum()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        tokens = len(self._pending) * self._step_tokens
+        loss = float(total) / tokens  # here the device is waited for
+        now = time.monotonic()
+        rate, self._since, self._pending = tokens / (now - self._since), now, []
+        epoch, shard, row, shard_rows = position
+        progress = f"{100 * row / shard_rows:.1f}%" if shard_rows else f"{row} rows"
+        self._bar.set_postfix_str(f"loss={loss:.4f} shard={shard} shard_progress={progress}")
+        self.say(
+            f"step={done}/{self._num_steps} loss={loss:.4f} lrm={lr_multiplier:.3f} "
+            f"tokens_per_s={rate:,.0f} epoch={epoch} shard={shard} shard_progress={progress}"
+        )
+        self._record(
+            {"step": done, "train/loss": loss, "train/lrm": lr_multiplier, "train/tok_per_s": rate}
+        )
+
+    def evaluation(self, done: int, val_bpb: float) -> None:
+        self.say(f"step={done} val_bpb={val_bpb:.6f}")
+        self._record({"step": done, "val/bpb": val_bpb})
+
+    def say(self, line: str) -> None:
+        if self._rank == 0:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            self._wandb.log(values)
+
+
+def _open_wandb(run: str, project: str, mode: str, config: dict[str, Any]) -> Any:
+    """A W&B run, or None without a project; online only with a key: nobody is asked for one."""
+    if not project or mode == "disabled":
+        return None
+    import wandb  # slow to import, and not needed without a project
+
+    online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_API_KEY"))
+    return wandb.init(
+        project=project,
+        name=run,
+        mode="online" if online else "offline",
+        dir=str(get_base_dir()),
+        config=config,
+    )
