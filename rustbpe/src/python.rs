@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyUserWarning, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
 use crate::count::{count_words, Batch, CountError, POLL};
@@ -210,7 +211,7 @@ impl Tokenizer {
     fn batch_encode(
         &self,
         py: Python<'_>,
-        texts: Vec<String>,
+        texts: Vec<PyBackedStr>,
         num_threads: Option<usize>,
     ) -> PyResult<Vec<Vec<u32>>> {
         let (model, num_threads) = (self.model(), threads_or_all(num_threads)?);
@@ -233,7 +234,7 @@ impl Tokenizer {
 type Encoded = Result<Vec<u32>, SplitError>;
 
 /// Encodes on `num_threads` workers while the calling thread looks for Ctrl-C.
-fn encode_all(model: &Model, texts: &[String], num_threads: usize) -> PyResult<Vec<Vec<u32>>> {
+fn encode_all(model: &Model, texts: &[PyBackedStr], num_threads: usize) -> PyResult<Vec<Vec<u32>>> {
     let (stop, next) = (AtomicBool::new(false), AtomicUsize::new(0));
     let (sender, results) = channel::<(usize, Encoded)>();
     std::thread::scope(|scope| {

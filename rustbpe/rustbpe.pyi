@@ -1,0 +1,28 @@
+"""Exact byte-pair encoding in Rust; README.md says how it works."""
+
+from collections.abc import Iterable, Sequence
+from typing import final
+
+DEFAULT_PATTERN: str
+
+@final
+class Tokenizer:
+    def __new__(cls) -> Tokenizer: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def train_from_iterator(
+        self,
+        iterator: Iterable[str],
+        vocab_size: int,
+        buffer_size: int = 8192,
+        pattern: str | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> None: ...
+    def get_pattern(self) -> str: ...
+    def get_mergeable_ranks(self) -> list[tuple[bytes, int]]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def batch_encode(
+        self, texts: Sequence[str], *, num_threads: int | None = None
+    ) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
