@@ -88,7 +88,7 @@ class RunConfig:
     total_batch_size: int = _key(524288, "tokens of a client's optimizer step", low=1)
     device_batch_size: int = _key(8, "rows a device takes at once", low=1)
     # rounds
-    min_clients: int = _key(2, "clients a round waits for before it opens", low=1)
+    min_clients: int = _key(2, "clients that the run waits for before its first round", low=1)
     quorum: int = _key(2, "training clients without which only time ends a round", low=1)
     round_min_duration: float = _key(600.0, "seconds that a round lasts at least", low=0)
     round_max_duration: float = _key(3600.0, "seconds after which a round ends anyhow", low=1)
@@ -213,7 +213,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 
 def _check(key: str, value: Any, declared: Any) -> Scalar:
-    kind: type = declared.type
+    kind: Any = declared.type
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -222,13 +222,14 @@ def _check(key: str, value: Any, declared: Any) -> Scalar:
     low, high = declared.metadata["low"], declared.metadata["high"]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"run-config key {key}={value} must be finite")
-    if low is not None and value < low or high is not None and value > high:
+    if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
         raise ConfigError(f"run-config key {key}={value} must be {bounds}")
     choices = declared.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(f'run-config key {key}="{value}" must be one of {", ".join(choices)}')
-    return value
+    checked: Scalar = value
+    return checked
 
 
 DEFAULTS: Mapping[str, Scalar] = RunConfig().to_mapping()

@@ -1,0 +1,112 @@
+"""What a round asks of each site: rows to train on, rows to be judged by, and how long it may take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pilot.codec import encode
+from pilot.config import RunConfig
+from pilot.mailbox import Mailbox
+from pilot.messages import Fence, HelloOrder, Part, TrainOrder, to_header
+from pilot.open_round import OpenRound, Work
+from pilot.rounds import Clock
+from pilot.run_state import RunState
+from pilot.sites import Site
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """Leases rows of `state`'s ledger and sends orders; `redis_url` travels, without credentials."""
+
+    config: RunConfig
+    state: RunState
+    term: int
+    mailbox: Mailbox
+    clock: Clock
+    redis_url: str
+
+    def hello_order(self) -> HelloOrder:
+        config = self.config
+        return HelloOrder(run=config.run_name, config=config.to_mapping(), redis_url=self.redis_url)
+
+    def send_all(
+        self, open_round: OpenRound, sites: Sequence[Site], *, evaluate_only: bool = False
+    ) -> None:
+        """An order to each of `sites`; together they evaluate all validation rows."""
+        parts = encode(self.state.weights)
+        rows = self.config.eval_rows
+        for i, site in enumerate(sites):
+            eval_rows = (i * rows // len(sites), (i + 1) * rows // len(sites))
+            wanted = 0 if evaluate_only else self._rows_wanted(site, self._share(site, sites))
+            self._send(open_round, site, self._share(site, sites), wanted, eval_rows, parts)
+
+    def join(self, open_round: OpenRound, site: Site) -> None:
+        """An order to a site that came while the round runs; it has no part in the evaluation."""
+        sites = [*(work.site for work in open_round.pending.values()), site]
+        share = self._share(site, sites)
+        parts = encode(self.state.weights)
+        self._send(open_round, site, share, self._rows_wanted(site, share), (0, 0), parts)
+
+    def _send(
+        self,
+        open_round: OpenRound,
+        site: Site,
+        share: float,
+        rows_wanted: int,
+        eval_rows: tuple[int, int],
+        parts: list[Part],
+    ) -> None:
+        ledger, lease = self.state.ledger, None
+        if rows_wanted:
+            lease = ledger.lease(site.name, rows_wanted, shards=set(site.hello.shards))
+        lease_id = lease.lease_id if lease else 0
+        fence = Fence(self.config.run_name, self.term, open_round.number, lease_id)
+        elapsed_s = self.clock.now_s() - open_round.opened_at_s
+        order = TrainOrder(
+            fence=fence,
+            client=site.name,
+            config=self.config.to_mapping(),
+            redis_url=self.redis_url,
+            processes=self.config.client_processes or site.hello.devices,
+            segments=[segment.to_list() for segment in lease.segments] if lease else [],
+            last=lease.last if lease else False,
+            seconds_left=max(0.0, self.config.round_max_duration - elapsed_s),
+            committed_tokens=self.state.tokens,
+            total_tokens=self.state.total_tokens,
+            share=share,
+            eval_first_row=eval_rows[0],
+            eval_end_row=eval_rows[1],
+        )
+        message_id = self.mailbox.send(site.node_id, "train", to_header(order), parts)
+        open_round.asked.add(site.name)
+        if message_id:
+            open_round.add(Work(message_id, site, fence, lease))
+        elif lease:
+            ledger.give_back(lease.lease_id)
+
+    def _share(self, site: Site, sites: Sequence[Site]) -> float:
+        """The site's share of the federation's token rate; equal shares where work is fixed."""
+        rates = [s.tokens_per_s for s in sites if s.tokens_per_s]
+        if self.config.round_steps or len(rates) < len(sites) or not site.tokens_per_s:
+            return 1 / len(sites)
+        return site.tokens_per_s / sum(rates)
+
+    def _rows_wanted(self, site: Site, share: float) -> int:
+        """About twice the rows that the site will use in a round, whole optimizer steps."""
+        config = self.config
+        if config.round_steps:
+            return config.round_steps * config.batch_rows
+        wanted = self.state.total_tokens - self.state.tokens
+        if config.target_tokens:
+            wanted = min(wanted, config.target_tokens)
+        tokens = 2.0 * wanted * share
+        if site.tokens_per_s:
+            tokens = min(tokens, 2.0 * site.tokens_per_s * config.round_max_duration)
+        elif not config.target_tokens:
+            tokens = min(tokens, 2.0 * site.hello.devices * self._shard_tokens())
+        steps = max(1, -int(-tokens // config.total_batch_size))
+        return steps * config.batch_rows
+
+    def _shard_tokens(self) -> float:
+        """Tokens of an average shard; as long as none is known, no limit (a lease then counts shards)."""
+        counts = self.state.ledger.row_counts.values()
+        return sum(counts) / len(counts) * self.config.sequence_len if counts else float("inf")

@@ -1,0 +1,97 @@
+"""Messages over a Flower `Grid`: sent one by one, answered, failed, or given up.
+
+What Flower leaves open is closed here (FLOWER.md): an unknown node drops out of a push without a word, a
+reply can be pulled only once, an error names no node, and a node that restarts between two polls
+never answers and never fails. So each message is pushed alone and remembered, and one whose node is
+away for `LOST_AFTER_S` counts as lost.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from pilot.messages import Header, Part
+from pilot.records import from_records, to_records
+from pilot.rounds import Clock
+
+# A node that comes back within this time has only been slow to say that it is alive.
+LOST_AFTER_S = 10.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one message; `error` is a sentence if there is no content."""
+
+    message_id: str
+    node_id: int
+    header: Header
+    parts: list[Part]
+    error: str = ""
+
+
+@dataclass
+class _Pending:
+    node_id: int
+    absent_since_s: float | None = None
+
+
+class Mailbox:
+    """All messages of a server that have no answer yet."""
+
+    def __init__(self, grid: Grid, clock: Clock) -> None:
+        self._grid, self._clock = grid, clock
+        self._pending: dict[str, _Pending] = {}
+
+    def nodes(self) -> set[int]:
+        """Nodes that Flower believes to be online."""
+        return set(self._grid.get_node_ids())
+
+    def busy(self, node_id: int) -> bool:
+        """Whether a message to the node has no answer yet: a node takes one at a time."""
+        return any(pending.node_id == node_id for pending in self._pending.values())
+
+    def send(self, node_id: int, kind: str, header: Header, parts: Iterable[Part] = ()) -> str:
+        """Send one message ("query" or "train"); returns its id, "" if the node is not there."""
+        message = Message(to_records(header, parts), node_id, kind)
+        ids = list(self._grid.push_messages([message]))
+        if not ids or not ids[0]:
+            return ""
+        self._pending[ids[0]] = _Pending(node_id)
+        return ids[0]
+
+    def poll(self) -> list[Answer]:
+        """The answers that have come since the last call; each message gets exactly one."""
+        answers = []
+        for message_id in list(self._pending):
+            # one a call: Flower downloads all ready replies of a call before it returns
+            for reply in self._grid.pull_messages([message_id]):
+                answers.append(self._open(message_id, reply))
+        answers += self._lost()
+        return answers
+
+    def _open(self, message_id: str, reply: Message) -> Answer:
+        node_id = self._pending.pop(message_id).node_id
+        if reply.has_error():
+            reason = f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
+            return Answer(message_id, node_id, {}, [], reason)
+        try:
+            header, parts = from_records(reply.content)
+        except ValueError as error:
+            return Answer(message_id, node_id, {}, [], str(error))
+        return Answer(message_id, node_id, header, parts)
+
+    def _lost(self) -> list[Answer]:
+        online, now_s = self.nodes(), self._clock.now_s()
+        lost = []
+        for message_id, pending in list(self._pending.items()):
+            if pending.node_id in online:
+                pending.absent_since_s = None
+                continue
+            if pending.absent_since_s is None:
+                pending.absent_since_s = now_s
+            if now_s - pending.absent_since_s >= LOST_AFTER_S:
+                del self._pending[message_id]
+                lost.append(Answer(message_id, pending.node_id, {}, [], "its node is gone"))
+        return lost

@@ -1,0 +1,194 @@
+"""One round's books: what was asked of whom, which replies were taken, and what they sum to.
+
+A reply is checked and spilled to disk as it arrives and folded into the mean at the close, in lease
+order: memory is one model, not one a client, and who was first makes no difference. What can't be taken
+is refused with a reason, and its rows go back.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pilot.aggregation import refusal, weighted_mean
+from pilot.codec import CodecError, decode
+from pilot.ledger import Lease, LedgerError, Segment
+from pilot.mailbox import Answer
+from pilot.messages import Fence, TrainReply, from_header
+from pilot.run_state import RunState
+from pilot.sites import Site
+from pilot.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one message asks of one site; `lease` is None if it shall only evaluate."""
+
+    message_id: str
+    site: Site
+    fence: Fence
+    lease: Lease | None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A reply that will be merged; its pseudo-gradient lies at `path`."""
+
+    work: Work
+    reply: TrainReply
+    path: Path
+
+    @property
+    def consumed(self) -> list[Segment]:
+        return [Segment.from_list(values) for values in self.reply.consumed]
+
+    @property
+    def row_counts(self) -> dict[int, int]:
+        return {int(shard): int(count) for shard, count in self.reply.row_counts}
+
+
+class OpenRound:
+    """A round between its opening and its commit. `spool` is an empty directory of its own."""
+
+    def __init__(
+        self, number: int, state: RunState, telemetry: Telemetry, *, spool: Path, opened_at_s: float
+    ) -> None:
+        self.number, self.opened_at_s = number, opened_at_s
+        self.asked: set[str] = set()  # sites that were sent an order
+        self.pending: dict[str, Work] = {}
+        self.taken: list[Taken] = []
+        self.failures: dict[str, str] = {}  # site → what went wrong there
+        self.eval_nats, self.eval_bytes, self.eval_rows = 0.0, 0, 0
+        self._state, self._telemetry, self._spool = state, telemetry, spool
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the replies taken."""
+        return sum(taken.reply.tokens for taken in self.taken)
+
+    def add(self, work: Work) -> None:
+        self.pending[work.message_id] = work
+
+    def take(self, answer: Answer) -> bool:
+        """Take or refuse an answer if it is to this round; False: it is not."""
+        work = self.pending.pop(answer.message_id, None)
+        if work is None:
+            return False
+        try:
+            reply = _reply(answer)
+            if reply.fence != work.fence:
+                raise ValueError(f"its fence is {reply.fence}, not {work.fence}")
+            if reply.error:
+                raise ValueError(reply.error)
+            self._add_evaluation(reply)
+            taken = self._spill(work, reply, answer)
+        except (ValueError, TypeError, LedgerError, CodecError) as error:
+            self._refuse(work, str(error))
+            return True
+        if taken is not None:
+            self.taken.append(taken)
+        work.site.tokens_per_s = reply.tokens / reply.train_s if reply.train_s > 0 else None
+        self._tell(work, reply)
+        return True
+
+    def _add_evaluation(self, reply: TrainReply) -> None:
+        if math.isfinite(reply.eval_nats) and reply.eval_rows > 0:
+            self.eval_nats += reply.eval_nats
+            self.eval_bytes += reply.eval_bytes
+            self.eval_rows += reply.eval_rows
+
+    def _spill(self, work: Work, reply: TrainReply, answer: Answer) -> Taken | None:
+        """Write the pseudo-gradient down if it may be merged; None if there is none.
+
+        Raises ValueError with the reason if it may not.
+        """
+        if work.lease is None:
+            return None
+        if reply.tokens == 0 and not reply.consumed:
+            self._state.ledger.give_back(work.lease.lease_id)
+            return None
+        update = decode(answer.parts)
+        if reason := refusal(update, self._state.weights, tokens=reply.tokens):
+            raise ValueError(reason)
+        taken = Taken(work, reply, self._spool / f"lease-{work.lease.lease_id:08d}.safetensors")
+        self._state.ledger.check(work.lease.lease_id, taken.consumed, taken.row_counts)
+        rows = sum(segment.rows or 0 for segment in taken.consumed)
+        if rows * self._state.config.sequence_len != reply.tokens:
+            raise ValueError(f"it reports {reply.tokens} tokens for {rows} rows")
+        save_file(update, taken.path)
+        return taken
+
+    def _refuse(self, work: Work, reason: str) -> None:
+        self.failures[work.site.name] = reason
+        if work.lease is not None:
+            self._state.ledger.give_back(work.lease.lease_id)
+        self._telemetry.event(
+            "reply_refused",
+            f"Reply of {work.site.name} in round {self.number} is refused: {reason}",
+            round=self.number,
+            client=work.site.name,
+            fence=asdict(work.fence),
+            reason=reason,
+        )
+
+    def _tell(self, work: Work, reply: TrainReply) -> None:
+        values = asdict(reply) | {"round": self.number, "client": work.site.name}
+        number = work.site.name.removeprefix("client_")
+        self._telemetry.event(
+            "reply",
+            f"Client {number}: {reply.batches} batches" if work.lease else None,
+            loss=reply.loss_nats / reply.tokens if reply.tokens else None,
+            **values,
+        )
+
+    def give_up(self) -> None:
+        """Nobody waits any longer: what is still out is refused, its rows go back."""
+        for work in list(self.pending.values()):
+            self._refuse(work, "no reply before the end of the grace period")
+        self.pending.clear()
+
+    # -- the close -------------------------------------------------------------------------------
+
+    def mean(self) -> dict[str, Tensor] | None:
+        """The mean pseudo-gradient, weighted by tokens, folded in lease order; None without replies."""
+        return weighted_mean(self._updates())
+
+    def _updates(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
+        for taken in self.in_lease_order():
+            yield float(taken.reply.tokens), load_file(taken.path)
+
+    def in_lease_order(self) -> list[Taken]:
+        def lease_id(taken: Taken) -> int:
+            return taken.reply.fence.lease_id
+
+        return sorted(self.taken, key=lease_id)
+
+    @property
+    def train_loss(self) -> float | None:
+        """Nats a token over all replies taken."""
+        nats = sum(taken.reply.loss_nats for taken in self.taken)
+        return nats / self.tokens if self.tokens and math.isfinite(nats) else None
+
+    @property
+    def val_bpb(self) -> float | None:
+        """Bits a byte of the model that the clients received, over the validation rows that came."""
+        return self.eval_nats / (math.log(2) * self.eval_bytes) if self.eval_bytes else None
+
+    def close(self) -> None:
+        shutil.rmtree(self._spool, ignore_errors=True)
+
+
+def _reply(answer: Answer) -> TrainReply:
+    if answer.error:
+        raise ValueError(answer.error)
+    header = {key: value for key, value in answer.header.items() if key != "node_name"}
+    message = from_header(header)
+    if not isinstance(message, TrainReply):
+        raise ValueError(f"answered an order with {type(message).__name__}")
+    return message

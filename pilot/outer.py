@@ -1,0 +1,64 @@
+"""The outer step: what the server does with the mean pseudo-gradient, in fp32.
+
+The pseudo-gradient is global minus local weights, so all three are descents along it. FedAvg: plain
+SGD; with a rate of 1 the new model is the mean of the clients'. Nesterov: SGD with Nesterov momentum,
+DiLoCo's choice (arXiv 2311.08105). Adam: FedOpt's (arXiv 2003.00295), with bias correction.
+Each agrees with the optimizer of that name in torch.optim.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pilot.config import RunConfig
+
+# FedOpt (arXiv 2003.00295, section 5): beta2 0.99; epsilon as in Adam.
+ADAM_BETA2 = 0.99
+ADAM_EPSILON = 1e-8
+
+Tensors = dict[str, Tensor]
+
+
+def outer_step(
+    config: RunConfig,
+    weights: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> tuple[Tensors, Tensors]:
+    """New (weights, state) after one step; inputs are unchanged. All tensors fp32, by name.
+
+    `state` is what the last step returned, empty before the first; a snapshot keeps it as it is.
+    """
+    if weights.keys() != gradient.keys():
+        raise ValueError("weights and pseudo-gradient have different names")
+    new_weights: Tensors = {}
+    new_state: Tensors = {}
+    if config.outer_optimizer == "adam":
+        new_state["step"] = state.get("step", torch.zeros(())) + 1
+    for name, weight in weights.items():
+        update = _update(config, name, gradient[name], state, new_state)
+        new_weights[name] = weight - config.outer_lr * update
+    return new_weights, new_state
+
+
+def _update(
+    config: RunConfig, name: str, grad: Tensor, state: Mapping[str, Tensor], new_state: Tensors
+) -> Tensor:
+    """The direction of the step for one tensor, per unit of learning rate; fills `new_state`."""
+    beta = config.outer_momentum
+    if config.outer_optimizer == "fedavg":
+        return grad
+    momentum = state.get(f"momentum.{name}", torch.zeros_like(grad))
+    if config.outer_optimizer == "nesterov":
+        momentum = beta * momentum + grad
+        new_state[f"momentum.{name}"] = momentum
+        return grad + beta * momentum
+    square = state.get(f"square.{name}", torch.zeros_like(grad))
+    momentum = beta * momentum + (1 - beta) * grad
+    square = ADAM_BETA2 * square + (1 - ADAM_BETA2) * grad * grad
+    new_state[f"momentum.{name}"] = momentum
+    new_state[f"square.{name}"] = square
+    step = float(new_state["step"])
+    denominator = (square / (1 - ADAM_BETA2**step)).sqrt() + ADAM_EPSILON
+    return momentum / (1 - beta**step) / denominator

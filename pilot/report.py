@@ -1,0 +1,116 @@
+"""What people see of a run: its log lines, and the same facts as events."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from tqdm import tqdm
+
+from nanochat.schedule import Schedule
+from pilot.open_round import OpenRound
+from pilot.run_state import RoundRecord, RunState
+from pilot.sites import Site
+from pilot.telemetry import Telemetry
+
+log = logging.getLogger("pilot")
+
+
+def round_opened(
+    number: int, state: RunState, schedule: Schedule, sites: Sequence[Site], telemetry: Telemetry
+) -> None:
+    share, complete, shards = state.ledger.progress()
+    step = state.tokens / state.config.total_batch_size
+    hyper = schedule.at(step)
+    log.info("")
+    log.info("[ROUND %d]", number)
+    log.info("Shard progress: %.1f%% (%d/%d complete)", 100 * share, complete, shards)
+    log.info(
+        "Round %d schedule: Step %.1f/%d, LRM %.3f, Momentum %.3f",
+        number,
+        step,
+        round(schedule.total_steps),
+        hyper.lr_multiplier,
+        hyper.momentum,
+    )
+    log.info("Flower nodes: %s", ", ".join(f"{site.name} ({site.node_id})" for site in sites))
+    log.info("configure_train: Training on all %d Flower nodes", len(sites))
+    telemetry.event("round_opened", round=number, clients=[site.name for site in sites])
+
+
+def progress(beats: Mapping[str, Mapping[str, str]], *, tokens: int, elapsed_s: float) -> None:
+    """One line a client, as its own progress bar would show it; `tokens` is what each may expect."""
+    for name, beat in beats.items():
+        postfix = beat.get("state", "")
+        if int(beat.get("step", 0)):
+            rows = int(beat["shard_rows"])
+            share = 100 * int(beat["shard_row"]) / rows if rows else 0.0
+            postfix = (
+                f"loss={float(beat['loss']):.4f} shard={beat['shard']} shard_progress={share:.1f}%"
+            )
+        meter = tqdm.format_meter(
+            min(int(beat.get("tokens", 0)), tokens),
+            tokens,
+            elapsed_s,
+            prefix=name,
+            unit="tok",
+            unit_scale=True,
+            postfix=postfix,
+            ncols=120,
+        )
+        log.info("%s", meter)
+
+
+def round_ended(number: int, reason: str, telemetry: Telemetry) -> None:
+    telemetry.event(
+        "round_ended", f"[ROUND {number}] ended: {reason}", round=number, reason=str(reason)
+    )
+
+
+def round_committed(record: RoundRecord, state: RunState, telemetry: Telemetry) -> None:
+    loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+    telemetry.event(
+        "round_committed",
+        f"[ROUND {record.round_number}] committed: clients={record.clients} tokens={record.tokens} "
+        f"train_loss={loss} total_tokens={state.tokens} ({record.duration_s:.1f} s)",
+        total_tokens=state.tokens,
+        merged=[asdict(fence) for fence in state.merged],
+        **asdict(record),
+    )
+    telemetry.metrics(
+        record.round_number,
+        train_loss=record.train_loss,
+        tokens=state.tokens,
+        clients=record.clients,
+    )
+
+
+def validation(open_round: OpenRound, state: RunState, telemetry: Telemetry) -> None:
+    """The replies of a round say how good the model was that the round before merged."""
+    if open_round.val_bpb is None:
+        return
+    number, wanted = state.round_number, state.config.eval_rows
+    if record := state.record(number):
+        record.val_bpb, record.eval_rows = open_round.val_bpb, open_round.eval_rows
+    rows = "" if open_round.eval_rows == wanted else f" ({open_round.eval_rows}/{wanted} rows)"
+    telemetry.event(
+        "validation",
+        f"round={number} val_bpb={open_round.val_bpb:.4f}{rows}",
+        round=number,
+        val_bpb=open_round.val_bpb,
+        eval_rows=open_round.eval_rows,
+        complete=open_round.eval_rows == wanted,
+    )
+    telemetry.metrics(number, val_bpb=open_round.val_bpb)
+
+
+def table(state: RunState) -> str:
+    """All rounds of the run, a line each."""
+    lines = ["round  clients      tokens  train loss  val bpb  seconds  ended by"]
+    for record in state.history:
+        loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+        bpb = "-" if record.val_bpb is None else f"{record.val_bpb:.4f}"
+        lines.append(
+            f"{record.round_number:5d}  {record.clients:7d}  {record.tokens:10,d}  {loss:>10}  "
+            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}"
+        )
+    return "\n".join(lines)

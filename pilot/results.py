@@ -1,0 +1,43 @@
+"""What a run leaves: `final_model.pt` and a nanochat checkpoint that upstream reads."""
+
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint_manager import FINAL_MODEL_NAME, save_checkpoint, save_final_model
+from nanochat.common import get_base_dir
+from pilot import plan
+from pilot.run_state import RunState
+
+
+def write_results(state: RunState, run_dir: Path) -> tuple[Path, Path]:
+    """(final_model.pt, directory of the checkpoint). The former last: it marks the run as finished."""
+    meta = _meta(state)
+    checkpoint = get_base_dir() / "base_checkpoints" / state.config.run_name
+    save_checkpoint(checkpoint, state.steps, state.weights, None, meta)
+    final = run_dir / FINAL_MODEL_NAME
+    save_final_model(final, state.weights, meta)
+    return final, checkpoint
+
+
+def _meta(state: RunState) -> dict[str, Any]:
+    config = state.config
+    last = state.record(state.round_number)
+    return {
+        "step": state.steps,
+        "val_bpb": last.val_bpb if last else None,
+        "model_config": plan.model_config(config).to_meta(),
+        "user_config": config.to_mapping(),
+        "device_batch_size": config.device_batch_size,
+        "max_seq_len": config.sequence_len,
+        "run": config.run_name,
+        "rounds": state.round_number,
+        "tokens": state.tokens,
+        "data": {
+            "source": config.source,
+            "tokenizer": config.tokenizer,
+            "tokenizer_sha256": state.fingerprints.get("tokenizer", ""),
+            "sequence_len": config.sequence_len,
+            "packing": config.packing,
+            "eval_rows": config.eval_rows,
+        },
+    }

@@ -1,0 +1,169 @@
+"""The ServerApp: checks everything that can be checked, wires the parts, and trains.
+
+In a simulation `main` runs in a thread of Flower's process, in a deployment in the main thread, and
+`flwr stop` ends the process within seconds; so being stopped arrives as an exit handler of Flower's
+that sets an event, in both.
+"""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.exit import add_exit_handler
+
+from nanochat.common import UserError
+from nanochat.dataloader import shard_order
+from pilot import plan, report
+from pilot.config import DEFAULTS, PilotError, RunConfig, redact_url
+from pilot.coordinator import ServerCoordinator, resolve_url
+from pilot.ledger import Ledger
+from pilot.local_redis import LocalRedis
+from pilot.mailbox import Mailbox
+from pilot.results import write_results
+from pilot.rounds import MonotonicClock
+from pilot.run_dir import generated_name, next_term, open_run_dir
+from pilot.run_state import RunState
+from pilot.snapshot import latest_snapshot
+from pilot.strategy import PilotStrategy, RunInterrupted
+from pilot.telemetry import Telemetry
+
+_SIMULATION = "flwr-simulation"
+
+log = logging.getLogger("pilot")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Lead one run to its end. What raises here becomes the run's status `finished:failed`."""
+    _log_to_stream()
+    stopped = threading.Event()
+    add_exit_handler(stopped.set)
+    try:
+        config = _configuration(context)
+        simulation = grid.run.primary_task_type == _SIMULATION
+        with open_run_dir(config.run_name) as run_dir, _redis_url(config, simulation) as url:
+            _lead(config, grid, run_dir, url, simulation=simulation, stopped=stopped)
+    except RunInterrupted as error:
+        log.info("%s: run-name %s", error, config.run_name)
+        raise
+    except (PilotError, UserError) as error:
+        log.error("error: %s", error)
+        raise
+
+
+def _configuration(context: Context) -> RunConfig:
+    values = dict(context.run_config)
+    values["run-name"] = values.get("run-name") or generated_name()
+    config = RunConfig.from_mapping(values)
+    plan.model_config(config)  # a shape that can't be is told now
+    log.info("Run %s", config.run_name)
+    changed = {k: v for k, v in config.to_mapping().items() if v != DEFAULTS[k]}
+    log.info("Configuration: %s", " ".join(f"{key}={value}" for key, value in changed.items()))
+    return config
+
+
+@contextlib.contextmanager
+def _redis_url(config: RunConfig, simulation: bool) -> Iterator[str]:
+    """The Redis of the environment or the configuration; in a simulation with neither, one of our own."""
+    if url := resolve_url(config.redis_url):
+        yield url
+    elif simulation:
+        with LocalRedis() as local:
+            yield local.url
+    else:
+        raise PilotError(
+            "a deployment needs a Redis: set PILOT_REDIS_URL, or redis-url in the run configuration"
+        )
+
+
+def _lead(
+    config: RunConfig,
+    grid: Grid,
+    run_dir: Path,
+    url: str,
+    *,
+    simulation: bool,
+    stopped: threading.Event,
+) -> None:
+    term = next_term(run_dir)
+    coordinator = ServerCoordinator(url, config.run_name, term=term, run_dir=run_dir)
+    try:
+        state = _resume_or_start(config, run_dir)
+        log.info("Redis: %s", redact_url(url))
+        with Telemetry(
+            run_dir,
+            config_dict=config.to_mapping(),
+            wandb_mode=config.wandb_mode,
+            wandb_project=config.wandb_project,
+            run_name=config.run_name,
+            wandb_id=state.wandb_id,
+        ) as telemetry:
+            telemetry.event("run_started", run=config.run_name, term=term, tokens=state.tokens)
+            clock = MonotonicClock()
+            PilotStrategy(
+                config,
+                state,
+                term=term,
+                mailbox=Mailbox(grid, clock),
+                coordinator=coordinator,
+                telemetry=telemetry,
+                clock=clock,
+                run_dir=run_dir,
+                closed=simulation,
+                interrupted=stopped.is_set,
+            ).run()
+            _finish(state, run_dir, telemetry)
+    finally:
+        coordinator.finish()
+
+
+def _resume_or_start(config: RunConfig, run_dir: Path) -> RunState:
+    """The state of the newest whole snapshot, or that of a run that starts."""
+
+    def order(epoch: int) -> list[int]:
+        return shard_order(config.num_shards, epoch, config.seed)
+
+    decay, scaled = config.weight_decay, plan.scaled_weight_decay(config)
+    text = "Scaling weight decay from %.6f to %.6f for depth %d"
+    log.info(text, decay, scaled, config.depth)
+    snapshot = latest_snapshot(run_dir / "snapshots", report=log.warning)
+    if snapshot is not None:
+        state = RunState.from_snapshot(snapshot, config, shard_order=order)
+        log.info("Resuming run %s after round %d", config.run_name, state.round_number)
+        return state
+    weights = plan.initial_weights(config)
+    total = plan.total_tokens(config)
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    log.info("Training %s parameters on %s tokens", f"{parameters:,}", f"{total:,}")
+    ledger = Ledger(num_shards=config.num_shards, epochs=config.epochs, shard_order=order)
+    return RunState(config=config, weights=weights, ledger=ledger, total_tokens=total)
+
+
+def _finish(state: RunState, run_dir: Path, telemetry: Telemetry) -> None:
+    final, checkpoint = write_results(state, run_dir)
+    log.info("")
+    for line in report.table(state).splitlines():
+        log.info("%s", line)
+    log.info("")
+    log.info("Final model: %s", final)
+    log.info("Checkpoint:  %s", checkpoint)
+    log.info("Events:      %s", telemetry.events_path)
+    telemetry.event(
+        "run_finished", tokens=state.tokens, rounds=state.round_number, final_model=str(final)
+    )
+
+
+def _log_to_stream() -> None:
+    """Plain lines to this process's stderr, which Flower mirrors into the run's log."""
+    log.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -1,0 +1,172 @@
+"""Who takes part: each new node is asked once what it is, and a mismatch is refused with a sentence.
+
+Sites must agree to the bit on tokenizer, packing, validation rows, corpus and the pilot package. What
+they must agree on is what the snapshot says, or else the first answer that `min_clients` sites share.
+"""
+
+import logging
+import re
+from dataclasses import dataclass, field
+
+from pilot.mailbox import Answer, Mailbox
+from pilot.messages import HelloOrder, HelloReply, from_header, package_hash, to_header
+from pilot.rounds import Clock
+
+ASK_AGAIN_S = 30.0
+
+log = logging.getLogger("pilot")
+
+
+@dataclass
+class Site:
+    """A node that answered; `tokens_per_s` as measured in its last round, None before."""
+
+    name: str
+    node_id: int
+    hello: HelloReply
+    tokens_per_s: float | None = None
+
+
+@dataclass
+class Roster:
+    """All nodes of the federation, asked and not yet asked.
+
+    `fingerprints` is what sites must agree on; empty until it is known.
+    """
+
+    mailbox: Mailbox
+    order: HelloOrder
+    clock: Clock
+    min_clients: int
+    fingerprints: dict[str, str]
+    closed: bool = False  # no node will come that isn't there yet
+    refusals: dict[str, str] = field(default_factory=dict)  # site → sentence
+    _asked: dict[str, int] = field(default_factory=dict)  # message id → node id
+    _known: dict[int, float] = field(default_factory=dict)  # node → when to ask it (again)
+    _answered: dict[str, Site] = field(default_factory=dict)
+    _accepted: dict[str, Site] = field(default_factory=dict)
+
+    def greet(self) -> None:
+        """Ask nodes that are new, and once in a while those that were refused; forget those that went."""
+        online, now_s = self.mailbox.nodes(), self.clock.now_s()
+        self._known = {node: ask_s for node, ask_s in self._known.items() if node in online}
+        for node_id in sorted(online):
+            if now_s >= self._known.get(node_id, now_s) and not self.mailbox.busy(node_id):
+                message_id = self.mailbox.send(node_id, "query", to_header(self.order))
+                if message_id:
+                    self._asked[message_id] = node_id
+                    self._known[node_id] = float("inf")
+        for sites in (self._accepted, self._answered):
+            for name, site in list(sites.items()):
+                if site.node_id not in online:
+                    del sites[name]
+                    log.info("Node %s left", name)
+
+    def take(self, answer: Answer) -> bool:
+        """Take an answer if it is a hello's; False: it is somebody else's."""
+        if answer.message_id not in self._asked:
+            return False
+        node_id = self._asked.pop(answer.message_id)
+        try:
+            hello = HelloReply(error=answer.error) if answer.error else _hello(answer)
+        except ValueError as error:
+            hello = HelloReply(error=str(error))
+        name = str(answer.header.get("node_name", f"node {node_id}"))
+        if hello.error:
+            self._refuse(name, node_id, hello.error)
+            return True
+        if hello.warning:
+            log.warning("Node %s: %s", name, hello.warning)
+        # a newer node of the same name supersedes the older
+        self._answered[name] = Site(name, node_id, hello)
+        self._admit()
+        return True
+
+    def _admit(self) -> None:
+        if not self.fingerprints and not self._find_agreement():
+            return
+        for name, site in list(self._answered.items()):
+            del self._answered[name]
+            if reason := self._mismatch(site.hello):
+                self._refuse(name, site.node_id, reason)
+                continue
+            before = self._accepted.get(name)
+            site.tokens_per_s = before.tokens_per_s if before else None
+            self._accepted[name] = site
+            self.refusals.pop(name, None)
+            log.info(
+                "Node %s joined: %s, %d × %s, %d shards",
+                name,
+                site.hello.host,
+                site.hello.devices,
+                site.hello.device_name,
+                len(site.hello.shards),
+            )
+
+    def _find_agreement(self) -> bool:
+        """Fix what to agree on, once enough sites do."""
+        for candidate in self._answered.values():
+            ours = candidate.hello.fingerprints
+            agreeing = [s for s in self._answered.values() if s.hello.fingerprints == ours]
+            if len(agreeing) >= self.min_clients and ours.get("pilot package") == package_hash():
+                self.fingerprints = dict(ours)
+                return True
+        return False
+
+    def _mismatch(self, hello: HelloReply) -> str:
+        differing = [
+            what for what, ours in self.fingerprints.items() if hello.fingerprints.get(what) != ours
+        ]
+        if not differing:
+            return ""
+        return (
+            f"its {' and '.join(differing)} differ from those of the run: give all sites the same "
+            "data, tokenizer and package versions"
+        )
+
+    def _refuse(self, name: str, node_id: int, reason: str) -> None:
+        if self.refusals.get(name) != reason:
+            log.warning("Node %s is refused: %s", name, reason)
+        self.refusals[name] = reason
+        self._known[node_id] = self.clock.now_s() + ASK_AGAIN_S  # somebody may repair it
+
+    def accepted(self) -> list[Site]:
+        """Sites that may train, busy or not, in the natural order of their names."""
+        return sorted(self._accepted.values(), key=lambda site: natural(site.name))
+
+    def ready(self) -> list[Site]:
+        """Sites that may train and have no message unanswered."""
+        return [site for site in self.accepted() if not self.mailbox.busy(site.node_id)]
+
+    def hopeless(self, wanted: int) -> bool:
+        """All nodes of a closed federation have answered, and fewer than `wanted` may train."""
+        settled = bool(self._known) and not self._asked
+        return self.closed and settled and len(self._accepted) < wanted
+
+    def waiting_for(self, wanted: int) -> str:
+        """Why there are not enough sites, as a clause for people."""
+        reasons = [f"{name}: {why}" for name, why in sorted(self.refusals.items())]
+        if self._answered and len(self._answered) >= self.min_clients:
+            names = ", ".join(sorted(self._answered))
+            reasons.append(f"{names} disagree about data, tokenizer or package versions")
+        there = len(self._accepted) + len(self._answered)
+        reasons.append(f"{there} of {wanted} clients can take part")
+        return "; ".join(reasons)
+
+    @property
+    def questions_open(self) -> bool:
+        return bool(self._asked)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts client_2 before client_10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _hello(answer: Answer) -> HelloReply:
+    header = {key: value for key, value in answer.header.items() if key != "node_name"}
+    message = from_header(header)
+    if not isinstance(message, HelloReply):
+        raise ValueError(f"answered a hello with {type(message).__name__}")
+    return message

@@ -1,0 +1,117 @@
+"""A worker group: one process a device, and a supervisor that imports no torch.
+
+The supervisor starts the ranks, passes SIGTERM on to rank 0, and ends all of them when one fails or
+when its parent goes (the pipe on its standard input closes). The ranks ask the kernel to be killed
+with it. Lifetime `round`: rank 0 serves one connection, then the group ends; a group that stays is a
+matter of accepting the next one.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from pilot.worker.handle import ERROR_NAME, SOCKET_NAME
+
+_POLL_S = 0.2
+_TERMINATE_S = 3.0
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Run a group until its round is done; the exit code is that of the first rank that failed."""
+    parser = argparse.ArgumentParser(prog="python -m pilot.worker", description=main.__doc__)
+    parser.add_argument("--dir", type=Path, required=True, help="directory of socket and errors")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    arguments = parser.parse_args()
+    os.environ["PILOT_DEVICE"] = arguments.device
+    sys.exit(_supervise(arguments.dir, arguments.processes))
+
+
+def _supervise(directory: Path, processes: int) -> int:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # bound under another name first: who finds the socket can connect to it
+    listener.bind(str(directory / "binding"))
+    listener.listen(1)
+    (directory / "binding").rename(directory / SOCKET_NAME)
+    ranks = [_start_rank(rank, processes, directory, listener) for rank in range(processes)]
+    listener.close()
+    signal.signal(signal.SIGTERM, lambda *_: _signal(ranks[:1], signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the ClientApp decides
+    try:
+        return _watch(ranks, directory)
+    finally:
+        _end(ranks)
+
+
+def _start_rank(
+    rank: int, world_size: int, directory: Path, listener: socket.socket
+) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    environment |= {"PILOT_RANK": str(rank), "PILOT_WORLD_SIZE": str(world_size)}
+    environment["PILOT_SUPERVISOR"] = str(os.getpid())
+    inherited: tuple[int, ...] = ()
+    if rank == 0:
+        environment["PILOT_LISTENER"] = str(listener.fileno())
+        inherited = (listener.fileno(),)
+    # torch takes seconds to import: a supervisor that dies meanwhile must be noticed too
+    code = (
+        "from pilot.worker.group import die_with_parent; die_with_parent(); "
+        "from pilot.worker.loop import main; main()"
+    )
+    command = [sys.executable, "-c", code, str(directory)]
+    return subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
+    """Wait until all ranks are done, one fails, or the parent is gone."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        for number, code in enumerate(codes):
+            if code:
+                _tell(directory, f"worker process {number} ended with code {code}")
+                return 1
+        if all(code == 0 for code in codes):
+            return 0
+        readable = select.select([sys.stdin.buffer], [], [], _POLL_S)[0]
+        if readable and not os.read(sys.stdin.fileno(), 1):
+            return 2
+
+
+def _tell(directory: Path, sentence: str) -> None:
+    """Leave last words for the handle, unless a rank has left better ones."""
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        with open(directory / ERROR_NAME, "x", encoding="utf-8") as file:
+            file.write(sentence)
+
+
+def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            rank.send_signal(number)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+    for rank in ranks:
+        rank.wait(_TERMINATE_S)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this rank when its supervisor dies (Linux; elsewhere only checked now).
+
+    Raises SystemExit if the supervisor is already gone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ["PILOT_SUPERVISOR"]):
+        sys.exit("the worker group is gone")

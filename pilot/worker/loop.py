@@ -1,0 +1,321 @@
+"""One round, as each process of a worker group runs it.
+
+Rank 0 speaks with the ClientApp and reads the stop sources; its decisions reach the others in
+collectives, so all ranks do the same thing at the same micro-step.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanochat.common import UserError, default_compute_dtype
+from nanochat.dataloader import RowStream
+from nanochat.dataloader import Segment as RowSegment
+from nanochat.files import atomic_write_text
+from nanochat.gpt import GPT
+from nanochat.loss_eval import bpb_sums
+from nanochat.tokenizer import get_token_bytes, tokenizer_dir
+from nanochat.trainer import Trainer, rank_slice
+from pilot import plan
+from pilot.codec import decode, encode
+from pilot.config import PilotError, RunConfig
+from pilot.coordinator import ClientCoordinator, resolve_url
+from pilot.messages import (
+    HelloOrder,
+    HelloReply,
+    Part,
+    TrainOrder,
+    TrainReply,
+    from_header,
+    package_hash,
+    to_header,
+)
+from pilot.worker.handle import ERROR_NAME
+from pilot.worker.ranks import Ranks
+from pilot.worker.site import SiteData, hello, open_data
+from pilot.worker.stop import Progress, StopWatcher
+from pilot.worker.wire import receive_frame, send_frame
+
+_LOSS_EMA = 0.9
+_LOG_EVERY_S = 1.0  # reading the loss waits for the device: not oftener than this
+
+log = logging.getLogger("pilot.worker")
+
+
+def main() -> None:
+    """Serve one connection as the rank that the supervisor's environment says."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    directory, rank = Path(sys.argv[1]), int(os.environ["PILOT_RANK"])
+    try:
+        if rank == 0:
+            _serve(directory)
+        else:
+            _follow(directory)
+    except (UserError, PilotError, OSError, RuntimeError, ValueError) as error:
+        # last words for the handle: the reason, not "a process ended with code 1"
+        with contextlib.suppress(OSError):
+            atomic_write_text(directory / ERROR_NAME, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _serve(directory: Path) -> None:
+    """Rank 0: one order in, one answer out."""
+    received = time.monotonic()
+    with socket.socket(fileno=int(os.environ["PILOT_LISTENER"])) as listener:
+        connection, _ = listener.accept()
+    with connection:
+        receive_frame(connection)  # the other end's package hash, which it compares with ours
+        send_frame(connection, {"package": package_hash()})
+        header, parts = receive_frame(connection)
+        received = time.monotonic()
+        order = from_header(header)
+        answer: HelloReply | TrainReply
+        update: dict[str, Tensor]
+        if isinstance(order, HelloOrder):
+            answer, update = hello(order), {}
+        elif isinstance(order, TrainOrder):
+            answer, update = _train(directory, order, parts, received)
+        else:
+            raise ValueError(f"a worker takes orders, not {type(order).__name__}")
+        wire_dtype = str(order.config["wire-dtype"])
+        send_frame(connection, to_header(answer), encode(update, dtype=wire_dtype))
+
+
+def _train(
+    directory: Path, order: TrainOrder, parts: list[Part], received: float
+) -> tuple[TrainReply, dict[str, Tensor]]:
+    weights = decode(parts)
+    ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
+    try:
+        ranks.broadcast_json(to_header(order))
+        return Round(order, ranks, received).run(weights)
+    finally:
+        ranks.leave()
+
+
+def _follow(directory: Path) -> None:
+    """Any other rank: the same round, told by rank 0."""
+    ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
+    order = from_header(ranks.broadcast_json(None))
+    assert isinstance(order, TrainOrder)
+    try:
+        Round(order, ranks, time.monotonic()).run({})
+    finally:
+        ranks.leave()
+
+
+class Round:
+    """One client's work in one round; `run` reads as step 3 of ARCHITECTURE.md."""
+
+    def __init__(self, order: TrainOrder, ranks: Ranks, received: float) -> None:
+        self.order, self.ranks, self.received = order, ranks, received
+        self.config = RunConfig.from_mapping(order.config)
+        self.progress = Progress()
+        self.batches = 0
+
+    def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, dict[str, Tensor]]:
+        """The reply and, on rank 0, the pseudo-gradient. `weights`: the global model, on rank 0."""
+        with self._stop_watcher() as stop:
+            if self.ranks.agree(stop.should_stop()):
+                return self._reply(stop.reason), {}
+            self._limit_threads()
+            data = open_data(self.config)
+            compute_dtype = default_compute_dtype(self.ranks.device.type)
+            model = plan.build_model(
+                self.config, device=self.ranks.device, compute_dtype=compute_dtype
+            )
+            self.ranks.load_weights(model.state_dict().items(), weights)
+            nats, num_bytes = self._evaluate(model, data)
+            reply = self._steps(model, data, stop)
+            self.progress.state = "sending"
+            reply |= {
+                "eval_nats": nats,
+                "eval_bytes": num_bytes,
+                "eval_rows": self.order.eval_end_row - self.order.eval_first_row,
+            }
+            update = self._pseudo_gradient(model, weights) if reply["tokens"] else {}
+            return self._reply(stop.reason, **reply), update
+
+    @contextlib.contextmanager
+    def _stop_watcher(self) -> Iterator[StopWatcher]:
+        """Rank 0 watches Redis, SIGTERM and the clock; the others are told."""
+        fence, url = self.order.fence, resolve_url(self.order.redis_url)
+        coordinator = None
+        if self.ranks.first and url:
+            coordinator = ClientCoordinator(
+                url,
+                fence.run,
+                client=self.order.client,
+                term=fence.term,
+                round_number=fence.round_number,
+            )
+        elapsed_s = time.monotonic() - self.received
+        with StopWatcher(
+            coordinator,
+            self.progress,
+            seconds_left=self.order.seconds_left - elapsed_s,
+            heartbeat_s=self.config.heartbeat,
+        ) as stop:
+            signal.signal(signal.SIGTERM, lambda *_: stop.stop("SIGTERM"))
+            yield stop
+
+    def _limit_threads(self) -> None:
+        """A fair share of the cores a process; OMP_NUM_THREADS counts as all of them."""
+        threads = self.config.client_threads or torch.get_num_threads() // self.ranks.world_size
+        torch.set_num_threads(max(1, threads))
+
+    def _evaluate(self, model: GPT, data: SiteData) -> tuple[float, int]:
+        """Sums of nats and bytes of the model that was received, over this client's slice."""
+        self.progress.state = "evaluating"
+        first, end = self.order.eval_first_row, self.order.eval_end_row
+        if first >= end:
+            return 0.0, 0
+        mine = rank_slice(end - first, rank=self.ranks.rank, world_size=self.ranks.world_size)
+        rows = data.validation_rows(first, end)[mine]
+        size = self.config.device_batch_size
+        batches = (rows[i : i + size] for i in range(0, len(rows), size))
+        token_bytes = get_token_bytes(tokenizer_dir(self.config.tokenizer), self.ranks.device)
+        nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
+        return nats, int(num_bytes)
+
+    def _steps(self, model: GPT, data: SiteData, stop: StopWatcher) -> dict[str, Any]:
+        """Whole optimizer steps until the round ends, the steps are done or the lease is used up."""
+        config, progress = self.config, self.progress
+        optimizer = plan.make_optimizer(config, model)
+        trainer = Trainer(
+            model,
+            optimizer,
+            device=self.ranks.device,
+            device_batch_rows=config.device_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        segments = [_row_segment(values) for values in self.order.segments]
+        stream = RowStream(data.rows, segments)
+        schedule = plan.schedule(config, total_tokens=self.order.total_tokens)
+        nats = torch.zeros((), dtype=torch.float64)
+        pending = torch.zeros((), device=self.ranks.device)  # nats not yet read from the device
+        pending_tokens = 0
+        progress.state = "training"
+        began = read_at = time.monotonic()
+        with self._bar() as bar:
+            while self.order.segments and not (0 < config.round_steps <= progress.step):
+                rows = stream.read(config.batch_rows)
+                if len(rows) < config.batch_rows and not (len(rows) and self.order.last):
+                    stop.stop("lease used up")
+                    break
+                hyper = schedule.at(self._global_step())
+                step_nats = trainer.step(
+                    rows, hyper=hyper, should_stop=lambda: self._should_stop(stop)
+                )
+                if step_nats is None:
+                    break
+                pending += step_nats
+                pending_tokens += len(rows) * config.sequence_len
+                progress.step += 1
+                progress.rows += len(rows)
+                progress.tokens += len(rows) * config.sequence_len
+                if time.monotonic() - read_at >= _LOG_EVERY_S or progress.step == 1:
+                    nats += self._show(bar, stream, pending, pending_tokens, began)
+                    pending.zero_()
+                    pending_tokens, read_at = 0, time.monotonic()
+            nats += pending.double().cpu()
+        if not stop.reason:
+            stop.stop("steps done" if self.order.segments else "nothing leased")
+        if self.ranks.first and self.order.segments:
+            round_number = self.order.fence.round_number
+            text = "Stop signal received (END ROUND %d) after batch %d: %s"
+            log.info(text, round_number, self.batches, stop.reason)
+        return {
+            "steps": progress.step,
+            "batches": self.batches,
+            "tokens": progress.tokens,
+            "loss_nats": self.ranks.sum([float(nats)])[0],
+            "train_s": time.monotonic() - began,
+            "consumed": [_as_list(segment) for segment in stream.consumed(progress.rows)],
+            "row_counts": [[shard, count] for shard, count in stream.known_rows.items()],
+        }
+
+    def _should_stop(self, stop: StopWatcher) -> bool:
+        """The one decision of all ranks, before each micro-step."""
+        stopping = self.ranks.agree(stop.should_stop())
+        self.batches += not stopping
+        return stopping
+
+    def _global_step(self) -> float:
+        """Where in the run the next step is, as the schedule counts (ARCHITECTURE.md, Schedules)."""
+        own = self.progress.tokens / self.order.share
+        return (self.order.committed_tokens + own) / self.config.total_batch_size
+
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator["tqdm[object]"]:
+        """The site's own progress bar, where somebody sits before a terminal."""
+        hidden = not (self.ranks.first and sys.stderr.isatty())
+        description = f"{self.order.client} [ROUND {self.order.fence.round_number}]"
+        with tqdm(desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
+            yield bar
+
+    def _show(
+        self, bar: "tqdm[object]", stream: RowStream, nats: Tensor, tokens: int, began: float
+    ) -> Tensor:
+        """Read the loss from the device, tell it to whoever watches, and return the nats read."""
+        read = nats.double().cpu()
+        progress = self.progress
+        # rank 0 has about 1/n of the tokens; what the heartbeat shows need not be exact
+        loss = float(read) * self.ranks.world_size / tokens
+        before = progress.loss or loss
+        smoothed = _LOSS_EMA * before + (1 - _LOSS_EMA) * loss
+        progress.loss = smoothed
+        progress.tokens_per_s = progress.tokens / max(1e-9, time.monotonic() - began)
+        _, progress.shard, progress.shard_row, shard_rows = stream.position or (0, -1, 0, None)
+        progress.shard_rows = shard_rows or 0
+        share = progress.shard_row / shard_rows if shard_rows else 0.0
+        bar.set_postfix_str(
+            f"loss={smoothed:.4f} shard={progress.shard} shard_progress={share:.1%}", refresh=False
+        )
+        bar.update(progress.tokens - bar.n)
+        return read
+
+    def _pseudo_gradient(self, model: GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Global minus local weights, fp32, on rank 0.
+
+        The start is rounded as the model's own tensors are: a bf16 table that was not trained has a
+        pseudo-gradient of exactly zero.
+        """
+        if not self.ranks.first:
+            return {}
+        update = {}
+        for name, local in model.state_dict().items():
+            start = weights[name].to(local.dtype).float()
+            update[name] = start.sub_(local.detach().float().cpu())
+        return update
+
+    def _reply(self, stopped_by: str, **values: Any) -> TrainReply:
+        return TrainReply(
+            fence=self.order.fence,
+            client=self.order.client,
+            stopped_by=stopped_by,
+            total_s=time.monotonic() - self.received,
+            **values,
+        )
+
+
+def _row_segment(values: list[int]) -> RowSegment:
+    epoch, shard, first_row, end_row = values
+    return RowSegment(epoch, shard, first_row, None if end_row < 0 else end_row)
+
+
+def _as_list(segment: RowSegment) -> list[int]:
+    assert segment.end_row is not None
+    return [segment.epoch, segment.shard, segment.first_row, segment.end_row]

@@ -1,0 +1,97 @@
+"""The processes of one group as torch sees them: who am I, which device, how do we agree.
+
+CPU groups speak gloo, CUDA groups nccl with a gloo group beside it for decisions: a one-integer
+collective on the CPU costs microseconds and doesn't wait for the GPU's queue. The rendezvous is a file in
+the group's private directory, so no port is opened for it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.common import autodetect_device_type
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process's place in its group; every method is a collective that all ranks call."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @staticmethod
+    def join(directory: Path, *, device_type: str) -> "Ranks":
+        """Join the group described by the supervisor's environment; `device_type` may be "auto"."""
+        rank, world_size = int(os.environ["PILOT_RANK"]), int(os.environ["PILOT_WORLD_SIZE"])
+        kind = autodetect_device_type() if device_type == "auto" else device_type
+        device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        control: dist.ProcessGroup | None = None
+        if world_size > 1:
+            # all ranks are on this machine: never resolve a host name, never leave the loopback
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo",
+                init_method=f"file://{directory}/rendezvous",
+                rank=rank,
+                world_size=world_size,
+            )
+            control = dist.new_group(backend="gloo")  # type: ignore[assignment]  # we are a member
+        return Ranks(rank, world_size, device, control)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, decision: bool) -> bool:
+        """Rank 0's `decision`, on all ranks."""
+        if self.world_size == 1:
+            return decision
+        flag = torch.tensor([int(decision)], dtype=torch.int32)
+        dist.broadcast(flag, src=0, group=self.control)
+        return bool(flag.item())
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's JSON value, on all ranks (as text: nothing is unpickled)."""
+        if self.world_size == 1:
+            return value
+        text = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(text)])
+        dist.broadcast(size, src=0, group=self.control)
+        buffer = torch.empty(int(size.item()), dtype=torch.uint8)
+        if self.first:
+            buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0, group=self.control)
+        return json.loads(bytes(buffer.numpy()))
+
+    def load_weights(
+        self, parameters: Iterable[tuple[str, Tensor]], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Copy rank 0's `weights` (fp32, CPU) into the parameters of all ranks, cast to theirs."""
+        for name, parameter in parameters:
+            if self.first:
+                parameter.data.copy_(weights[name])
+            if self.world_size > 1:
+                dist.broadcast(parameter.data, src=0)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over ranks, in float64."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def leave(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
