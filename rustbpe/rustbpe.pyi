@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import final
 
+__all__ = ["DEFAULT_PATTERN", "Tokenizer"]
+
 DEFAULT_PATTERN: str
 
 @final

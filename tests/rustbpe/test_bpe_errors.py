@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ class ReadError(Exception):
         ({"num_threads": 0}, "num_threads must be at least 1"),
     ],
 )
-def test_bad_arguments_are_value_errors(arguments: dict[str, object], sentence: str) -> None:
+def test_bad_arguments_are_value_errors(arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         rustbpe.Tokenizer().train_from_iterator(["a"], **{"vocab_size": 300, **arguments})
 
@@ -45,9 +46,9 @@ def test_an_error_of_the_iterator_reaches_the_caller_and_changes_nothing() -> No
 
 
 @pytest.mark.parametrize("documents", ["one string", [b"bytes"], ["text", None], 5])
-def test_documents_that_are_not_texts_are_type_errors(documents: object) -> None:
+def test_documents_that_are_not_texts_are_type_errors(documents: Any) -> None:
     with pytest.raises(TypeError):
-        rustbpe.Tokenizer().train_from_iterator(documents, 300)  # type: ignore[arg-type]
+        rustbpe.Tokenizer().train_from_iterator(documents, 300)
 
 
 def test_lone_surrogates_are_refused() -> None:
