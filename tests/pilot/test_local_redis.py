@@ -1,6 +1,7 @@
 """The embedded Redis: private, on nothing but a socket, and gone with its parent."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -121,13 +122,14 @@ print(redis.Redis.from_url(made[0].url).ping(), flush=True)
 
 
 def test_server_dies_with_its_keeper() -> None:
-    parent, _, (keeper, server) = start_parent("time.sleep(60)")
+    parent, path, (keeper, server) = start_parent("time.sleep(60)")
     try:
         keeper.kill()
         assert wait_for(lambda: not server.is_running() or server.status() == "zombie")
     finally:
         parent.kill()
         parent.wait()
+        shutil.rmtree(path.parent)
 
 
 def test_its_directory_is_in_the_scratch_directory(

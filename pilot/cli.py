@@ -1,0 +1,245 @@
+"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, with what Flower leaves out.
+
+The run configuration is merged and checked before anything starts, the log is streamed with one
+progress bar a client, Ctrl-C stops the run and everything it started, and the exit code tells the
+truth: 0 completed, 1 failed or stopped, 2 a mistake that one sentence names, 130 and 143 interrupted.
+"""
+
+import argparse
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from pilot import connection as connections
+from pilot.config import PilotError, RunConfig, load_run_config, redact_url
+from pilot.connection import Connection
+from pilot.flower_run import FlowerRun, Outcome
+from pilot.superlink import SuperLink
+
+PROGRESS_MARK = (
+    "shard_progress="  # the server's progress lines: `client_0: loss=… shard_progress=…`
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks us to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with _signals_as_exceptions():
+            code: int = arguments.function(arguments)
+            return code
+    except PilotError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`pilot run`."""
+    app = arguments.app.expanduser().resolve()
+    project = _read_project(app)
+    overrides = load_run_config(arguments.run_config)
+    if project.get("project", {}).get("name") == "pilot":
+        defaults = project["tool"]["flwr"]["app"].get("config", {})
+        RunConfig.from_mapping({**defaults, **overrides})
+    connection = connections.read_connection(arguments.connection, connections.find_flwr_home(app))
+    console = Console(sys.stdout)
+    with contextlib.closing(console):
+        if connection.is_local:
+            connections.check_resources(connection, connections.count_gpus())
+            outcome = _run_locally(connection, app, overrides, console)
+        else:
+            connections.check_reachable(connection)
+            outcome = _run_remotely(connection, app, overrides, console)
+    if outcome.succeeded:
+        return 0
+    reason = f": {outcome.details}" if outcome.details else ""
+    what = "was stopped" if outcome.status == "finished:stopped" else "failed"
+    print(f"error: the run {what}{reason}", file=sys.stderr)
+    return 1
+
+
+def _run_locally(
+    connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
+) -> Outcome:
+    """A simulation on a SuperLink of its own, which ends with it."""
+    console.show(f"Starting Flower for {connection.clients} simulated clients")
+    with SuperLink(connection, app) as superlink:
+        config = _write_overrides(superlink.scratch, overrides)
+        flower = FlowerRun(connection.name, app, superlink.env)
+        try:
+            flower.submit(config)
+            return flower.follow(console.show, superlink.failure)
+        except KeyboardInterrupt:
+            console.show("Stopping the run and all of its processes")
+            raise
+        finally:
+            flower.close()
+
+
+def _run_remotely(
+    connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
+) -> Outcome:
+    """A run on a SuperLink that others started."""
+    scratch = Path(tempfile.mkdtemp(prefix="pilot-"))
+    env = {**connections.flower_environment(), "FLWR_HOME": str(connection.flwr_home)}
+    flower = FlowerRun(connection.name, app, env)
+    try:
+        flower.submit(_write_overrides(scratch, overrides))
+        console.show(f"Run {flower.run_id} at {redact_url(connection.address)}")
+        return flower.follow(console.show)
+    except KeyboardInterrupt:
+        console.show("Stopping the run")
+        flower.wait_for_id(timeout_s=15)  # it may just have been sent
+        flower.stop()
+        raise
+    finally:
+        flower.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Console:
+    """Prints the run's log; on a terminal each client's progress line stays in its place."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._pins = stream.isatty()
+        self._bars: dict[str, tqdm[NoReturn]] = {}
+
+    def show(self, line: str) -> None:
+        """Print a line, or update the bar of the client that it begins with."""
+        name, colon, _ = line.partition(":")
+        if not self._pins:
+            print(line, file=self._stream, flush=True)
+        elif PROGRESS_MARK in line and colon:
+            if name not in self._bars:
+                self._bars[name] = tqdm(
+                    file=self._stream,
+                    position=len(self._bars),
+                    bar_format="{desc}",
+                    dynamic_ncols=True,
+                )
+            self._bars[name].set_description_str(line)
+        else:
+            tqdm.write(line, file=self._stream)
+
+    def close(self) -> None:
+        """Leave the bars as they are and go below them."""
+        for bar in self._bars.values():
+            bar.close()
+        self._bars.clear()
+
+
+def _read_project(app: Path) -> dict[str, Any]:
+    path = app / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))
+        project["tool"]["flwr"]["app"]
+    except FileNotFoundError:
+        raise PilotError(
+            f"there is no {path}: run this from the project's directory, or name it with --app"
+        ) from None
+    except KeyError:
+        raise PilotError(f"{path} describes no Flower app ([tool.flwr.app])") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PilotError(f"cannot read {path}: {error}") from error
+    return project
+
+
+def _write_overrides(scratch: Path, overrides: Mapping[str, Any]) -> Path | None:
+    """The merged run configuration as the one file that Flower takes."""
+    if not overrides:
+        return None
+    path = scratch / "run-config.toml"
+    connections.write_run_config(path, overrides)
+    return path
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted, so that every exit goes through `finally`."""
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    before = {
+        signum: signal.signal(signum, interrupt)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pilot", description="Federated pretraining of GPTs.")
+    parser.add_argument("--version", action="version", version=f"pilot {version('pilot')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "run",
+        help="run the federation: simulated on this machine, or deployed",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Run the federation on a Flower connection: simulated clients on this machine\n"
+            "(:local: connections; nothing needs to be prepared), or the sites of a deployment.\n"
+            "Ctrl-C stops the run and all of its processes. Exit code 0: completed, 1: failed or\n"
+            "stopped, 2: a mistake in the command or its configuration, 130: interrupted."
+        ),
+        epilog=(
+            "examples:\n"
+            "  pilot run local-simulation --run-config configs/tiny.toml\n"
+            "  pilot run local-simulation --run-config configs/tiny.toml 'rounds=3 lr=0.01'\n"
+            "  pilot run local-deployment --run-config 'run-name=\"d20\"'\n\n"
+            "Connections are the [superlink.NAME] tables of $FLWR_HOME/config.toml, or of\n"
+            ".flwr/config.toml in the project; run-config keys and their defaults are those of\n"
+            "[tool.flwr.app.config] in pyproject.toml."
+        ),
+    )
+    command.add_argument(
+        "connection",
+        nargs="?",
+        metavar="CONNECTION",
+        help="name of a Flower connection (without: the default one of the configuration)",
+    )
+    command.add_argument(
+        "--run-config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE|'KEY=VALUE …'",
+        help="TOML files and key=value strings, merged; later ones win",
+    )
+    command.add_argument(
+        "--app",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="directory of the Flower app (default: this one)",
+    )
+    command.set_defaults(function=run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Flower's connections: which there are, what they ask for, and the environment Flower runs in."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pilot.config import PilotError
+
+LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
+CONNECT_TIMEOUT_S = 5.0
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A `[superlink.NAME]` table of a Flower configuration."""
+
+    name: str
+    table: Mapping[str, Any]
+    flwr_home: Path
+
+    @property
+    def address(self) -> str:
+        return str(self.table.get("address", LOCAL_ADDRESSES[0]))
+
+    @property
+    def is_local(self) -> bool:
+        return self.address in LOCAL_ADDRESSES
+
+    @property
+    def clients(self) -> int:
+        return int(self.table.get("options", {}).get("num-supernodes", 2))
+
+    def resource(self, name: str, default: float) -> float:
+        """What each simulated client asks for: "num-cpus" or "num-gpus"."""
+        backend = self.table.get("options", {}).get("backend", {})
+        return float(backend.get("client-resources", {}).get(name, default))
+
+
+def find_flwr_home(app: Path) -> Path:
+    """$FLWR_HOME, else the project's `.flwr`, else Flower's own default."""
+    if "FLWR_HOME" in os.environ:
+        return Path(os.environ["FLWR_HOME"]).expanduser().absolute()
+    if (app / ".flwr" / "config.toml").exists():
+        return app / ".flwr"
+    return Path.home() / ".flwr"
+
+
+def read_connection(name: str | None, flwr_home: Path) -> Connection:
+    """The connection of that name, or the default one; raises PilotError naming those there are."""
+    path = flwr_home / "config.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
+    except FileNotFoundError:
+        raise PilotError(
+            f"there is no Flower configuration {path}: run this from the project's directory, or"
+            " set FLWR_HOME to the directory that holds config.toml"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PilotError(f"cannot read the Flower configuration {path}: {error}") from error
+    known = sorted(key for key, table in tables.items() if isinstance(table, dict))
+    name = name or tables.get("default")
+    if name not in known:
+        asked = f'no connection "{name}"' if name else "no default connection"
+        raise PilotError(f"there is {asked} in {path}; known are: {', '.join(known) or 'none'}")
+    return Connection(name, tables[name], flwr_home)
+
+
+def check_resources(connection: Connection, gpus_here: int) -> None:
+    """Raise PilotError when a simulation asks for GPUs that this machine hasn't.
+
+    All clients of a round train at the same time, so all of their GPUs must be there at once.
+    """
+    each = connection.resource("num-gpus", 0)
+    wanted = each * connection.clients
+    if connection.is_local and wanted > gpus_here + 1e-9:
+        have = {0: "no GPU", 1: "1 GPU"}.get(gpus_here, f"{gpus_here} GPUs")
+        raise PilotError(
+            f'connection "{connection.name}" asks for {wanted:g} GPUs ({connection.clients} clients'
+            f" with {each:g} each), but this machine has {have}: take another connection, or change"
+            f" options.backend.client-resources.num-gpus in {connection.flwr_home / 'config.toml'}"
+        )
+
+
+def count_gpus() -> int:
+    """CUDA devices that a process started here would see; without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
+        return 0
+    program = shutil.which("nvidia-smi")
+    if program is not None:
+        listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+        present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    else:
+        present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return present if visible is None else min(present, len(visible.split(",")))
+
+
+def check_reachable(connection: Connection) -> None:
+    """Raise PilotError when nothing answers at a deployment's address."""
+    host, _, port = connection.address.removeprefix("https://").rpartition(":")
+    if not port.isdigit():
+        return  # Flower's own hosted service
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise PilotError(
+            f"no SuperLink answers at {connection.address} ({error.strerror or error}): start one"
+            " with flower-superlink (docs/deployment.md), or correct the address of connection"
+            f' "{connection.name}" in {connection.flwr_home / "config.toml"}'
+        ) from error
+
+
+def flower_environment() -> dict[str, str]:
+    """The present environment, in which Flower finds its own programs, and this Python's."""
+    programs = sysconfig.get_path("scripts")
+    path = os.environ.get("PATH", os.defpath)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join((programs, path)),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+
+
+def flower_program(name: str) -> str:
+    """The path of a console script of this Python's installation."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def write_run_config(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a flat TOML file that `flwr run --run-config` reads."""
+    path.write_text(dump_toml(values), encoding="utf-8")
+
+
+def dump_toml(values: Mapping[str, Any], prefix: str = "") -> str:
+    lines = []
+    for key, value in values.items():
+        name = f"{prefix}{key}" if re.fullmatch(r"[\w-]+", key) else f"{prefix}{json.dumps(key)}"
+        if isinstance(value, Mapping):
+            lines.append(dump_toml(value, f"{name}."))
+        elif isinstance(value, float) and not math.isfinite(value):
+            lines.append(f"{name} = {value}\n")  # nan and inf are TOML's words too
+        else:
+            # JSON's scalars are TOML's, but for the delete character
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{name} = {text}\n")
+    return "".join(lines)
+
+
+def plain(text: str) -> str:
+    """`text` without the terminal's colours, which Flower writes into pipes too."""
+    return _ANSI.sub("", text)

@@ -1,0 +1,221 @@
+"""Submit a run to Flower, show its log, and know how it ended.
+
+`flwr run --stream` exits 0 when the run failed, and says "running" for a minute after the server was
+killed (measured with 1.41). Flower is used through its command lines only: its Python client is not
+a public interface.
+"""
+
+import json
+import math
+import queue
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pilot.config import PilotError
+from pilot.connection import flower_program, plain
+
+COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports
+LOST_SUPERLINK_S = 120.0  # how long a SuperLink that doesn't answer is asked again
+DEAD_SERVER_S = (
+    5.0  # from the death of the server's process to the end of its log, if it ended well
+)
+
+_RUN_ID = re.compile(r"Successfully started run (\d+)")
+# Flower's own lines that aren't the run's log, or are advice that doesn't fit a run of ours
+_NOISE = (
+    "default simulated SuperNodes changed from",
+    "To change federation size, use the following command",
+    "flwr federation simulation-config",
+    "Starting logstream for run_id",
+    "Using SuperLink:",
+    "Manually terminating ClientAppActor",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `status` as `flwr ls` says it, and what Flower knows about the reason."""
+
+    status: str
+    details: str = ""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status == "finished:completed"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status.startswith("finished")
+
+
+class FlowerRun:
+    """One run on a SuperLink: submitted by `submit()`, then `follow()`ed to its end."""
+
+    def __init__(self, connection: str, app: Path, env: Mapping[str, str]) -> None:
+        self.run_id: str | None = None
+        self._connection = connection
+        self._app = app
+        self._env = {**env, "PYTHONUNBUFFERED": "1", "COLUMNS": "1000"}
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._log_ended = False
+        self._seen = 0  # lines of the run's log so far
+        self._before: list[str] = []  # what flwr said before the run was there
+
+    def submit(self, run_config: Path | None) -> None:
+        """Build and send the app, and begin to read its log; raises PilotError if refused."""
+        options = [] if run_config is None else ["--run-config", str(run_config)]
+        self._read("run", str(self._app), self._connection, "--stream", *options)
+        self.wait_for_id(timeout_s=math.inf)
+        if self.run_id is None:
+            raise PilotError(f"Flower refused the run: {_sentence(self._before)}")
+
+    def wait_for_id(self, *, timeout_s: float) -> None:
+        """Wait until the run has an id, or it is clear that it gets none."""
+        deadline = time.monotonic() + timeout_s
+        while self.run_id is None and not self._log_ended and time.monotonic() < deadline:
+            line = self._next_line()
+            if line:
+                self._before.append(line)
+                if found := _RUN_ID.search(line):
+                    self.run_id = found.group(1)
+
+    def follow(
+        self, show: Callable[[str], None], failure: Callable[[], str | None] = lambda: None
+    ) -> Outcome:
+        """Show the run's log until the run has ended; `failure` says why it never will, or None."""
+        quiet_until = math.inf
+        while True:
+            for line in self._log_lines(failure):
+                show(line)
+            outcome = self._outcome_within(LOST_SUPERLINK_S, failure)
+            if outcome.has_ended:
+                return outcome
+            if (reason := failure()) is not None:
+                # an ordinary end takes the server's process away too, just before its status comes
+                quiet_until = min(quiet_until, time.monotonic() + DEAD_SERVER_S)
+                if time.monotonic() >= quiet_until:
+                    return Outcome("finished:failed", reason)
+            else:
+                self._read("log", str(self.run_id), self._connection, "--stream")
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """Ask the SuperLink to stop the run; a SuperLink that doesn't answer is left alone."""
+        if self.run_id is not None:
+            self._command("stop", self.run_id, self._connection)
+
+    def close(self) -> None:
+        """Stop reading the log."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def outcome(self) -> Outcome | None:
+        """The run's present status, or None if the SuperLink doesn't answer."""
+        listing = self._command(
+            "ls", self._connection, "--run-id", str(self.run_id), "--format", "json"
+        )
+        try:
+            run = json.loads(listing)["runs"][0]
+            details = str(run.get("status-details") or "")
+            return Outcome(str(run["status"]), "" if details == "N/A" else details)
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None
+
+    def _outcome_within(self, timeout_s: float, failure: Callable[[], str | None]) -> Outcome:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            outcome = self.outcome()
+            if outcome is not None:
+                return outcome
+            if (reason := failure()) is not None:
+                return Outcome("finished:failed", reason)
+            time.sleep(2)
+        raise PilotError(
+            f"the SuperLink of {self._connection} does not answer any more; the run may go on"
+            f" there: flwr log {self.run_id} {self._connection}"
+        )
+
+    def _log_lines(self, failure: Callable[[], str | None]) -> Iterator[str]:
+        """New lines of the log until the stream ends, or for a while after the server has died."""
+        count, dead_since = 0, math.inf
+        while not self._log_ended:
+            line = self._next_line()
+            if line:
+                # what says nothing: Flower's own lines, and the empty one at its end
+                if line.strip() == "INFO :" or any(noise in line for noise in _NOISE):
+                    continue
+                count += 1
+                if count > self._seen:  # `flwr log` begins at the beginning
+                    self._seen = count
+                    yield line.rstrip("\n")
+            elif failure() is not None:
+                dead_since = min(dead_since, time.monotonic())
+                if time.monotonic() - dead_since > DEAD_SERVER_S:
+                    self.close()
+
+    def _next_line(self) -> str | None:
+        """The next line of output, None if there is none yet or no more."""
+        try:
+            line = self._lines.get(timeout=0.5)
+        except queue.Empty:
+            return None
+        self._log_ended = line is None
+        return line
+
+    def _read(self, *arguments: str) -> None:
+        """Run a flwr command whose output goes line by line into the queue, None at its end."""
+        self.close()
+        self._log_ended = False
+        process = self._process = subprocess.Popen(
+            [flower_program("flwr"), *arguments],
+            cwd=self._app,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is ours to answer
+        )
+        lines = self._lines = queue.Queue()
+
+        def read() -> None:
+            assert process.stdout is not None
+            with process.stdout as output:
+                for line in output:
+                    lines.put(plain(line))
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+
+    def _command(self, *arguments: str) -> str:
+        """The output of a short flwr command; empty if it takes too long."""
+        try:
+            return subprocess.run(
+                [flower_program("flwr"), *arguments],
+                cwd=self._app,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                timeout=COMMAND_TIMEOUT_S,
+                check=False,
+                start_new_session=True,
+            ).stdout
+        except subprocess.TimeoutExpired:
+            return ""
+
+
+def _sentence(lines: list[str]) -> str:
+    """What flwr complained about, out of its boxes and progress lines."""
+    text = " ".join(re.sub(r"[╭╮╰╯│─]|\bError\b", " ", line) for line in lines)
+    text = re.sub(r"Using SuperLink: \S+ \(\S+\)", " ", text)
+    return " ".join(text.split())[-500:] or "it said nothing"
