@@ -1,0 +1,63 @@
+"""Attention against an explicit mask in float64."""
+
+import math
+
+import pytest
+import torch
+
+from nanochat.attention import apply_rotary, causal_attention, layer_windows, rotary_tables
+
+
+def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """One query at a time, in float64; q (B, T, H, D), k and v (B, T, H_kv, D)."""
+    B, T, H, D = q.shape
+    repeat = H // k.size(2)
+    out = torch.zeros(B, T, H, D, dtype=torch.float64)
+    for h in range(H):
+        keys, values = k[:, :, h // repeat].double(), v[:, :, h // repeat].double()
+        for t in range(T):
+            first = max(0, t - window)
+            scores = keys[:, first : t + 1] @ q[:, t, h].double().unsqueeze(-1) / math.sqrt(D)
+            weights = scores.softmax(dim=1)
+            out[:, t, h] = (weights * values[:, first : t + 1]).sum(dim=1)
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 22, 23, 100])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_sees_itself_and_its_window(window: int, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(window)
+    q = torch.randn(2, 24, 4, 8, generator=generator)
+    k = torch.randn(2, 24, kv_heads, 8, generator=generator)
+    v = torch.randn(2, 24, kv_heads, 8, generator=generator)
+    y = causal_attention(q, k, v, window=window)
+    torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
+
+
+def test_a_mask_made_in_an_evaluation_serves_in_training() -> None:
+    q = torch.randn(1, 37, 2, 8)
+    with torch.inference_mode():
+        causal_attention(q, q, q, window=5)
+    q.requires_grad_()
+    causal_attention(q, q, q, window=5).sum().backward()
+    assert q.grad is not None
+
+
+def test_windows_tile_the_pattern_and_the_last_layer_sees_all() -> None:
+    assert layer_windows("SSSL", 7, 2048) == (512, 512, 512, 2048, 512, 512, 2048)
+    assert layer_windows("S", 2, 2049)[0] == 640  # a quarter, rounded up to a multiple of 128
+    assert layer_windows("S", 2, 512)[0] == 128
+    assert layer_windows("L", 3, 64) == (64, 64, 64)
+
+
+def test_rotary_rotates_halves_by_position_times_frequency() -> None:
+    cos, sin = rotary_tables(50, 8, base=10_000.0, device=torch.device("cpu"), dtype=torch.float32)
+    x = torch.randn(1, 50, 2, 8)
+    y = apply_rotary(x, cos, sin).double()
+    for t, i in ((0, 0), (3, 1), (49, 3)):
+        angle = t / 10_000.0 ** (2 * i / 8)
+        x1, x2 = x[0, t, :, i].double(), x[0, t, :, i + 4].double()
+        expected1 = x1 * math.cos(angle) + x2 * math.sin(angle)
+        expected2 = -x1 * math.sin(angle) + x2 * math.cos(angle)
+        torch.testing.assert_close(y[0, t, :, i], expected1, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y[0, t, :, i + 4], expected2, atol=1e-5, rtol=1e-5)
