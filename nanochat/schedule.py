@@ -62,7 +62,7 @@ class Schedule:
         steps = self.warmdown_ratio * self.total_steps
         if steps == 0:
             return 0.0
-        return max(0.0, (step - (self.total_steps - steps)) / steps)
+        return min(1.0, max(0.0, (step - (self.total_steps - steps)) / steps))
 
     def _lr_multiplier(self, step: float) -> float:
         up = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
