@@ -13,6 +13,7 @@ import importlib.util
 import json
 import platform
 import random
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ _SHUFFLE_SEED = 20260701
 _MIN_CHARS = 200  # below, a docstring is a phrase ("Return the name.") more than a text
 _MAX_CHARS = 50_000  # above, it is a table
 _MIN_PROSE_SHARE = 0.7  # letters and spaces among all characters; drops tables and number listings
+# Parsing is the cost: files with less text than this take 60 % of the time for 25 % of the text.
+_MIN_QUOTED_SHARE = 0.25
+_QUOTED = re.compile(rb'"""(.*?)"""', re.DOTALL)
 _ROWS_PER_GROUP = 256
 
 # Tests hold no prose, and the large private packages of torch are seconds of parsing for few texts.
@@ -153,7 +157,8 @@ def _topics(path: Path) -> Iterator[str]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     source = path.read_bytes()
-    if source.count(b'"""') < 4:  # no docstrings worth a parse
+    in_quotes = sum(len(text) for text in _QUOTED.findall(source) if len(text) >= _MIN_CHARS)
+    if in_quotes < _MIN_QUOTED_SHARE * len(source):
         return
     try:
         with warnings.catch_warnings():
@@ -184,5 +189,5 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def _is_prose(text: str) -> bool:
     if not _MIN_CHARS <= len(text) <= _MAX_CHARS:
         return False
-    prose = sum(character.isalpha() or character.isspace() for character in text)
+    prose = sum(map(str.isalpha, text)) + sum(map(str.isspace, text))
     return prose >= _MIN_PROSE_SHARE * len(text)

@@ -17,7 +17,7 @@ import requests
 
 from nanochat.files import fsync_dir, sha256_file
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16  # what a cut connection loses at most
 _RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
 
@@ -54,12 +54,11 @@ class Downloader:
         path: Path,
         *,
         check: Callable[[Path], None] | None = None,
-        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
         """Fetch `url` to `path`; returns only when the file is complete and durable under its name.
 
-        `check` sees the complete file before it takes its name and raises ValueError to refuse it;
-        `on_bytes` is told the size of each chunk. Raises DownloadError.
+        `check` sees the complete file before it takes its name and raises ValueError to refuse it.
+        Raises DownloadError.
         """
         part = path.with_name(path.name + ".part")
         fruitless, problem = 0, ""
@@ -69,7 +68,7 @@ class Downloader:
                 self.stop.wait(wait_s)
             before = _size(part)
             try:
-                sha256 = self._attempt(url, part, on_bytes)
+                sha256 = self._attempt(url, part)
                 _verify(part, sha256, check)
             except _Retry as retry:
                 problem = str(retry)
@@ -88,7 +87,7 @@ class Downloader:
                 raise DownloadError("interrupted; the same command continues it")
         raise DownloadError(f"given up after {self.attempts} attempts without progress ({problem})")
 
-    def _attempt(self, url: str, part: Path, on_bytes: Callable[[int], None] | None) -> str | None:
+    def _attempt(self, url: str, part: Path) -> str | None:
         """One request, from where `part` ends to the file's end; returns the SHA-256 if told."""
         have = _size(part)
         headers = {**self.headers, "Accept-Encoding": "identity"}
@@ -116,8 +115,6 @@ class Downloader:
             with open(part, "ab" if status == 206 else "wb") as file:
                 for chunk in response.iter_content(_CHUNK_BYTES):
                     file.write(chunk)
-                    if on_bytes is not None:
-                        on_bytes(len(chunk))
                     if self.stop.is_set():
                         raise _Retry("interrupted")
                 file.flush()

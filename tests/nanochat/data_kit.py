@@ -1,0 +1,49 @@
+"""Small shards and tokenizers for the tests of the data path."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
+
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+
+_SYLLABLES = ["the", "a", "mod", "el", "row", "to", "ken", "of", "re", "pack", "slow", "4", "7"]
+
+
+def texts(count: int, *, seed: int, words: int = 40) -> list[str]:
+    """Documents of up to `words` words, no two alike."""
+    rng = random.Random(seed)
+
+    def word() -> str:
+        return "".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3)))
+
+    return [
+        f"{seed}/{number} " + " ".join(word() for _ in range(rng.randint(0, words)))
+        for number in range(count)
+    ]
+
+
+def write_shard(directory: Path, number: int, documents: Sequence[str | None]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"shard_{number:05d}.parquet"
+    table = pa.table({"text": pa.array(list(documents), type=pa.string())})
+    pq.write_table(table, path, row_group_size=100, compression="none", use_dictionary=False)
+    return path
+
+
+def byte_tokenizer(directory: Path, *, num_pairs: int = 0) -> RustBPETokenizer:
+    """A saved tokenizer whose tokens are the 256 bytes and the first pairs of bytes."""
+    ranks = {bytes([value]): value for value in range(256)}
+    ranks |= {bytes(divmod(pair, 256)): 256 + pair for pair in range(num_pairs)}
+    encoding = tiktoken.Encoding(
+        name="bytes",
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)},
+    )
+    tokenizer = RustBPETokenizer(encoding)
+    tokenizer.save(directory)
+    return tokenizer
