@@ -1,0 +1,122 @@
+"""The training step: any number of ranks takes the same global step, and all stop together."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.schedule import Hyper
+from nanochat.trainer import Trainer, rank_slice
+
+from . import step_worker
+
+Results = dict[int, list[dict[str, Any]]]  # by world size, then rank
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What real gloo groups of 1, 2 and 3 processes came to."""
+    directory = tmp_path_factory.mktemp("ranks")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    names = [(rank, size) for size in (1, 2, 3) for rank in range(size)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, step_worker.__file__, str(directory), str(rank), str(size)],
+            env=environ,
+        )
+        for rank, size in names
+    ]
+    try:
+        for process in processes:
+            assert process.wait(timeout=240) == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    found: Results = {1: [], 2: [], 3: []}
+    for rank, size in names:
+        found[size].append(torch.load(directory / f"rank{rank}of{size}.pt", weights_only=True))
+    return found
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_n_processes_take_the_same_global_steps_as_one(
+    results: Results, arch: str, size: int
+) -> None:
+    alone = results[1][0]
+    for name, weight in results[size][0][arch].items():
+        torch.testing.assert_close(weight, alone[arch][name], atol=2e-5, rtol=1e-4, msg=name)
+    nats = sum(result[f"{arch} nats"] for result in results[size])
+    torch.testing.assert_close(nats, alone[f"{arch} nats"], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_weights_are_bit_identical_on_all_ranks(results: Results, arch: str, size: int) -> None:
+    first, *others = results[size]
+    for other in others:
+        for name, weight in first[arch].items():
+            assert torch.equal(weight, other[arch][name]), name
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_stop_at_any_micro_step_ends_all_ranks_and_leaves_no_trace(
+    results: Results, arch: str, size: int
+) -> None:
+    for result in results[size]:
+        assert result[f"{arch} untouched"]
+        assert result[f"{arch} gradients dropped"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bpb_is_the_same_on_any_number_of_ranks(results: Results, size: int) -> None:
+    values = [result["bpb"] for result in results[size]]
+    assert len(set(values)) == 1
+    assert values[0] == pytest.approx(results[1][0]["bpb"], rel=1e-5)
+
+
+def test_every_row_of_a_micro_batch_is_one_ranks() -> None:
+    for world_size in (1, 2, 3, 8):
+        for num_rows in range(20):
+            slices = [
+                rank_slice(num_rows, rank=r, world_size=world_size) for r in range(world_size)
+            ]
+            taken = [row for s in slices for row in range(num_rows)[s]]
+            sizes = [len(range(num_rows)[s]) for s in slices]
+            assert taken == list(range(num_rows))
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_step_is_that_of_the_mean_loss_over_all_its_targets() -> None:
+    hyper = Hyper(lr_multiplier=0.7, momentum=0.91, weight_decay=0.03)
+    model, optimizer = step_worker.make("classic")
+    trainer = Trainer(model, optimizer, device=torch.device("cpu"), device_batch_rows=2)
+    rows = step_worker.rows(0)
+    nats = trainer.step(rows, hyper=hyper)
+
+    plain, plain_optimizer = step_worker.make("classic")
+    ids = torch.from_numpy(rows.astype(np.int64))
+    loss = plain(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    for group in plain_optimizer.param_groups:
+        group["lr"] = 0.7 * group["initial_lr"]
+        if group["kind"] == "muon":
+            group["momentum"], group["weight_decay"] = 0.91, 0.03
+    plain_optimizer.step()
+
+    assert nats is not None
+    assert float(nats) == pytest.approx(float(loss.detach()) * rows.shape[0] * 16, rel=1e-5)
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_device_batch_of_no_rows_is_refused() -> None:
+    model, optimizer = step_worker.make("classic")
+    with pytest.raises(ValueError, match="at least 1"):
+        Trainer(model, optimizer, device=torch.device("cpu"), device_batch_rows=0)
