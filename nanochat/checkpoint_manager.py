@@ -170,9 +170,8 @@ def model_from_state(
     device = torch.device(device)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
     config = config_from_meta(meta, state)
-    with torch.device("meta"):
+    with device:
         model = GPT(config, compute_dtype=compute_dtype or default_compute_dtype(device.type))
-    model.to_empty(device=device)
     model.init_rotary()
     try:
         model.load_state_dict(_with_newer_keys(state, model))

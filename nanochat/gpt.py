@@ -6,8 +6,9 @@ depth 20. Both share rotary positions, QK norm, grouped-query attention, relu^2 
 embeddings, norms without weights, no biases, and a softcap on the logits.
 
 Master weights are fp32 and cast to the activations' dtype in each matmul, so no autocast is needed;
-the embedding tables, which are only gathered, are stored in the compute dtype. Models are built on
-the meta device, get memory from `to_empty`, and data from `init_weights` or a checkpoint.
+the embedding tables, which are only gathered, are stored in the compute dtype. A new model's
+tensors are memory without data (none at all on the meta device) until `init_weights` or a
+checkpoint fills them.
 """
 
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ _ROTARY_LENGTH_FACTOR = 10  # positions beyond sequence_len, for generation
 _LOGIT_SOFTCAP = 15.0
 
 
+def _leave_unset(_module: nn.Module) -> None:
+    """`init_weights` sets all data; torch's own drawing would cost 2 s of imports on meta tensors."""
+
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm without weights, over the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
@@ -37,11 +42,17 @@ def norm(x: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A matmul in the input's dtype over an fp32 master weight; never a bias."""
 
+    reset_parameters = _leave_unset
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    reset_parameters = _leave_unset
 
 
 class Attention(nn.Module):
@@ -101,7 +112,7 @@ class _Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig, windows: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd, dtype=dtype)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd, dtype=dtype)
         self.h = nn.ModuleList(Block(config, i, w) for i, w in enumerate(windows))
 
 
@@ -131,7 +142,7 @@ class GPT(nn.Module):
             kv_dim = config.n_kv_head * config.head_dim
             self.value_embeds = nn.ModuleDict(
                 {
-                    str(i): nn.Embedding(config.padded_vocab_size, kv_dim, dtype=table_dtype)
+                    str(i): Embedding(config.padded_vocab_size, kv_dim, dtype=table_dtype)
                     for i in range(config.n_layer)
                     if config.has_value_embedding(i)
                 }
@@ -373,8 +384,6 @@ def build_gpt(
     Its numbers are drawn on the CPU: a seed means the same weights on every kind of device (up to
     the rounding of the tables to `compute_dtype`, None for the device's default).
     """
-    with torch.device("meta"):
-        model = GPT(config, compute_dtype=compute_dtype or default_compute_dtype(device.type))
-    model.to_empty(device="cpu")
+    model = GPT(config, compute_dtype=compute_dtype or default_compute_dtype(device.type))
     model.init_weights(seed=seed)
     return model.to(device)

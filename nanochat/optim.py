@@ -192,12 +192,58 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(param_groups, defaults={})
         self._polar_dtype = polar_dtype
-        for group in self.param_groups:
-            if group["kind"] not in ("adamw", "muon"):
-                raise ValueError(f"unknown kind of parameter group: {group['kind']!r}")
-            if group["kind"] == "muon" and len({p.shape for p in group["params"]}) != 1:
-                raise ValueError("the matrices of a muon group must have one shape")
-            group.setdefault("initial_lr", group["lr"])
+
+    # torch's own forms of the next four methods first import its compiler: 1.3 s of every process
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = {**param_group, "params": list(param_group["params"])}
+        if group["kind"] not in ("adamw", "muon"):
+            raise ValueError(f"unknown kind of parameter group: {group['kind']!r}")
+        if group["kind"] == "muon" and len({p.shape for p in group["params"]}) != 1:
+            raise ValueError("the matrices of a muon group must have one shape")
+        group.setdefault("initial_lr", group["lr"])
+        self.param_groups.append(group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or fill them with zeros."""
+        for param in self._params():
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad = torch.zeros_like(param.grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """In torch's form: state by the parameter's number, groups with numbers for parameters."""
+        numbers = {id(param): i for i, param in enumerate(self._params())}
+        groups = [
+            {**group, "params": [numbers[id(p)] for p in group["params"]]}
+            for group in self.param_groups
+        ]
+        state = {numbers[id(param)]: dict(values) for param, values in self.state.items()}
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a shard saved by the same rank of as many; moments stay (or become) fp32.
+
+        Raises ValueError if the groups are not of the same sizes.
+        """
+        saved = state_dict["param_groups"]
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (saved, self.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"groups of {sizes[0]} parameters do not fit groups of {sizes[1]}")
+        self.state.clear()
+        for group, values in zip(self.param_groups, saved, strict=True):
+            group.update({**values, "params": group["params"]})
+            for param, number in zip(group["params"], values["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor) and value.dim() > 0:
+                        value = value.to(param.device, torch.float32, copy=True)
+                    self.state[param][name] = value
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
@@ -291,18 +337,6 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             polar_dtype=self._polar_dtype,
         )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a shard saved by the same rank of as many; moments stay (or become) fp32."""
-        super().load_state_dict(state_dict)
-        # torch casts moments to their parameter's dtype, which would round those of bf16 tables
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, param in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
-                    moved = value.to(param.device, torch.float32, copy=True)
-                    self.state[param][name] = moved
 
 
 def _each(params: list[Tensor]) -> list[list[Tensor]]:
