@@ -114,7 +114,13 @@ def _write(directory: Path, shards: list[list[str]]) -> None:
         path = directory / f"shard_{number:05d}.parquet"
         table = pa.table({"text": pa.array(documents, type=pa.string())})
         with atomic_file(path) as file:
-            pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_PER_GROUP)
+            pq.write_table(
+                table,
+                file,
+                compression="zstd",
+                row_group_size=_ROWS_PER_GROUP,
+                write_page_checksum=True,
+            )
         entries[path.name] = {
             "sha256": sha256_file(path),
             "bytes": path.stat().st_size,

@@ -148,7 +148,7 @@ def iter_texts(path: Path, *, batch_documents: int = 256) -> Iterator[list[str |
     Raises UserError if the file is not a parquet file with a string column `text`.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=batch_documents, columns=[TEXT_COLUMN]):
                 if not batch.num_columns or not _is_string(batch.schema.field(0).type):
                     raise UserError(f"{path} has no string column {TEXT_COLUMN!r}: give it one")

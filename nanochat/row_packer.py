@@ -133,9 +133,9 @@ def pack(job: PackJob, *, num_threads: int = 1) -> PackStats:
         discarded_tokens=packer.discarded_tokens,
     )
     atomic_write_json(job.path("stats"), dataclasses.asdict(stats))
+    job.path("state").unlink(missing_ok=True)  # first: readers end us once the rows are there
     partial.replace(job.path("rows"))
     fsync_dir(partial.parent)
-    job.path("state").unlink(missing_ok=True)
     return stats
 
 

@@ -30,7 +30,14 @@ def write_shard(directory: Path, number: int, documents: Sequence[str | None]) -
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard_{number:05d}.parquet"
     table = pa.table({"text": pa.array(list(documents), type=pa.string())})
-    pq.write_table(table, path, row_group_size=100, compression="none", use_dictionary=False)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=100,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,  # so that any damage is noticed
+    )
     return path
 
 
