@@ -136,8 +136,9 @@ class Console:
                     file=self._stream,
                     position=len(self._bars),
                     bar_format="{desc}",
-                    dynamic_ncols=True,
                 )
+            # asked anew each time, since terminals are resized; some say 0, which means unknown
+            self._bars[name].ncols = shutil.get_terminal_size().columns
             self._bars[name].set_description_str(line)
         else:
             tqdm.write(line, file=self._stream)

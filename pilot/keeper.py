@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 POLL_S = 0.1
-KILL_S = 3.0  # how long descendants that still fork are killed again and again
+KILL_S = 4.0  # how long descendants that still fork are killed again and again
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -93,51 +93,63 @@ def main() -> int:
         print(f"cannot start {args.command[0]}: {error.strerror}", file=sys.stderr)
         _remove(args.remove)
         return 127
-    status = None
-    while status is None and not ended and not _parent_gone(args.parent):
-        status = _reap(command.pid)
-    if status is None:
+    family = _Family(command.pid)
+    while family.status is None and not ended and not _parent_gone(args.parent):
+        family.reap()
+    if family.status is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(command.pid, signal.SIGTERM)
-        deadline = time.monotonic() + args.grace
-        while time.monotonic() < deadline and _descendants(os.getpid()):
-            status = _first(status, _reap(command.pid))
-            time.sleep(POLL_S)
-    deadline = time.monotonic() + KILL_S
-    while (alive := _descendants(os.getpid())) and time.monotonic() < deadline:
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(POLL_S / 2)
-        status = _first(status, _reap(command.pid))
+        family.wait(args.grace)
+    family.kill()
     _remove(args.remove)
-    if status is None or status < 0:  # ended by a signal: as a shell would say it
-        return 128 - (status or -signal.SIGTERM)
-    return status
+    if family.status is None or family.status < 0:  # ended by a signal: as a shell would say it
+        return 128 - (family.status or -signal.SIGTERM)
+    return family.status
+
+
+class _Family:
+    """The command and all of its descendants."""
+
+    def __init__(self, command: int) -> None:
+        self.status: int | None = None  # the command's exit code, minus the signal if one ended it
+        self._command = command
+
+    def reap(self) -> bool:
+        """Collect the ended ones; False when nothing is left.
+
+        The kernel's answer, not a look at the process table, decides: between two lines of that
+        table a parent may end, and its child seems to belong to nobody.
+        """
+        while True:
+            try:
+                pid, raw = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return bool(_descendants(os.getpid()))  # only where there is no subreaper
+            if pid == 0:
+                return True
+            if pid == self._command:
+                self.status = os.waitstatus_to_exitcode(raw)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all have ended by themselves, at most so long."""
+        deadline = time.monotonic() + timeout_s
+        while self.reap() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def kill(self) -> None:
+        """Kill all, those too that come while we do it."""
+        deadline = time.monotonic() + KILL_S
+        while self.reap() and time.monotonic() < deadline:
+            for pid in _descendants(os.getpid()):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S / 5)
 
 
 def _parent_gone(parent: int) -> bool:
     """Wait up to POLL_S for the end of standard input; True when the parent is gone."""
     readable, _, _ = select.select([0], [], [], POLL_S)
     return bool(readable and not os.read(0, 1024)) or os.getppid() != parent
-
-
-def _reap(command: int) -> int | None:
-    """Collect ended children, adopted ones too; the command's exit code if it was among them."""
-    status = None
-    while True:
-        try:
-            pid, raw = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return status
-        if pid == 0:
-            return status
-        if pid == command:
-            status = os.waitstatus_to_exitcode(raw)
-
-
-def _first(known: int | None, new: int | None) -> int | None:
-    return new if known is None else known
 
 
 def _descendants(root: int) -> list[int]:

@@ -58,7 +58,9 @@ class LocalRedis:
         configuration = self._directory / "redis.conf"
         # in a file, since a password in the arguments would show in the process table
         configuration.write_text(self._configuration(), encoding="utf-8")
-        with tempfile.TemporaryFile() as log:  # outlives the directory, for what it says at the end
+        with tempfile.TemporaryFile(
+            "a+b"
+        ) as log:  # outlives the directory, for what it says at the end
             self._keeper = keeper.start(
                 [str(binary), str(configuration)],
                 cwd=self._directory,

@@ -40,7 +40,7 @@ class SuperLink:
         self.connection = connection
         self.scratch = _scratch_directory()
         self._app = app
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed in __exit__
         self._keeper: subprocess.Popen[bytes] | None = None
         self._server: psutil.Process | None = None
         self.env = self._environment()
