@@ -7,7 +7,6 @@ one file, {"model", "meta"}.
 """
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -247,7 +246,9 @@ def _load(path: Path, device: torch.device | str) -> Any:
         raise UserError(f"{path} is missing")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # on a damaged file torch's reader raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint ({reason})") from error
 

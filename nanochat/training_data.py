@@ -76,12 +76,13 @@ def count_train_shards(source: Source, num_shards: int | None) -> int:
     if num_shards is None:
         present = set(source.present_train())
         num_shards = next(n for n in range(len(present) + 1) if n not in present)
-    if not 0 <= num_shards <= source.num_train_shards:
+        source.ensure([0, source.val_shard])
+    elif not 1 <= num_shards <= source.num_train_shards:
         raise UserError(
             f"{source.name} has {source.num_train_shards} training shards: "
             f"choose 1 to {source.num_train_shards}, not {num_shards}"
         )
-    source.ensure([*range(max(num_shards, 1)), source.val_shard])
+    source.ensure([*range(num_shards), source.val_shard])
     return num_shards
 
 

@@ -1,0 +1,221 @@
+"""The training and evaluation scripts, as they are called."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanochat_train
+from nanochat.checkpoint_manager import load_any
+from nanochat.common import run_command_line
+from nanochat.pretrain import Settings
+from scripts import base_eval, base_train
+
+from .data_kit import byte_tokenizer, texts, write_shard
+
+TINY = [
+    *("--depth", "1", "--max-seq-len", "32", "--batch-size", "2", "--total-batch-size", "160"),
+    *("--num-iterations", "3", "--eval-rows", "9", "--log-every", "2", "--device-type", "cpu"),
+]
+
+
+@pytest.fixture
+def corpus(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two small training shards, one for validation, and a tokenizer."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    directory = base_dir / "shards"
+    for number in range(3):
+        write_shard(directory, number, texts(30, seed=number))
+    byte_tokenizer(base_dir / "tokenizer")
+    return directory
+
+
+def _call(main: Callable[[], None], *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_command_line(main)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def _last_bpb(output: str) -> str:
+    return [word for word in output.split() if word.startswith("val_bpb=")][-1]
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
+    arch: str,
+    corpus: Path,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = ["--", *TINY, "--arch", arch, "--source", str(corpus), "--run=mine", "--eval_every=2"]
+    assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+    logged = capsys.readouterr().out
+    assert "Scaling weight decay from 0.200000 to 28.800000 for depth 1" in logged
+    assert logged.count("val_bpb=") == 2
+    directory = base_dir / "base_checkpoints" / "mine"
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == ["meta_000003.json", "model_000003.pt", "optim_000003_rank0.pt"]
+
+    evaluate = ["--checkpoint", "mine", "--device-type", "cpu"]
+    assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
+    assert _last_bpb(capsys.readouterr().out) == _last_bpb(logged)
+    evaluate += ["--json", "--eval", "bpb,sample", "--eval-rows", "4"]
+    assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["eval_rows"] == 4 and len(result["samples"]) == 3
+
+
+def test_two_processes_under_torchrun_train_the_model_of_one(
+    corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--", *TINY, "--source", str(corpus), "--schedule", "upstream", "--seed", "3"]
+    arguments += ["--run"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run(
+        [sys.executable, *command, "-m", "scripts.base_train", *arguments, "two"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("step=3 val_bpb=") == 1  # rank 0 speaks for all
+    directory = base_dir / "base_checkpoints" / "two"
+    assert len(list(directory.glob("optim_000003_rank?.pt"))) == 2
+
+    assert _call(base_train.main, *arguments, "one", monkeypatch=monkeypatch) == 0
+    (one, one_meta), (two, two_meta) = (
+        load_any(name, torch.device("cpu")) for name in ("one", "two")
+    )
+    assert two_meta["val_bpb"] == pytest.approx(one_meta["val_bpb"], rel=1e-4)
+    for name, weight in one.state_dict().items():
+        difference = (weight - two.state_dict()[name]).abs().mean() / weight.abs().mean()
+        assert difference < 1e-4, name
+
+
+def test_a_seed_decides_on_the_model(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        train = [*TINY, "--source", str(corpus), "--seed", seed, "--run", run, "--num-shards", "1"]
+        assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+    a, b, c = (load_any(run, torch.device("cpu"))[0].state_dict() for run in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_vanilla_training_needs_nothing_prepared(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--num-steps", "1", "--batch-size", "1", "--max-length", "16", "--depth", "1"]
+    arguments += ["--eval-rows", "2", "--device-type", "cpu"]
+    assert _call(nanochat_train.main, *arguments, monkeypatch=monkeypatch) == 0
+    output = capsys.readouterr().out
+    assert "training on the built-in corpus" in output and "val_bpb=" in output
+    assert (base_dir / "base_checkpoints" / "vanilla" / "model_000001.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--total-batch-size", "100"], "multiple of --max-seq-len"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--num-iterations", "0"], "--num-iterations is 0"),
+        (["--device-type", "tpu"], "unknown device type"),
+        (["--source", "wikipedia"], "no data source 'wikipedia'"),
+        (["--source", "fineweb-edu"], "python -m nanochat.dataset -n 1"),
+        (["--num-shards", "3"], "choose 1 to 2, not 3"),
+        (["--num-shards", "0"], "choose 1 to 2, not 0"),
+        (["--tokenizer", "other"], "other"),
+        (["--depth", "0"], "depth is 0"),
+        (["--arch", "gpt5"], "gpt5"),
+        (["--window-pattern", "XL"], "letters S and L"),
+        (["--warmdown-ratio", "2"], "warmdown_ratio is 2"),
+        (["--wandb-mode", "maybe"], "maybe"),
+    ],
+)
+def test_every_input_error_is_one_sentence_before_any_work(
+    arguments: list[str],
+    said: str,
+    corpus: Path,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = [*TINY, "--source", str(corpus), *arguments]
+    assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not (base_dir / "rows").exists() and not (base_dir / "base_checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--checkpoint", "nothing"], "no model called 'nothing'"),
+        (["--checkpoint", "nothing", "--eval", "core"], "choose one or more of bpb, sample"),
+        (["--checkpoint", "nothing", "--batch-size", "0"], "--batch-size is 0"),
+        ([], "--checkpoint"),
+    ],
+)
+def test_base_eval_says_what_is_wrong(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _call(base_eval.main, *arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_ratio_counts_tokens_a_parameter(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # depth 1, 265 tokens padded to 320 rows: 12 * 128^2 + 2 * 320 * 128 = 278,528 parameters
+    train = ["--depth", "1", "--max-seq-len", "32", "--batch-size", "4", "--eval-rows", "1"]
+    train += ["--total-batch-size", "128", "--target-param-data-ratio", "0.001"]
+    train += ["--source", str(corpus), "--device-type", "cpu", "--wandb-mode", "disabled"]
+    assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+    assert "278,528 parameters, 2 steps of 128 tokens" in capsys.readouterr().out
+
+
+def test_wandb_is_offline_without_a_key_and_off_without_a_project(
+    corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, object]] = []
+
+    class Run:
+        def log(self, values: dict[str, object]) -> None: ...
+
+        def finish(self) -> None: ...
+
+    def init(**options: object) -> Run:
+        calls.append(options)
+        return Run()
+
+    monkeypatch.setattr("wandb.init", init)
+    train = [*TINY, "--num-iterations", "1", "--source", str(corpus)]
+    assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+    assert calls == []
+    train += ["--wandb-project", "pilot_flwr"]
+    assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+    assert [(c["project"], c["mode"]) for c in calls] == [
+        ("pilot_flwr", "offline"),
+        ("pilot_flwr", "online"),
+    ]
+    assert "secret" not in repr(calls)
+
+
+def test_settings_are_those_of_the_command_line() -> None:
+    flags = {action.dest for action in base_train._parser()._actions} - {"help", "device_type"}
+    assert flags == set(Settings.__dataclass_fields__)
