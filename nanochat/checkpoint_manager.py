@@ -248,7 +248,7 @@ def _load(path: Path, device: torch.device | str) -> Any:
         return torch.load(path, map_location=device, weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  # on a damaged file torch's reader raises anything
+    except Exception as error:  # on a damaged file torch's reader raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint ({reason})") from error
 
