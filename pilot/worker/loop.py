@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -211,7 +212,8 @@ class Round:
         began = read_at = time.monotonic()
         with self._bar() as bar:
             while self.order.segments and not (0 < config.round_steps <= progress.step):
-                rows = stream.read(config.batch_rows)
+                if (rows := self._read(stream, stop)) is None:
+                    break
                 if len(rows) < config.batch_rows and not (len(rows) and self.order.last):
                     stop.stop("lease used up")
                     break
@@ -244,8 +246,24 @@ class Round:
             "loss_nats": self.ranks.sum([float(nats)])[0],
             "train_s": time.monotonic() - began,
             "consumed": [_as_list(segment) for segment in stream.consumed(progress.rows)],
-            "row_counts": [[shard, count] for shard, count in stream.known_rows.items()],
+            "row_counts": self._row_counts(stream),
         }
+
+    def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:
+        """The rows of the next step, on all ranks; None if the round ends while they are packed.
+
+        Rank 0 waits for them, since only it hears the stop; once it has them, so have the others.
+        """
+        size = self.config.batch_rows
+        rows = stream.read(size, should_stop=stop.should_stop) if self.ranks.first else None
+        if self.ranks.agree(stop.should_stop()):
+            return None
+        return stream.read(size) if rows is None else rows
+
+    def _row_counts(self, stream: RowStream) -> list[list[int]]:
+        """Sizes of the leased shards that are packed by now."""
+        leased = {values[1] for values in self.order.segments}
+        return [[shard, rows] for shard, rows in stream.known_rows.items() if shard in leased]
 
     def _should_stop(self, stop: StopWatcher) -> bool:
         """The one decision of all ranks, before each micro-step."""
