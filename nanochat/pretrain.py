@@ -4,6 +4,7 @@ The same rows, step, schedule and validation as a federation's site, without the
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +78,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError for a value that can be seen to be wrong without looking at any file."""
+        if self.run and not re.fullmatch(r"[\w][\w.-]*", self.run):
+            raise UserError(f"--run is {self.run!r}: use letters, digits, '.', '-' and '_' only")
         for name in ("max_seq_len", "batch_size", "total_batch_size", "eval_rows", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
@@ -122,16 +125,6 @@ def pretrain(
         params = GPT(config, compute_dtype=torch.float32)
     num_steps = _num_steps(settings, params)
     schedule = _schedule(settings, params, num_steps)
-    logger = ProgressLog(
-        num_steps=num_steps,
-        step_tokens=settings.total_batch_size,
-        log_every=settings.log_every,
-        rank=rank,
-        run=settings.tag,
-        wandb_project=settings.wandb_project,
-        wandb_mode=settings.wandb_mode,
-        config=asdict(settings),
-    )
     print0(
         f"{config.arch} model of depth {settings.depth}: "
         f"{params.num_scaling_params()['total']:,} parameters, "
@@ -158,6 +151,16 @@ def pretrain(
     stream = EpochStream(cache, num_shards=num_shards, seed=settings.seed)
     val_rows = validation_rows(cache, settings.eval_rows)
     token_bytes = torch.tensor(tokenizer.token_bytes(), device=device)
+    logger = ProgressLog(
+        num_steps=num_steps,
+        step_tokens=settings.total_batch_size,
+        log_every=settings.log_every,
+        rank=rank,
+        run=settings.tag,
+        wandb_project=settings.wandb_project,
+        wandb_mode=settings.wandb_mode,
+        config=asdict(settings),
+    )
 
     step_rows = settings.total_batch_size // settings.max_seq_len
     val_bpb = math.nan

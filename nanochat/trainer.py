@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.schedule import Hyper
@@ -36,6 +37,11 @@ class Trainer:
     ) -> None:
         if device_batch_rows < 1:
             raise ValueError(f"device_batch_rows must be at least 1, not {device_batch_rows}")
+        if model.compute_dtype == torch.float16:
+            raise UserError(
+                "training in float16 needs a loss scaling that there is not: "
+                "set NANOCHAT_DTYPE to bfloat16 or float32"
+            )
         self.model, self.optimizer, self.device = model, optimizer, device
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = device_batch_rows * world_size

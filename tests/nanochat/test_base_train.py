@@ -128,6 +128,7 @@ def test_vanilla_training_needs_nothing_prepared(
         (["--total-batch-size", "100"], "multiple of --max-seq-len"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--num-iterations", "0"], "--num-iterations is 0"),
+        (["--run", "../elsewhere"], "letters, digits"),
         (["--device-type", "tpu"], "unknown device type"),
         (["--source", "wikipedia"], "no data source 'wikipedia'"),
         (["--source", "fineweb-edu"], "python -m nanochat.dataset -n 1"),

@@ -240,8 +240,8 @@ def test_initial_values(arch: str) -> None:
     if modern:
         torch.testing.assert_close(model.resid_lambdas.data, torch.tensor([1.15, 1.10, 1.05]))
         torch.testing.assert_close(model.x0_lambdas.data, torch.tensor([0.2, 0.125, 0.05]))
-        assert float(model.smear_lambda) == 0.0
-        assert float(model.backout_lambda) == pytest.approx(0.2)
+        assert model.smear_lambda.item() == 0.0
+        assert model.backout_lambda.item() == pytest.approx(0.2)
 
 
 def test_a_seed_makes_the_weights_and_the_dtype_only_rounds_them() -> None:

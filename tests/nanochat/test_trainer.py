@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat.common import UserError
 from nanochat.schedule import Hyper
 from nanochat.trainer import Trainer, rank_slice
 
@@ -115,6 +116,13 @@ def test_a_step_is_that_of_the_mean_loss_over_all_its_targets() -> None:
     assert float(nats) == pytest.approx(float(loss.detach()) * rows.shape[0] * 16, rel=1e-5)
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_training_in_float16_is_refused() -> None:
+    model, optimizer = step_worker.make("classic")
+    model.compute_dtype = torch.float16
+    with pytest.raises(UserError, match="bfloat16 or float32"):
+        Trainer(model, optimizer, device=torch.device("cpu"), device_batch_rows=1)
 
 
 def test_device_batch_of_no_rows_is_refused() -> None:
