@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 Scalar = bool | int | float | str
 
@@ -193,9 +193,11 @@ class RunConfig:
                 f'run-name "{self.run_name}" may hold letters, digits, ".", "_" and "-" only, '
                 "and starts with a letter or digit"
             )
+        if self.outer_optimizer == "adam" and self.outer_momentum == 1:
+            raise ConfigError("outer-momentum 1 has no bias correction in adam: choose less than 1")
         if self.redis_url:
             check_redis_url(self.redis_url, "redis-url")
-            if self.redis_url != without_credentials(self.redis_url):
+            if _has_credentials(self.redis_url):
                 raise ConfigError(
                     "redis-url holds credentials, which would travel with the run configuration: "
                     "put the whole URL into the environment variable PILOT_REDIS_URL instead"
@@ -215,7 +217,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
 def _check(key: str, value: Any, declared: Any) -> Scalar:
     kind: Any = declared.type
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf  # beyond: OverflowError
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ConfigError(f"run-config key {key}={value!r} must be {names[kind]}")
@@ -288,34 +290,55 @@ def _parse_overrides(text: str) -> dict[str, Scalar]:
 
 def check_redis_url(url: str, name: str) -> None:
     """Raise ConfigError, without showing credentials, unless `url` is one that redis-py takes."""
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+    shown = redact_url(url)
+    if url.partition("://")[0] not in ("redis", "rediss", "unix"):
+        raise ConfigError(f'{name} "{shown}" must start with redis://, rediss:// or unix://')
+    try:
+        parts = urlsplit(url)
+        port = parts.port if parts.scheme != "unix" else None
+    except ValueError:  # its text may show a part of the password: no `from`
+        raise ConfigError(f'{name} "{shown}" is not a URL: check host and port') from None
+    strange = _SECRET.sub("", f"{parts.path}?{parts.query}") if parts.scheme != "unix" else ""
+    if parts.fragment or port == 0 or "@" in strange:
         raise ConfigError(
-            f'{name} "{redact_url(url)}" must start with redis://, rediss:// or unix://'
+            f'{name} "{shown}" is not a URL that Redis takes: write special characters of a '
+            "password as %XX"
         )
 
 
+# A secret in a query, as redis-py spells it: username, password, ssl_password.
+_SECRET = re.compile(r"(?i)([?&][^=&@]*(?:password|username)=)[^&#]*")
+
+
 def redact_url(url: str) -> str:
-    """`url` with the user name and password of its authority, and a password in its query, hidden."""
-    parts = urlsplit(url)
-    netloc = parts.netloc
-    if "@" in netloc:
-        netloc = "***@" + netloc.rpartition("@")[2]
-    query = re.sub(r"(?i)(password|username)=[^&]*", r"\1=***", parts.query)
-    return _join_url(parts.scheme, netloc, parts.path, query)
+    """`url`, which may be malformed, without anything that could be a user name or a password."""
+    start, end = _credentials_span(url)
+    shown = f"{url[:start]}***@{url[end:]}" if end > start else url
+    return _SECRET.sub(r"\1***", shown)
 
 
 def without_credentials(url: str) -> str:
     """`url` as it may travel in a message: no user, no password."""
-    parts = urlsplit(url)
-    query = "&".join(
-        pair
-        for pair in parts.query.split("&")
-        if pair and pair.partition("=")[0].lower() not in ("password", "username")
-    )
-    return _join_url(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query)
+    start, end = _credentials_span(url)
+    address, mark, query = (url[:start] + url[end:]).partition("?")
+    pairs = [pair for pair in query.split("&") if not _SECRET.search(f"?{unquote(pair)}")]
+    return address + mark + "&".join(pairs) if pairs else address
 
 
-def _join_url(scheme: str, netloc: str, path: str, query: str) -> str:
-    text = urlunsplit((scheme, netloc, path, query, ""))
-    # urlunsplit drops the empty authority of unix:///path
-    return text if netloc or scheme != "unix" else text.replace("unix:/", "unix:///", 1)
+def _has_credentials(url: str) -> bool:
+    start, end = _credentials_span(url)
+    return end > start or bool(_SECRET.search(unquote(url)))
+
+
+def _credentials_span(url: str) -> tuple[int, int]:
+    """Where `user:password@` stands in `url`; an empty span if nowhere.
+
+    It ends at the last "@" of the authority, or later, before the secrets of a query: an unescaped
+    "/" in a password makes the authority look shorter. The path of a Unix socket may hold an "@".
+    """
+    start = url.find("://") + 3 if "://" in url else 0
+    rest = url[start:]
+    end = re.split(r"[/?#]", rest, maxsplit=1)[0].rfind("@")
+    if not url.startswith("unix://"):
+        end = max(end, _SECRET.split(rest, maxsplit=1)[0].rfind("@"))
+    return start, start + end + 1
