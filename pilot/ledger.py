@@ -69,11 +69,32 @@ class Lease:
 
 @dataclass
 class _Epoch:
-    """One pass: shards nobody has touched yet, in their order, and free pieces of the others."""
+    """One pass over the shards: their order, what is free of each, and what is committed.
 
-    untouched: dict[int, None]  # ordered set of shards
+    `untouched` shards are free as a whole; `pieces` has what is free of the others. `tenants` says who
+    last committed rows of a shard: that client has it packed.
+    """
+
+    position: dict[int, int]  # shard → place in the epoch's order
+    untouched: dict[int, None]  # an ordered set
     pieces: dict[int, list[tuple[int, int | None]]] = field(default_factory=dict)
     committed: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    tenants: dict[int, str] = field(default_factory=dict)
+
+    def next_shard(self, client: str, shards: Collection[int] | None) -> int | None:
+        """The free shard that `client` takes next: one it was at, else a new one, else another's.
+
+        A function of what is committed and open, not of how it came about: a resumed server, which
+        sees the same, chooses the same.
+        """
+        allowed = [shard for shard in self.pieces if shards is None or shard in shards]
+        own = [shard for shard in allowed if self.tenants.get(shard) == client]
+        new = [shard for shard in allowed if shard not in self.tenants]
+        new += [s for s in self.untouched if shards is None or s in shards][:1]
+        for candidates in (own, new, allowed):
+            if candidates:
+                return min(candidates, key=self.position.__getitem__)
+        return None
 
 
 class Ledger:
@@ -94,7 +115,8 @@ class Ledger:
                 raise ValueError(
                     f"shard_order({epoch}) is not a permutation of {num_shards} shards"
                 )
-            self._epochs.append(_Epoch(untouched=dict.fromkeys(order)))
+            position = {shard: place for place, shard in enumerate(order)}
+            self._epochs.append(_Epoch(position, untouched=dict.fromkeys(order)))
         self.rows_leased = self.rows_committed = self.rows_returned = 0
 
     # -- leasing ---------------------------------------------------------------------------------
@@ -104,7 +126,7 @@ class Ledger:
     ) -> Lease | None:
         """Lease about `rows_wanted` free rows of `shards` (those the client has; None: any).
 
-        Pieces that came back are leased before untouched shards, earlier epochs before later ones.
+        Earlier epochs are leased before later ones; within one, see `_Epoch.next_shard`.
         Shards of unknown size count as an average known one, or half of what is wanted if none is
         known. Returns None when nothing is free for this client.
         """
@@ -113,7 +135,7 @@ class Ledger:
         segments: list[Segment] = []
         missing = rows_wanted
         for number, epoch in enumerate(self._epochs):
-            while missing > 0 and (shard := _next_shard(epoch, shards)) is not None:
+            while missing > 0 and (shard := epoch.next_shard(client, shards)) is not None:
                 segment = self._take(number, epoch, shard, missing)
                 segments.append(segment)
                 missing -= self._estimated_rows(segment, rows_wanted)
@@ -121,7 +143,7 @@ class Ledger:
                 break
         if not segments:
             return None
-        last = all(_next_shard(epoch, shards) is None for epoch in self._epochs)
+        last = not self.free_for(shards)
         lease = Lease(self._next_lease_id, client, tuple(segments), last)
         self._next_lease_id += 1
         self.open[lease.lease_id] = lease
@@ -160,23 +182,46 @@ class Ledger:
         `row_counts` are the sizes of shards that the client has packed: they must agree with those
         that are known, and every segment but the last must have been consumed to its end.
         """
+        self._used_ends(lease_id, consumed, row_counts)
+
+    def _used_ends(
+        self, lease_id: int, consumed: Sequence[Segment], row_counts: Mapping[int, int]
+    ) -> list[int]:
+        """Where the client stopped in each segment of its lease; raises as `check` does."""
         lease = self.open.get(lease_id)
         if lease is None:
             raise LedgerError(f"lease {lease_id} is not open")
         for shard, count in row_counts.items():
-            known = self.row_counts.get(shard)
-            if not 0 <= shard < self.num_shards or count < 0 or known not in (None, count):
-                raise LedgerError(f"shard {shard} has {known} rows in the books, not {count}")
-        if len(consumed) > len(lease.segments):
-            raise LedgerError(f"lease {lease_id} has {len(lease.segments)} segments")
-        for position, (used, leased) in enumerate(zip(consumed, lease.segments, strict=False)):
-            end = self._end(leased, row_counts)
-            if used.key != leased.key or used.first_row != leased.first_row or used.end_row is None:
-                raise LedgerError(f"{used} does not start as the leased {leased}")
-            if used.end_row < used.first_row or (end is not None and used.end_row > end):
-                raise LedgerError(f"{used} goes beyond the leased {leased}")
-            if position + 1 < len(consumed) and used.end_row != end:
-                raise LedgerError(f"{used} was left before its end, but rows behind it were used")
+            self._check_count(shard, count)
+        ends = []
+        left = list(reversed(consumed))
+        whole = True  # all segments so far were used to their end
+        for leased in lease.segments:
+            end, used_end = self._end(leased, row_counts), leased.first_row
+            # a segment that turned out to be empty may be left out
+            if left and (left[-1].key, left[-1].first_row) == (leased.key, leased.first_row):
+                used = left.pop()
+                used_end = -1 if used.end_row is None else used.end_row
+                if used_end < used.first_row or (end is not None and used_end > end):
+                    raise LedgerError(f"{used} goes beyond the leased {leased}")
+                if not whole:
+                    raise LedgerError(
+                        f"{used} was used, but not all rows that are leased before it"
+                    )
+            whole = whole and used_end == end
+            ends.append(used_end)
+        if left:
+            raise LedgerError(f"{left[-1]} is not what lease {lease_id} goes on with")
+        return ends
+
+    def _check_count(self, shard: int, count: int) -> None:
+        """Raise LedgerError if the shard can't have `count` rows."""
+        known = self.row_counts.get(shard)
+        if not 0 <= shard < self.num_shards or known not in (None, count):
+            raise LedgerError(f"shard {shard} has {known} rows in the books, not {count}")
+        seen = max((i[-1][1] for e in self._epochs if (i := e.committed.get(shard))), default=0)
+        if count < seen:
+            raise LedgerError(f"shard {shard} has {count} rows, but {seen} of it are committed")
 
     def _end(self, segment: Segment, row_counts: Mapping[int, int]) -> int | None:
         known = row_counts.get(segment.shard, self.row_counts.get(segment.shard))
@@ -189,25 +234,21 @@ class Ledger:
 
         Raises LedgerError (nothing changes) as `check` does.
         """
-        self.check(lease_id, consumed, row_counts)
+        used_ends = self._used_ends(lease_id, consumed, row_counts)
         lease = self.open.pop(lease_id)
         # an open end is leased only once its rows are known: counted here, where they are consumed
         for shard in {s.shard for s in lease.segments}:
             if shard in row_counts:
                 self._learn_count(shard, row_counts[shard])
         committed = 0
-        for position, leased in enumerate(lease.segments):
-            end = self._end(leased, row_counts)
-            used_end = leased.first_row
-            if position < len(consumed):
-                used_end = consumed[position].end_row or 0
-                rows = used_end - leased.first_row
-                if rows:
-                    self._mark_committed(leased, used_end)
-                committed += rows
-                if leased.end_row is None:
-                    self.rows_leased += rows
-            self._return(leased, used_end, end)
+        for leased, used_end in zip(lease.segments, used_ends, strict=True):
+            rows = used_end - leased.first_row
+            if rows:
+                self._mark_committed(lease.client, leased, used_end)
+            committed += rows
+            if leased.end_row is None:
+                self.rows_leased += rows
+            self._return(leased, used_end, self._end(leased, row_counts))
         self.rows_committed += committed
         return committed
 
@@ -218,20 +259,20 @@ class Ledger:
             self._return(segment, segment.first_row, self._end(segment, {}))
 
     def _learn_count(self, shard: int, count: int) -> None:
-        """Close the open ends that other epochs' free pieces of this shard may have."""
+        """Close the open ends that free pieces of this shard have in any epoch."""
         if shard in self.row_counts:
             return
         self.row_counts[shard] = count
         for epoch in self._epochs:
-            pieces = epoch.pieces.get(shard)
-            if pieces and pieces[-1][1] is None:
-                first = pieces.pop()[0]
-                if first < count:
-                    pieces.append((first, count))
-                if not pieces:
-                    del epoch.pieces[shard]
+            if count == 0:
+                epoch.untouched.pop(shard, None)
+            pieces = epoch.pieces.pop(shard, [])
+            closed = [(first, count if end is None else end) for first, end in pieces]
+            if kept := [(first, end) for first, end in closed if first < end]:
+                epoch.pieces[shard] = [*kept]
 
-    def _mark_committed(self, leased: Segment, end: int) -> None:
+    def _mark_committed(self, client: str, leased: Segment, end: int) -> None:
+        self._epochs[leased.epoch].tenants[leased.shard] = client
         committed = self._epochs[leased.epoch].committed
         committed[leased.shard] = _insert(committed.get(leased.shard, []), leased.first_row, end)
 
@@ -257,7 +298,7 @@ class Ledger:
 
     def free_for(self, shards: Collection[int] | None) -> bool:
         """Whether any row of `shards` is free."""
-        return any(_next_shard(epoch, shards) is not None for epoch in self._epochs)
+        return any(epoch.next_shard("", shards) is not None for epoch in self._epochs)
 
     def committed(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """(epoch, shard) → sorted, disjoint intervals of rows that the model has seen."""
@@ -271,12 +312,10 @@ class Ledger:
         """(share of the data committed, 0..1; shards complete; shards of all epochs)."""
         complete, share, total = 0, 0.0, self.num_shards * len(self._epochs)
         for epoch in self._epochs:
-            for shard, intervals in epoch.committed.items():
-                count = self.row_counts.get(shard)
-                rows = sum(end - first for first, end in intervals)
-                if count:
-                    complete += rows == count
-                    share += rows / count
+            for shard, count in self.row_counts.items():
+                rows = sum(end - first for first, end in epoch.committed.get(shard, []))
+                complete += rows == count
+                share += rows / count if count else 1.0
         return share / total, complete, total
 
     # -- disk ------------------------------------------------------------------------------------
@@ -289,7 +328,7 @@ class Ledger:
             "next_lease_id": self._next_lease_id,
             "row_counts": sorted([s, n] for s, n in self.row_counts.items()),
             "committed": sorted(
-                [epoch, shard, [list(pair) for pair in intervals]]
+                [epoch, shard, self._epochs[epoch].tenants[shard], [list(p) for p in intervals]]
                 for (epoch, shard), intervals in self.committed().items()
             ),
         }
@@ -303,9 +342,11 @@ class Ledger:
             num_shards=state["num_shards"], epochs=state["epochs"], shard_order=shard_order
         )
         ledger._next_lease_id = state["next_lease_id"]
-        ledger.row_counts = dict(state["row_counts"])
-        for number, shard, intervals in state["committed"]:
+        for shard, count in state["row_counts"]:
+            ledger._learn_count(shard, count)
+        for number, shard, tenant, intervals in state["committed"]:
             ledger._restore(number, shard, [(first, end) for first, end in intervals])
+            ledger._epochs[number].tenants[shard] = tenant
         ledger.rows_leased = ledger.rows_committed
         return ledger
 
@@ -328,15 +369,6 @@ class Ledger:
         epoch.committed[shard] = intervals
         if free:
             epoch.pieces[shard] = free
-
-
-def _next_shard(epoch: _Epoch, shards: Collection[int] | None) -> int | None:
-    """The next free shard for a client that holds `shards`: returned pieces first."""
-    for candidates in (sorted(epoch.pieces), epoch.untouched):
-        for shard in candidates:
-            if shards is None or shard in shards:
-                return shard
-    return None
 
 
 def _insert(intervals: Iterable[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:

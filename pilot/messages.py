@@ -121,14 +121,18 @@ def to_header(message: HelloOrder | HelloReply | TrainOrder | TrainReply) -> Hea
 
 
 def from_header(header: Header) -> HelloOrder | HelloReply | TrainOrder | TrainReply:
-    """The message of a header. Raises ValueError if it is not one: the network may carry anything."""
+    """The message of a header. Raises ValueError if it is not one: the network may carry anything.
+
+    Keys that the message doesn't have are left aside: a metric more is no reason to lose a reply.
+    """
     kinds = {kind.__name__: kind for kind in (HelloOrder, HelloReply, TrainOrder, TrainReply)}
-    values = dict(header)
-    kind = values.pop("kind", None)
+    kind = header.get("kind")
     try:
+        made = kinds[str(kind)]
+        values = {f.name: header[f.name] for f in dataclasses.fields(made) if f.name in header}
         if "fence" in values:
             values["fence"] = Fence(**values["fence"])
-        return kinds[kind](**values)
+        return made(**values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a Pilot message: kind {kind!r}, {error}") from error
 

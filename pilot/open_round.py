@@ -187,8 +187,7 @@ class OpenRound:
 def _reply(answer: Answer) -> TrainReply:
     if answer.error:
         raise ValueError(answer.error)
-    header = {key: value for key, value in answer.header.items() if key != "node_name"}
-    message = from_header(header)
+    message = from_header(answer.header)
     if not isinstance(message, TrainReply):
         raise ValueError(f"answered an order with {type(message).__name__}")
     return message

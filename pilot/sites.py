@@ -165,8 +165,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _hello(answer: Answer) -> HelloReply:
-    header = {key: value for key, value in answer.header.items() if key != "node_name"}
-    message = from_header(header)
+    message = from_header(answer.header)
     if not isinstance(message, HelloReply):
         raise ValueError(f"answered a hello with {type(message).__name__}")
     return message

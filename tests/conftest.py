@@ -1,8 +1,12 @@
 """Every test has a base directory of its own: nothing here touches a user's files."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests share two cores with the processes that they start: more threads would only wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,184 @@
+"""Sites that follow a script instead of training, and a server around them: quick, and odd on demand."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from federation.local_grid import LocalGrid
+from flwr.app import RecordDict
+
+from pilot.codec import encode
+from pilot.config import RunConfig
+from pilot.coordinator import ServerCoordinator
+from pilot.ledger import Ledger
+from pilot.mailbox import Mailbox
+from pilot.messages import HelloReply, TrainOrder, TrainReply, from_header, package_hash, to_header
+from pilot.records import from_records, to_records
+from pilot.run_state import RunState
+from pilot.snapshot import latest_snapshot
+from pilot.strategy import PilotStrategy
+from pilot.telemetry import Telemetry
+
+SHARD_ROWS = 24
+ROW_TOKENS = 8
+FINGERPRINTS = {"tokenizer": "t", "validation rows": "v", "pilot package": package_hash()}
+
+Reaction = Callable[[TrainOrder, TrainReply, dict[str, torch.Tensor]], Any]
+
+
+class FastClock:
+    """A clock that runs `speed` times as fast as the real one: grace periods without the waiting."""
+
+    def __init__(self, speed: float = 20.0) -> None:
+        self._speed, self._zero = speed, time.monotonic()
+
+    def now_s(self) -> float:
+        return (time.monotonic() - self._zero) * self._speed
+
+
+@dataclass
+class ScriptedSite:
+    """Consumes `rows` rows of each lease; its pseudo-gradient is a function of those rows only.
+
+    `react` may change the reply and the update in place, return a header of its own, or raise.
+    """
+
+    name: str
+    rows: int = 4
+    shards: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    fingerprints: dict[str, str] = field(default_factory=lambda: dict(FINGERPRINTS))
+    error: str = ""
+    react: Reaction = lambda order, reply, update: None
+    orders: list[TrainOrder] = field(default_factory=list)
+    delay_s: float = 0.0
+
+    def __call__(self, kind: str, content: RecordDict) -> RecordDict:
+        header, _ = from_records(content)
+        order = from_header(header)
+        if not isinstance(order, TrainOrder):
+            hello = HelloReply(
+                error=self.error, shards=self.shards, fingerprints=self.fingerprints, host="here"
+            )
+            return to_records(to_header(hello) | {"node_name": self.name}, [])
+        self.orders.append(order)
+        time.sleep(self.delay_s)
+        reply, update = self._train(order)
+        own = self.react(order, reply, update)
+        answer = own if isinstance(own, dict) else to_header(own or reply)
+        return to_records(answer | {"node_name": self.name}, encode(update))
+
+    def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:
+        consumed, left = [], self.rows
+        for epoch, shard, first, end in order.segments:
+            stop = min(SHARD_ROWS if end < 0 else end, first + left)
+            if stop > first:
+                consumed.append([epoch, shard, first, stop])
+                left -= stop - first
+        rows = self.rows - left
+        reply = TrainReply(
+            fence=order.fence,
+            client=order.client,
+            steps=1,
+            batches=1,
+            tokens=rows * ROW_TOKENS,
+            loss_nats=2.5 * rows * ROW_TOKENS,
+            eval_nats=1.5 * (order.eval_end_row - order.eval_first_row),
+            eval_bytes=2 * (order.eval_end_row - order.eval_first_row),
+            eval_rows=order.eval_end_row - order.eval_first_row,
+            consumed=consumed,
+            row_counts=[[values[1], SHARD_ROWS] for values in consumed],
+        )
+        seed = sum(values[1] * 1000 + values[2] for values in consumed)
+        generator = torch.Generator().manual_seed(seed)
+        update = {"w": torch.randn(5, generator=generator), "b": torch.randn(2, 3)}
+        update["b"] = torch.randn(2, 3, generator=generator)
+        return reply, update if rows else {}
+
+
+def scripted_config(**values: Any) -> RunConfig:
+    defaults = {
+        "run-name": "scripted",
+        "sequence-len": ROW_TOKENS,
+        "total-batch-size": ROW_TOKENS * 4,
+        "depth": 1,
+        "vocab-size": 300,
+        "num-shards": 4,
+        "eval-rows": 10,
+        "num-rounds": 3,
+        "total-tokens": 10**6,
+        "round-steps": 1,
+        "round-max-duration": 600.0,
+        "grace-max": 20.0,
+        "clients-timeout": 300.0,
+        "heartbeat": 0.05,
+        "outer-lr": 0.7,
+    }
+    dashed = {key.replace("_", "-"): value for key, value in values.items()}
+    return RunConfig.from_mapping(defaults | {"round-min-duration": 1.0} | dashed)
+
+
+def fresh_state(config: RunConfig) -> RunState:
+    weights = {"w": torch.zeros(5), "b": torch.ones(2, 3)}
+    ledger = Ledger(num_shards=config.num_shards, epochs=config.epochs, shard_order=_in_order)
+    return RunState(config, weights, ledger, total_tokens=config.total_tokens)
+
+
+def _in_order(epoch: int) -> list[int]:
+    return list(range(4))
+
+
+@dataclass
+class Server:
+    """One term of a server over a LocalGrid; `resume` starts the next one from disk."""
+
+    config: RunConfig
+    sites: list[ScriptedSite]
+    run_dir: Path
+    redis_url: str
+    term: int = 1
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.grid = LocalGrid({100 + i: site for i, site in enumerate(self.sites)})
+        self.stopped = threading.Event()
+        snapshot = latest_snapshot(self.run_dir / "snapshots", report=print)
+        self.state = fresh_state(self.config)
+        if snapshot is not None:
+            self.state = RunState.from_snapshot(snapshot, self.config, shard_order=_in_order)
+
+    def run(self, clock: FastClock | None = None) -> RunState:
+        clock = clock or FastClock()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        name = self.config.run_name
+        coordinator = ServerCoordinator(self.redis_url, name, term=self.term, run_dir=self.run_dir)
+        with Telemetry(
+            self.run_dir,
+            config_dict={},
+            wandb_mode="disabled",
+            wandb_project="",
+            run_name=name,
+        ) as telemetry:
+            strategy = PilotStrategy(
+                self.config,
+                self.state,
+                term=self.term,
+                mailbox=Mailbox(self.grid, clock),  # type: ignore[arg-type]  # what Grid is used for
+                coordinator=coordinator,
+                telemetry=telemetry,
+                clock=clock,
+                run_dir=self.run_dir,
+                closed=self.closed,
+                interrupted=self.stopped.is_set,
+            )
+            try:
+                strategy.run()
+            finally:
+                coordinator.finish()
+        return self.state
+
+    def resume(self, **changes: Any) -> "Server":
+        return replace(self, term=self.term + 1, **changes)
