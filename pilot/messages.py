@@ -7,15 +7,25 @@ moves it. Standard library only.
 
 import dataclasses
 import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pilot.config import Scalar
 
 Header = dict[str, Any]
+
+
+_INT64 = range(-(2**63), 2**63)  # Flower's integers
+
+
+def _metric(default: int | float) -> Any:
+    """A number that is only told to people: one that isn't a number is no reason to lose a reply."""
+    return field(default=default, metadata={"metric": True})
 
 
 @dataclass(frozen=True)
@@ -102,39 +112,84 @@ class TrainReply:
     client: str
     error: str = ""
     stopped_by: str = ""
-    steps: int = 0
-    batches: int = 0
+    steps: int = _metric(0)
+    batches: int = _metric(0)
     tokens: int = 0
-    loss_nats: float = 0.0
-    eval_nats: float = 0.0
-    eval_bytes: int = 0
-    eval_rows: int = 0
-    train_s: float = 0.0
-    total_s: float = 0.0
+    loss_nats: float = _metric(0.0)
+    eval_nats: float = _metric(0.0)
+    eval_bytes: int = _metric(0)
+    eval_rows: int = _metric(0)
+    train_s: float = _metric(0.0)
+    total_s: float = _metric(0.0)
     consumed: list[list[int]] = field(default_factory=list)
     row_counts: list[list[int]] = field(default_factory=list)
 
 
 def to_header(message: HelloOrder | HelloReply | TrainOrder | TrainReply) -> Header:
     """`message` as JSON values, with its type's name under "kind"."""
-    return {"kind": type(message).__name__, **dataclasses.asdict(message)}
+    values = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    if "fence" in values:
+        values["fence"] = dataclasses.asdict(values["fence"])
+    return {"kind": type(message).__name__, **values}
 
 
 def from_header(header: Header) -> HelloOrder | HelloReply | TrainOrder | TrainReply:
     """The message of a header. Raises ValueError if it is not one: the network may carry anything.
 
-    Keys that the message doesn't have are left aside: a metric more is no reason to lose a reply.
+    Keys that the message doesn't have are left aside, and a metric that is no number becomes NaN (0
+    for a count): no metric is a reason to lose a reply.
     """
     kinds = {kind.__name__: kind for kind in (HelloOrder, HelloReply, TrainOrder, TrainReply)}
-    kind = header.get("kind")
+    if not isinstance(header, dict) or str(header.get("kind")) not in kinds:
+        raise ValueError("not a Pilot message: its header says no kind")
+    kind = kinds[str(header["kind"])]
     try:
-        made = kinds[str(kind)]
-        values = {f.name: header[f.name] for f in dataclasses.fields(made) if f.name in header}
-        if "fence" in values:
-            values["fence"] = Fence(**values["fence"])
-        return made(**values)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a Pilot message: kind {kind!r}, {error}") from error
+        values = {f.name: _field(f, header[f.name]) for f in _fields(kind) if f.name in header}
+        return kind(**values)
+    except TypeError as error:  # something is missing
+        raise ValueError(f"not a Pilot message: {error}") from error
+
+
+def _fields(kind: Any) -> tuple["dataclasses.Field[Any]", ...]:
+    return dataclasses.fields(kind)
+
+
+def _field(declared: "dataclasses.Field[Any]", value: Any) -> Any:
+    try:
+        return _conform(value, declared.type)
+    except ValueError as error:
+        if declared.metadata.get("metric"):
+            return math.nan if declared.type is float else 0
+        raise ValueError(f"not a Pilot message: {declared.name} {error}") from error
+
+
+def _conform(value: Any, kind: Any) -> Any:
+    """`value`, as JSON gave it, as a `kind`; raises ValueError if it isn't one."""
+    if kind is Fence and isinstance(value, dict):
+        return Fence(**{f.name: _conform(value.get(f.name), f.type) for f in _fields(Fence)})
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_conform(item, get_args(kind)[0]) for item in value]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {str(key): _conform(item, get_args(kind)[1]) for key, item in value.items()}
+    if type(value) is int and value not in _INT64:
+        raise ValueError("is an integer of more than 64 bits")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind or (kind == Scalar and isinstance(value, Scalar)):
+        return value
+    raise ValueError(f"is a {type(value).__name__}")
+
+
+def header_text(header: Mapping[Any, Any]) -> str:
+    """`header` as JSON. Takes anything, raises nothing: what JSON has no form for becomes text."""
+    return "{" + ", ".join(f"{_json(_text(k))}: {_json(v)}" for k, v in header.items()) + "}"
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, default=plain)
+    except (TypeError, ValueError, RecursionError):  # odd keys, cycles, an endless integer
+        return json.dumps(_text(value))
 
 
 def plain(value: Any) -> Scalar | None:
@@ -143,36 +198,41 @@ def plain(value: Any) -> Scalar | None:
     Takes anything, raises nothing: one odd metric must not cost an hour of training. Tensors and numpy
     scalars of one element become numbers; what has no better form becomes text.
     """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
     try:
-        item = value.item()
-    except (AttributeError, ValueError, RuntimeError, TypeError):
-        return repr(value)
-    return item if isinstance(item, (bool, int, float, str)) else repr(item)
+        item = value.item() if hasattr(value, "item") else value
+        for kind in (bool, int, float):
+            if isinstance(item, kind):
+                return kind(item)
+    except Exception:  # noqa: BLE001 - a foreign type's own methods may raise anything
+        item = value
+    return None if item is None else _text(item)
 
 
-def split_metrics(values: dict[str, Any]) -> tuple[dict[str, int | float], dict[str, str]]:
+def _text(value: Any) -> str:
+    """`value` for people, in characters that UTF-8 has."""
+    try:
+        text = str(value) if isinstance(value, str) else repr(value)
+        return text.encode("utf-8", "replace").decode("utf-8")
+    except Exception:  # noqa: BLE001 - a foreign type's own methods may raise anything
+        return f"<{type(value).__name__}>"
+
+
+def split_metrics(values: Mapping[Any, Any]) -> tuple[dict[str, int | float], dict[str, str]]:
     """(numbers, strings) of `values`: Flower's metrics take numbers only, its configs strings too.
 
     None is left out; NaN and infinities are numbers.
     """
     numbers: dict[str, int | float] = {}
     strings: dict[str, str] = {}
-    for name, raw in values.items():
-        value = plain(raw)
-        if isinstance(value, str):
-            strings[name] = value
-        elif isinstance(value, float) or (value is not None and -(2**63) <= value < 2**63):
-            numbers[name] = int(value) if isinstance(value, bool) else value
+    for key, raw in values.items():
+        name, value = _text(key), plain(raw)
+        if isinstance(value, bool):
+            numbers[name] = int(value)
+        elif isinstance(value, float) or (isinstance(value, int) and value in _INT64):
+            numbers[name] = value
         elif value is not None:
-            strings[name] = str(value)  # Flower's integers are 64 bits wide
+            strings[name] = _text(value)
     return numbers, strings
-
-
-def finite(value: float) -> float | None:
-    """`value`, or None where JSON has no word for it."""
-    return value if math.isfinite(value) else None
 
 
 @cache

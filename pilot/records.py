@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from pilot.messages import Header, Part, split_metrics
+from pilot.messages import Header, Part, header_text, split_metrics
 
 _STYPE = "pilot.raw"
 
@@ -22,7 +22,7 @@ def to_records(header: Header, parts: Iterable[Part]) -> RecordDict:
     return RecordDict(
         {
             "metrics": MetricRecord({**numbers}),
-            "config": ConfigRecord({**strings, "header": json.dumps(header, default=repr)}),
+            "config": ConfigRecord({**strings, "header": header_text(header)}),
             "parts": ArrayRecord(
                 {
                     part.name: Array(part.dtype, tuple(part.shape), _STYPE, bytes(part.data))
@@ -38,7 +38,7 @@ def from_records(content: RecordDict) -> tuple[Header, list[Part]]:
     try:
         header: Any = json.loads(str(content["config"]["header"]))
         arrays = content["parts"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a Pilot message: {error}") from error
     if not isinstance(header, dict) or not isinstance(arrays, ArrayRecord):
         raise ValueError("not a Pilot message: its header is no table")

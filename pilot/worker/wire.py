@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pilot.messages import Header, Part
+from pilot.messages import Header, Part, header_text
 
 _LENGTH = struct.Struct("!Q")
 _MAX_HEADER_BYTES = 64 << 20
@@ -26,7 +26,7 @@ class WireError(ConnectionError):
 def send_frame(connection: socket.socket, header: Header, parts: Sequence[Part] = ()) -> None:
     """Send one frame; raises WireError if the other end is gone."""
     listed = [[part.name, part.dtype, list(part.shape), len(part.data)] for part in parts]
-    text = json.dumps({"header": header, "parts": listed}).encode()
+    text = f'{{"header": {header_text(header)}, "parts": {json.dumps(listed)}}}'.encode()
     try:
         connection.sendall(_LENGTH.pack(len(text)) + text)
         for part in parts:
