@@ -52,12 +52,14 @@ def receive_frame(
     try:
         text = json.loads(bytes(wait.read(length)))
         header, listed = text["header"], text["parts"]
+        if not isinstance(header, dict):
+            raise TypeError("its header is no table")
         parts = [
             Part(str(name), str(dtype), tuple(int(n) for n in shape), wait.read(int(size)))
             for name, dtype, shape, size in listed
         ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WireError(f"not a frame: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+        raise WireError(f"not a frame: {type(error).__name__} {error}") from error
     return header, parts
 
 
