@@ -37,18 +37,20 @@ def open_run_dir(run_name: str) -> Iterator[Path]:
     """
     directory = get_base_dir() / "runs" / run_name
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(directory / "lock", timeout_s=0):
-            if (directory / FINAL_MODEL_NAME).exists():
-                raise RunDirError(
-                    f"run {run_name} is finished ({directory / FINAL_MODEL_NAME}): "
-                    "choose another run-name"
-                )
-            yield directory
-    except Timeout as error:
-        raise RunDirError(
-            f"another server on this machine leads run {run_name}: stop it, or choose another run-name"
-        ) from error
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(file_lock(directory / "lock", timeout_s=0))
+        except Timeout as error:
+            raise RunDirError(
+                f"another server on this machine leads run {run_name}: stop it, "
+                "or choose another run-name"
+            ) from error
+        if (directory / FINAL_MODEL_NAME).exists():
+            raise RunDirError(
+                f"run {run_name} is finished ({directory / FINAL_MODEL_NAME}): "
+                "choose another run-name"
+            )
+        yield directory
 
 
 def next_term(directory: Path) -> int:

@@ -92,6 +92,11 @@ class RunState:
     ) -> "RunState":
         """Raises ResumeError if `config` would train another model, naming the keys that differ."""
         state = snapshot.state
+        if state["format"] != FORMAT:
+            raise ResumeError(
+                f"run {config.run_name} was written by another version of pilot (format "
+                f"{state['format']}, not {FORMAT}): resume it with that version"
+            )
         _check_same_training(state["config"], config)
         return RunState(
             config=config,

@@ -66,7 +66,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int) -> Path:
             shutil.rmtree(final)
         temporary.replace(final)
         fsync_dir(directory)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SnapshotError(f"cannot write snapshot {final}: {error}") from error
     for old in _snapshots(directory)[:-keep]:
@@ -90,7 +90,7 @@ def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapsh
     for path in reversed(found):
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             report(f"snapshot {path} is damaged and is passed over: {error}")
     if found:
         raise SnapshotError(f"no snapshot in {directory} can be read; remove it to start anew")
