@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from pilot import cli, connection, flower_run
+from pilot import superlink as superlink_module
 from pilot.config import PilotError
 from pilot.connection import Connection, flower_environment, flower_program
 from pilot.flower_run import FlowerRun
@@ -286,6 +287,21 @@ def test_a_refused_run_says_why_in_one_sentence(
         fake_flwr(tmp_path, monkeypatch, body).submit(None)
 
 
+def test_a_superlink_that_does_not_start_says_its_last_words(
+    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "flower-superlink"
+    program.write_text("#!/bin/sh\necho '[Errno 98] error while binding'\necho bye\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(superlink_module, "flower_program", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(superlink_module, "_scratch_directory", lambda: scratch)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert cli.main(["run", "sim"]) == 2
+    assert "did not start: [Errno 98] error while binding" in capsys.readouterr().err
+    assert not scratch.exists()
+
+
 # --- whole runs
 
 
@@ -328,6 +344,21 @@ def test_nothing_survives_the_end_of_pilot_run(
         assert ended
     finally:
         process.kill()
+
+
+def test_a_killed_server_fails_the_run_at_once(app: Path, tmp_path: Path) -> None:
+    report_path = tmp_path / "report.json"
+    process = start("sim", "--run-config", f'mode="wait" report="{report_path}"')
+    try:
+        assert wait_for(report_path.exists, timeout_s=120)
+        report = json.loads(report_path.read_text())
+        os.kill(report["pids"][0], signal.SIGKILL)
+        code, _, err = finish(process)
+    finally:
+        process.kill()
+    assert code == 1
+    assert "the server's process was killed" in err
+    assert all_gone(report)
 
 
 def test_a_deployed_run_ends_with_the_servers_own_outcome(
