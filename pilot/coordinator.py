@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from pilot.config import PilotError, Scalar, check_redis_url, redact_url
 
@@ -52,13 +54,15 @@ class _Connection:
     """A Redis client whose failures are counted and told once, never raised in mid-run."""
 
     def __init__(self, url: str, run: str) -> None:
-        self.url = url
+        self.url, self.run = url, run
         self.prefix = f"pilot:{run}:"
         self.redis = redis.Redis.from_url(
             url,
             decode_responses=True,
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,
+            # redis-py's own three retries would stop the round loop for seconds; ours is the next tick
+            retry=Retry(NoBackoff(), 0),
         )
         self._down_since: float | None = None
 
@@ -69,7 +73,7 @@ class _Connection:
         """The result of `action`, or None while Redis fails; changes of state are logged once."""
         try:
             result = action()
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:
             if self._down_since is None:
                 self._down_since = time.monotonic()
                 log.warning("Redis at %s fails, going on: %s", redact_url(self.url), error)
@@ -119,24 +123,37 @@ class ServerCoordinator:
         }
         self._round: dict[Any, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
         self._term = term
-        self._lead()
+        try:
+            self._lead()
+        except (redis.RedisError, CoordinatorError) as error:
+            self._connection.close()
+            if isinstance(error, CoordinatorError):
+                raise
+            raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({error})") from error
 
     def _lead(self) -> None:
         """Take the run's lock. One on this host for the same directory is a dead server's: the caller
         holds the directory's file lock, which only one living process can."""
-        connection, key = self._connection, self._connection.key("server")
-        mine = json.dumps(self._identity)
+        redis, key = self._connection.redis, self._connection.key("server")
         expiry_ms = int(SERVER_EXPIRY_S * 1000)
-        if connection.redis.set(key, mine, nx=True, px=expiry_ms):
+        if redis.set(key, json.dumps(self._identity), nx=True, px=expiry_ms):
             return
-        other = json.loads(connection.redis.get(key) or "{}")
-        if any(other.get(name) != self._identity[name] for name in ("host", "run_dir")):
-            connection.close()
+        other = self._holder()
+        if other and any(other.get(name) != self._identity[name] for name in ("host", "run_dir")):
             raise CoordinatorError(
-                f"run {connection.prefix.split(':')[1]} is already led by process "
-                f"{other.get('pid')} on {other.get('host')}: stop it or choose another run-name"
+                f"run {self._connection.run} is already led by process {other.get('pid')} on "
+                f"{other.get('host')}: stop it or choose another run-name"
             )
-        connection.redis.set(key, mine, px=expiry_ms)
+        redis.set(key, json.dumps(self._identity), px=expiry_ms)
+
+    def _holder(self) -> dict[str, Any]:
+        """Who holds the run's lock; empty if nobody does."""
+        return json.loads(self._connection.redis.get(self._connection.key("server")) or "{}")
+
+    @property
+    def _leads(self) -> bool:
+        """Whether the lock is ours or free: it expires while a server is stopped or cut off."""
+        return self._holder().get("token", self._identity["token"]) == self._identity["token"]
 
     def open_round(self, round_number: int) -> None:
         """From now on clients of (term, round) may train."""
@@ -153,9 +170,14 @@ class ServerCoordinator:
         )
 
     def tick(self) -> None:
-        """Write what is true once more: renews the lock, and heals a Redis that lost its keys."""
+        """Write what is true once more: renews the lock, and heals a Redis that lost its keys.
 
-        def write() -> None:
+        Raises CoordinatorError if another server leads the run by now: two would spoil its clients.
+        """
+
+        def write() -> bool:
+            if not self._leads:
+                return False
             with self._connection.redis.pipeline(transaction=True) as pipe:
                 pipe.set(
                     self._connection.key("server"),
@@ -165,8 +187,12 @@ class ServerCoordinator:
                 pipe.hset(self._connection.key("round"), mapping=self._round)
                 pipe.persist(self._connection.key("round"))
                 pipe.execute()
+            return True
 
-        self._connection.attempt(write)
+        if self._connection.attempt(write) is False:
+            raise CoordinatorError(
+                f"another server has taken over run {self._connection.run}: this one stops"
+            )
 
     def heartbeats(self, clients: Iterable[str]) -> dict[str, dict[str, str]]:
         """The last sign of life in this round of each of `clients` that has given one."""
@@ -188,9 +214,11 @@ class ServerCoordinator:
 
     def finish(self) -> None:
         """Let go of the run: the round is ended, the lock free, the keys expire in a day."""
-        self.end_round(self._round["reason"] or "finished")
 
         def release() -> None:
+            if not self._leads:
+                return
+            self.end_round(self._round["reason"] or "finished")
             with self._connection.redis.pipeline(transaction=True) as pipe:
                 pipe.delete(self._connection.key("server"))
                 pipe.expire(self._connection.key("round"), FINISHED_EXPIRY_S)

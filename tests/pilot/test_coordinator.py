@@ -1,0 +1,386 @@
+"""The keys of a run on a real Redis: ends that can't be missed, runs that don't meet, outages survived."""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from pilot import coordinator as module
+from pilot.coordinator import (
+    ClientCoordinator,
+    CoordinatorError,
+    ServerCoordinator,
+    ping,
+    resolve_url,
+)
+from pilot.local_redis import LocalRedis
+from pilot.worker.stop import Progress, StopWatcher
+
+from .redis_fixture import free_port, redis_url, tcp_redis
+
+__all__ = ["redis_url", "tcp_redis"]  # fixtures
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 30.0
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def server(url: str, run_dir: Path, *, run: str = "r", term: int = 1) -> ServerCoordinator:
+    return ServerCoordinator(url, run, term=term, run_dir=run_dir)
+
+
+@contextmanager
+def client(
+    url: str, *, run: str = "r", name: str = "c", term: int = 1, round_number: int = 1
+) -> Iterator[ClientCoordinator]:
+    half = ClientCoordinator(url, run, client=name, term=term, round_number=round_number)
+    try:
+        yield half
+    finally:
+        half.close()
+
+
+def keys(url: str) -> dict[str, object]:
+    with redis.Redis.from_url(url, decode_responses=True) as raw:
+        return {key: raw.type(key) for key in raw.scan_iter()}
+
+
+# -- ends ----------------------------------------------------------------------------------------
+
+
+def test_end_before_the_client_listens_is_seen_at_once(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with client(redis_url) as half:
+        assert half.round_over() is None
+    leader.end_round("min-duration")
+    with client(redis_url) as late:
+        assert late.round_over() == "min-duration"
+
+
+def test_only_the_clients_own_round_or_a_later_one_ends_it(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path, term=2)
+    with client(redis_url, term=2, round_number=5) as half:
+        assert half.round_over() is None, "nothing is known yet"
+        leader.open_round(4)
+        leader.end_round("x")
+        assert half.round_over() is None, "an earlier round ended"
+        leader.open_round(5)
+        assert half.round_over() is None
+        leader.open_round(6)
+        assert half.round_over() == "a later round"
+    with client(redis_url, term=1, round_number=99) as of_the_dead_server:
+        assert of_the_dead_server.round_over() == "a later round"
+
+
+def test_end_is_a_durable_key_first_and_a_signal_second(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    at_the_signal = []
+
+    def publish(self: redis.Redis, channel: str, message: str) -> None:
+        at_the_signal.append((channel, self.hget("pilot:r:round", "phase")))
+
+    monkeypatch.setattr(redis.Redis, "publish", publish)
+    leader.end_round("min-duration")
+    assert at_the_signal == [("pilot:r:signals", "ended")]
+
+
+def test_waiting_client_is_woken_by_the_end(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with client(redis_url) as half:
+        half.wait(0.01)  # subscribes
+        timer = threading.Timer(0.3, leader.end_round, ["x"])
+        timer.start()
+        began = time.monotonic()
+        until(lambda: half.wait(LIMIT_S) or half.round_over())
+        assert time.monotonic() - began < LIMIT_S / 2, "it slept through the signal"
+        timer.join()
+
+
+# -- who is alive --------------------------------------------------------------------------------
+
+
+def test_heartbeats_are_those_of_this_round_of_the_clients_asked_for(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(2)
+    with client(redis_url, name="now", round_number=2) as now:
+        now.beat({"tokens": 5, "loss": 1.5, "state": "training", "flag": True}, expiry_s=60)
+    with client(redis_url, name="before", round_number=1) as before:
+        before.beat({"tokens": 9}, expiry_s=60)
+    with client(redis_url, name="other", run="s", round_number=2) as other:
+        other.beat({"tokens": 9}, expiry_s=60)
+    beats = leader.heartbeats(["now", "before", "other", "silent"])
+    assert list(beats) == ["now"]
+    assert beats["now"]["tokens"] == "5" and beats["now"]["flag"] == "1"
+    assert leader.heartbeats([]) == {}
+
+
+def test_sign_of_life_is_forgotten(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with client(redis_url) as half:
+        half.beat({"tokens": 5}, expiry_s=0.05)
+    until(lambda: not leader.heartbeats(["c"]))
+
+
+# -- runs beside each other ----------------------------------------------------------------------
+
+
+def test_keys_of_others_survive_and_two_runs_dont_see_each_other(
+    redis_url: str, tmp_path: Path
+) -> None:
+    with redis.Redis.from_url(redis_url) as raw:
+        foreign = {"r:round": "1", "pilot:rr:round": "2", "pilot": "3", "round": "4"}
+        raw.mset(foreign)
+        one, two = server(redis_url, tmp_path / "1"), server(redis_url, tmp_path / "2", run="s")
+        one.open_round(1)
+        two.open_round(1)
+        one.end_round("x")
+        with client(redis_url) as of_one, client(redis_url, run="s") as of_two:
+            assert of_one.round_over() == "x" and of_two.round_over() is None
+            of_two.beat({"tokens": 1}, expiry_s=60)
+        assert one.heartbeats(["c"]) == {} and list(two.heartbeats(["c"])) == ["c"]
+        one.finish()
+        two.tick()
+        assert raw.get("pilot:s:server") is not None
+        two.finish()
+        assert {key: raw.get(key).decode() for key in foreign} == foreign
+    own = re.compile(r"pilot:[rs]:(server|round|client:c)")
+    assert all(own.fullmatch(key) for key in set(keys(redis_url)) - set(foreign))
+
+
+def test_nothing_is_ever_flushed() -> None:
+    for path in (ROOT / "pilot").rglob("*.py"):
+        assert not re.search(r"(?i)flush(db|all)", path.read_text(encoding="utf-8")), path
+
+
+def test_keys_of_a_finished_run_expire_and_its_lock_is_free(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    leader.finish()
+    with redis.Redis.from_url(redis_url) as raw:
+        assert raw.get("pilot:r:server") is None
+        assert 0 < raw.ttl("pilot:r:round") <= module.FINISHED_EXPIRY_S
+        assert all(raw.ttl(key) > 0 for key in raw.keys("pilot:*"))
+    with client(redis_url) as half:
+        assert half.round_over() == "finished", "whoever still trains stops"
+    again = server(redis_url, tmp_path / "elsewhere", term=2)
+    again.open_round(2)
+    with redis.Redis.from_url(redis_url) as raw:
+        assert raw.ttl("pilot:r:round") == -1
+
+
+# -- who leads -----------------------------------------------------------------------------------
+
+
+def test_second_server_is_refused_and_the_first_goes_on(redis_url: str, tmp_path: Path) -> None:
+    first = server(redis_url, tmp_path / "1")
+    with pytest.raises(CoordinatorError) as caught:
+        server(redis_url, tmp_path / "2")
+    message = str(caught.value)
+    assert "run r is already led" in message and str(os.getpid()) in message
+    assert socket.gethostname() in message
+    first.open_round(1)
+    server(redis_url, tmp_path / "2", run="another")
+
+
+def lead_and_die(url: str, run_dir: Path) -> None:
+    server(url, run_dir).open_round(7)
+    os._exit(9)
+
+
+def test_lock_of_a_dead_server_of_the_same_directory_is_taken_over(
+    redis_url: str, tmp_path: Path
+) -> None:
+    child = multiprocessing.get_context("fork").Process(
+        target=lead_and_die, args=(redis_url, tmp_path)
+    )
+    child.start()
+    child.join(LIMIT_S)
+    assert child.exitcode == 9
+    with pytest.raises(CoordinatorError, match=f"process {child.pid}"):
+        server(redis_url, tmp_path / "another directory")
+    heir = server(redis_url, tmp_path, term=2)
+    heir.open_round(8)
+    with redis.Redis.from_url(redis_url, decode_responses=True) as raw:
+        assert json.loads(raw.get("pilot:r:server") or "")["pid"] == os.getpid()
+
+
+def test_lock_of_a_server_that_is_gone_expires(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SERVER_EXPIRY_S", 0.2)
+    server(redis_url, tmp_path / "1")
+
+    def takes_over() -> bool:
+        try:
+            server(redis_url, tmp_path / "2")
+        except CoordinatorError:
+            return False
+        return True
+
+    until(takes_over)
+
+
+def test_server_that_lost_its_lock_to_another_stops_and_leaves_the_others_keys(
+    redis_url: str, tmp_path: Path
+) -> None:
+    first = server(redis_url, tmp_path / "1")
+    first.open_round(1)
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.delete("pilot:r:server")  # it was stopped for longer than its lock lives
+        second = server(redis_url, tmp_path / "2", term=5)
+        second.open_round(9)
+        for order in (first.tick, lambda: first.open_round(2), lambda: first.end_round("x")):
+            with pytest.raises(CoordinatorError, match="another server has taken over run r"):
+                order()
+        first.finish()
+        assert raw.hget("pilot:r:round", "round") == b"9"
+        assert raw.hget("pilot:r:round", "phase") == b"open"
+        assert raw.get("pilot:r:server") is not None
+    second.tick()
+
+
+# -- outages -------------------------------------------------------------------------------------
+
+
+def counted(log: pytest.LogCaptureFixture, text: str) -> int:
+    return sum(text in record.getMessage() for record in log.records)
+
+
+def test_everything_is_written_anew_after_redis_lost_it(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(3)
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.flushdb()
+    with client(redis_url, round_number=2) as half:
+        assert half.round_over() is None
+        leader.tick()
+        assert half.round_over() == "a later round"
+    assert set(keys(redis_url)) == {"pilot:r:server", "pilot:r:round"}
+
+
+def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(
+    tcp_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url, port = tcp_redis.url, int(tcp_redis.url.rpartition(":")[2].partition("/")[0])
+    leader = server(url, tmp_path)
+    leader.open_round(1)
+    with client(url) as half:
+        half.wait(0.01)
+        tcp_redis.stop()
+        for _ in range(3):
+            leader.tick()
+            assert leader.heartbeats(["c"]) == {}
+            assert half.round_over() is None
+            half.beat({"tokens": 1}, expiry_s=60)
+            half.wait(0.01)
+        leader.end_round("min-duration")
+        assert counted(caplog, "fails, going on") == 2, "one line a side"
+        assert counted(caplog, "is back") == 0
+        with LocalRedis(port=port, password="correct horse"):
+            leader.tick()
+            assert half.round_over() == "min-duration", "the end that nobody heard is there"
+            half.beat({"tokens": 1}, expiry_s=60)
+            half.wait(0.01)
+            half.wait(0.01)
+            assert list(leader.heartbeats(["c"])) == ["c"]
+            assert counted(caplog, "is back") == 2
+            assert counted(caplog, "fails, going on") == 2
+            leader.finish()
+    assert "correct" not in caplog.text and "horse" not in caplog.text
+
+
+def test_watcher_doesnt_spin_while_redis_is_away_and_hears_the_end_after_it(
+    tcp_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, port = tcp_redis.url, int(tcp_redis.url.rpartition(":")[2].partition("/")[0])
+    leader = server(url, tmp_path)
+    leader.open_round(1)
+    half = ClientCoordinator(url, "r", client="c", term=1, round_number=1)
+    looks = 0
+    look = half.round_over
+
+    def count() -> str | None:
+        nonlocal looks
+        looks += 1
+        return look()
+
+    half.round_over = count  # type: ignore[method-assign]
+    heartbeat_s = 0.1
+    with StopWatcher(half, Progress(), seconds_left=600, heartbeat_s=heartbeat_s) as watcher:
+        until(lambda: leader.heartbeats(["c"]))
+        tcp_redis.stop()
+        until(lambda: counted(caplog, "fails, going on"))
+        began, looks = time.monotonic(), 0
+        until(lambda: looks >= 5)
+        assert looks <= 3 + 2 * (time.monotonic() - began) / heartbeat_s, "it spins"
+        assert not watcher.should_stop()
+        with LocalRedis(port=port, password="correct horse"):
+            leader.end_round("min-duration")
+            until(watcher.should_stop)
+            assert watcher.reason == "min-duration"
+            until(lambda: leader.heartbeats(["c"]))
+            assert counted(caplog, "fails, going on") == counted(caplog, "is back") == 1
+            leader.finish()
+
+
+def test_client_that_never_reaches_redis_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"redis://:hunter2@127.0.0.1:{free_port()}"
+    with client(url) as half:
+        assert half.round_over() is None
+        half.beat({"tokens": 1}, expiry_s=1)
+        half.wait(0.0)
+    assert counted(caplog, "fails, going on") == 1 and "hunter2" not in caplog.text
+
+
+# -- addresses -----------------------------------------------------------------------------------
+
+
+def test_redis_that_is_not_there_is_one_sentence_without_credentials(tmp_path: Path) -> None:
+    for url in (f"redis://bob:hunter2@127.0.0.1:{free_port()}/0", f"unix://{tmp_path}/no.sock"):
+        for start in (lambda u=url: ping(u), lambda u=url: server(u, tmp_path)):
+            with pytest.raises(CoordinatorError, match="PILOT_REDIS_URL") as caught:
+                start()
+            assert "hunter2" not in str(caught.value) and "bob" not in str(caught.value)
+
+
+def test_wrong_password_is_one_sentence_without_it(tcp_redis: LocalRedis, tmp_path: Path) -> None:
+    port = tcp_redis.url.rpartition(":")[2]
+    for url in (f"redis://127.0.0.1:{port}", f"redis://:hunter2@127.0.0.1:{port}"):
+        with pytest.raises(CoordinatorError, match="refuses the login") as caught:
+            server(url, tmp_path)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_environment_wins_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_url("") == "" and resolve_url("redis://a") == "redis://a"
+    monkeypatch.setenv("PILOT_REDIS_URL", "unix:///x.sock")
+    assert resolve_url("redis://a") == "unix:///x.sock" == resolve_url("")
+    monkeypatch.setenv("PILOT_REDIS_URL", "bob:hunter2@h")
+    with pytest.raises(ValueError, match="PILOT_REDIS_URL") as caught:
+        resolve_url("redis://a")
+    assert "hunter2" not in str(caught.value)
