@@ -261,7 +261,9 @@ class ClientCoordinator:
         if self._listener is None:
             listener = self._connection.redis.pubsub(ignore_subscribe_messages=True)
             listener.subscribe(self._connection.key("signals"))
+            listener.get_message(timeout=_TIMEOUT_S)  # the confirmation
             self._listener = listener
+            return  # what was published before stands in the key only: look at it again
         try:
             self._listener.get_message(timeout=timeout_s)
         except redis.RedisError:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pilot.coordinator import ClientCoordinator
 
 _EXPIRY_HEARTBEATS = 10.0
+_LOOK_S = 0.5  # a wake-up may be lost: the durable key is read at least so often
 
 
 @dataclass
@@ -43,7 +44,7 @@ class StopWatcher:
         seconds_left: float,
         heartbeat_s: float,
     ) -> None:
-        self.reason = ""
+        self._reasons: list[str] = []
         self._coordinator, self._progress = coordinator, progress
         self._deadline = time.monotonic() + seconds_left
         self._heartbeat_s = heartbeat_s
@@ -65,9 +66,14 @@ class StopWatcher:
         if self._coordinator is not None:
             self._coordinator.close()
 
+    @property
+    def reason(self) -> str:
+        """Why this worker stops: the first reason counts; "" while it goes on."""
+        return self._reasons[0] if self._reasons else ""
+
     def stop(self, reason: str) -> None:
-        """Stop for `reason`; the first one counts. Safe to call from a signal handler."""
-        self.reason = self.reason or reason
+        """Stop for `reason`. Safe to call from any thread and from a signal handler."""
+        self._reasons.append(reason)
 
     def should_stop(self) -> bool:
         if not self.reason and time.monotonic() >= self._deadline:
@@ -76,11 +82,12 @@ class StopWatcher:
 
     def _watch(self) -> None:
         assert self._coordinator is not None
+        expiry_s = max(10.0, _EXPIRY_HEARTBEATS * self._heartbeat_s)
+        beat_at = time.monotonic()
         while not self._done.is_set():
-            values = asdict(self._progress)
-            self._coordinator.beat(
-                values, expiry_s=max(10.0, _EXPIRY_HEARTBEATS * self._heartbeat_s)
-            )
-            if reason := self._coordinator.round_over():
+            if time.monotonic() >= beat_at:
+                self._coordinator.beat(asdict(self._progress), expiry_s=expiry_s)
+                beat_at = time.monotonic() + self._heartbeat_s
+            if not self.reason and (reason := self._coordinator.round_over()):
                 self.stop(reason)
-            self._coordinator.wait(self._heartbeat_s)
+            self._coordinator.wait(min(_LOOK_S, max(0.0, beat_at - time.monotonic())))
