@@ -4,7 +4,7 @@ It imports neither torch nor nanochat: a message is a new process (FLOWER.md), a
 worker must become a reply with a reason, never an exception that Flower reports seconds later.
 """
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pilot.messages import Header, Part
@@ -27,10 +27,14 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    header, parts = from_records(message.content)
-    answer, update = _ask_worker(header, parts)
-    answer["node_name"] = node_name(context)
-    return Message(to_records(answer, update), reply_to=message)
+    return Message(answer(message.content, node_name(context)), reply_to=message)
+
+
+def answer(content: RecordDict, name: str) -> RecordDict:
+    """What the site called `name` says to a message, whatever happens in its worker."""
+    header, parts = from_records(content)
+    reply, update = _ask_worker(header, parts)
+    return to_records(reply | {"node_name": name}, update)
 
 
 def _ask_worker(header: Header, parts: list[Part]) -> tuple[Header, list[Part]]:

@@ -5,7 +5,7 @@ Server and workers both ask here, so they can't disagree.
 
 import torch
 
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, build_gpt
 from nanochat.gpt_config import GPTConfig, config_for_depth
 from nanochat.optim import MuonAdamW
 from nanochat.schedule import (
@@ -39,8 +39,10 @@ def build_model(config: RunConfig, *, device: torch.device, compute_dtype: torch
 
 def initial_weights(config: RunConfig) -> dict[str, torch.Tensor]:
     """The fp32 weights that a run starts from: a function of its seed."""
-    model = build_model(config, device=torch.device("cpu"), compute_dtype=torch.float32)
-    model.init_weights(seed=config.seed)
+    cpu = torch.device("cpu")
+    model = build_gpt(
+        model_config(config), device=cpu, seed=config.seed, compute_dtype=torch.float32
+    )
     return {name: tensor.float() for name, tensor in model.state_dict().items()}
 
 

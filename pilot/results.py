@@ -5,6 +5,7 @@ from typing import Any
 
 from nanochat.checkpoint_manager import FINAL_MODEL_NAME, save_checkpoint, save_final_model
 from nanochat.common import get_base_dir
+from nanochat.training_data import DataSpec
 from pilot import plan
 from pilot.run_state import RunState
 
@@ -32,12 +33,13 @@ def _meta(state: RunState) -> dict[str, Any]:
         "run": config.run_name,
         "rounds": state.round_number,
         "tokens": state.tokens,
-        "data": {
-            "source": config.source,
-            "tokenizer": config.tokenizer,
-            "tokenizer_sha256": state.fingerprints.get("tokenizer", ""),
-            "sequence_len": config.sequence_len,
-            "packing": config.packing,
-            "eval_rows": config.eval_rows,
-        },
+        "data": DataSpec(
+            source=config.source,
+            tokenizer=config.tokenizer,
+            tokenizer_sha256=state.fingerprints["tokenizer"],
+            sequence_len=config.sequence_len,
+            packing=config.packing,
+            eval_rows=config.eval_rows,
+            val_shard=int(state.fingerprints["validation shard"]),
+        ).to_meta(),
     }

@@ -91,6 +91,7 @@ def hello(order: HelloOrder) -> HelloReply:
         fingerprints={
             "tokenizer": data.tokenizer.fingerprint(),
             "packing": data.rows.fingerprint(),
+            "validation shard": str(data.source.val_shard),
             "validation rows": _sha256(validation),
             "corpus": data.source.manifest_sha256(),
             "pilot package": package_hash(),

@@ -1,0 +1,103 @@
+"""A federation of one is plain training: the same rows, the same weights, the same bpb."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from federation.local_grid import LocalGrid
+from federation.micro import MICRO
+
+from nanochat.checkpoint_manager import load_any, load_checkpoint
+from nanochat.pretrain import Settings, pretrain
+from pilot.client_app import answer
+from pilot.config import RunConfig
+from pilot.coordinator import ServerCoordinator
+from pilot.ledger import Ledger
+from pilot.local_redis import LocalRedis
+from pilot.mailbox import Mailbox
+from pilot.plan import initial_weights, total_tokens
+from pilot.results import write_results
+from pilot.rounds import MonotonicClock
+from pilot.run_dir import open_run_dir
+from pilot.run_state import RunState
+from pilot.strategy import PilotStrategy
+from pilot.telemetry import Telemetry
+
+from nanochat.dataloader import shard_order  # isort: skip
+
+STEPS = 6
+
+
+def federate(config: RunConfig) -> tuple[RunState, Path]:
+    """Lead `config` over one site in this process, with a real worker group and a real Redis."""
+    grid = LocalGrid({1: lambda kind, content: answer(content, "only")})
+    ledger = Ledger(
+        num_shards=config.num_shards,
+        epochs=1,
+        shard_order=lambda epoch: shard_order(config.num_shards, epoch, config.seed),
+    )
+    state = RunState(config, initial_weights(config), ledger, total_tokens(config))
+    clock = MonotonicClock()
+    with LocalRedis() as redis, open_run_dir(config.run_name) as run_dir:
+        coordinator = ServerCoordinator(redis.url, config.run_name, term=1, run_dir=run_dir)
+        telemetry = Telemetry(
+            run_dir, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="x"
+        )
+        PilotStrategy(
+            config,
+            state,
+            term=1,
+            mailbox=Mailbox(grid, clock),  # type: ignore[arg-type]  # what Grid is used for
+            coordinator=coordinator,
+            telemetry=telemetry,
+            clock=clock,
+            run_dir=run_dir,
+        ).run()
+        coordinator.finish()
+        return state, write_results(state, run_dir)[0]
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_one_client_with_fedavg_gives_the_weights_of_plain_training(
+    builtin: Path, arch: str
+) -> None:
+    batch = int(MICRO["total-batch-size"])
+    config = RunConfig.from_mapping(
+        MICRO
+        | {
+            "run-name": f"one-{arch}",
+            "arch": arch,
+            "min-clients": 1,
+            "round-steps": STEPS,
+            "num-rounds": 1,
+            "total-tokens": STEPS * batch,
+            "outer-optimizer": "fedavg",
+            "outer-lr": 1.0,
+        }
+    )
+    state, final = federate(config)
+    settings = Settings(
+        run=f"plain-{arch}",
+        depth=config.depth,
+        arch=arch,
+        source="builtin",
+        num_shards=config.num_shards,
+        tokenizer=config.tokenizer,
+        packing=config.packing,
+        max_seq_len=config.sequence_len,
+        batch_size=config.device_batch_size,
+        total_batch_size=batch,
+        num_iterations=STEPS,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        eval_every=0,
+        eval_rows=config.eval_rows,
+        wandb_mode="disabled",
+    )
+    bpb = pretrain(settings, device=torch.device("cpu"))
+    plain, _, _ = load_checkpoint(builtin / "base_checkpoints" / f"plain-{arch}", STEPS, "cpu")
+    for name, weight in state.weights.items():
+        torch.testing.assert_close(weight, plain[name].float(), rtol=1e-5, atol=1e-6)
+    assert state.history[-1].val_bpb == pytest.approx(bpb, rel=1e-6)
+    _, meta = load_any(final, "cpu")
+    assert meta["val_bpb"] == state.history[-1].val_bpb
