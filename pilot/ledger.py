@@ -211,7 +211,7 @@ class Ledger:
             whole = whole and used_end == end
             ends.append(used_end)
         if left:
-            raise LedgerError(f"{left[-1]} is not what lease {lease_id} goes on with")
+            raise LedgerError(f"{left[-1]} does not start as the leased rows do")
         return ends
 
     def _check_count(self, shard: int, count: int) -> None:

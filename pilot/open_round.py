@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from pilot.mailbox import Answer
 from pilot.messages import Fence, TrainReply, from_header
 from pilot.run_state import RunState
 from pilot.sites import Site
+from pilot.snapshot import SnapshotError
 from pilot.telemetry import Telemetry
 
 
@@ -93,12 +95,13 @@ class OpenRound:
             return True
         if taken is not None:
             self.taken.append(taken)
-        work.site.tokens_per_s = reply.tokens / reply.train_s if reply.train_s > 0 else None
+        if reply.tokens > 0 and reply.train_s > 0:  # who had no time to train is not slow
+            work.site.tokens_per_s = reply.tokens / reply.train_s
         self._tell(work, reply)
         return True
 
     def _add_evaluation(self, reply: TrainReply) -> None:
-        if math.isfinite(reply.eval_nats) and reply.eval_rows > 0:
+        if math.isfinite(reply.eval_nats) and reply.eval_rows > 0 and reply.eval_bytes > 0:
             self.eval_nats += reply.eval_nats
             self.eval_bytes += reply.eval_bytes
             self.eval_rows += reply.eval_rows
@@ -110,19 +113,38 @@ class OpenRound:
         """
         if work.lease is None:
             return None
+        lease_id, ledger = work.lease.lease_id, self._state.ledger
+        taken = Taken(work, reply, self._spool / f"lease-{lease_id:08d}.safetensors")
+        self._check_sizes(taken)
         if reply.tokens == 0 and not reply.consumed:
-            self._state.ledger.give_back(work.lease.lease_id)
+            # what it learnt of its shards counts: they may have been too small for a single step
+            ledger.commit(lease_id, [], taken.row_counts)
             return None
         update = decode(answer.parts)
         if reason := refusal(update, self._state.weights, tokens=reply.tokens):
             raise ValueError(reason)
-        taken = Taken(work, reply, self._spool / f"lease-{work.lease.lease_id:08d}.safetensors")
-        self._state.ledger.check(work.lease.lease_id, taken.consumed, taken.row_counts)
+        ledger.check(lease_id, taken.consumed, taken.row_counts)
         rows = sum(segment.rows or 0 for segment in taken.consumed)
         if rows * self._state.config.sequence_len != reply.tokens:
             raise ValueError(f"it reports {reply.tokens} tokens for {rows} rows")
-        save_file(update, taken.path)
+        try:
+            save_file(update, taken.path)
+        except (OSError, SafetensorError) as error:
+            raise SnapshotError(f"cannot write {taken.path}: {error}") from error
         return taken
+
+    def _check_sizes(self, new: Taken) -> None:
+        """Raise LedgerError if a reply contradicts one that was taken before: each alone would do."""
+        sizes: dict[int, int] = {}
+        replies = [*self.taken, new]
+        for shard, count in (item for one in replies for item in one.row_counts.items()):
+            if sizes.setdefault(shard, count) != count:
+                raise LedgerError(f"shard {shard} has {sizes[shard]} rows elsewhere, not {count}")
+        for segment in (segment for one in replies for segment in one.consumed):
+            if (segment.end_row or 0) > sizes.get(segment.shard, segment.end_row or 0):
+                raise LedgerError(
+                    f"{segment} goes beyond the {sizes[segment.shard]} rows elsewhere"
+                )
 
     def _refuse(self, work: Work, reason: str) -> None:
         self.failures[work.site.name] = reason

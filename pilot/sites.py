@@ -46,6 +46,10 @@ class Roster:
     _answered: dict[str, Site] = field(default_factory=dict)
     _accepted: dict[str, Site] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.fingerprints:  # a run may be resumed with a newer pilot, on all sites alike
+            self.fingerprints = self.fingerprints | {"pilot package": package_hash()}
+
     def greet(self) -> None:
         """Ask nodes that are new, and once in a while those that were refused; forget those that went."""
         online, now_s = self.mailbox.nodes(), self.clock.now_s()
@@ -71,7 +75,7 @@ class Roster:
             hello = HelloReply(error=answer.error) if answer.error else _hello(answer)
         except ValueError as error:
             hello = HelloReply(error=str(error))
-        name = str(answer.header.get("node_name", f"node {node_id}"))
+        name = str(answer.header.get("node_name") or f"node {node_id}")
         if hello.error:
             self._refuse(name, node_id, hello.error)
             return True
@@ -94,6 +98,7 @@ class Roster:
             site.tokens_per_s = before.tokens_per_s if before else None
             self._accepted[name] = site
             self.refusals.pop(name, None)
+            self.refusals.pop(f"node {site.node_id}", None)
             log.info(
                 "Node %s joined: %s, %d × %s, %d shards",
                 name,
