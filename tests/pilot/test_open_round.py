@@ -1,0 +1,271 @@
+"""One round's books: what is taken, what is refused and why, and what it sums to."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pilot import open_round as module
+from pilot.codec import encode
+from pilot.config import RunConfig
+from pilot.ledger import Ledger
+from pilot.mailbox import Answer
+from pilot.messages import Fence, HelloReply, TrainReply, to_header
+from pilot.open_round import OpenRound, Work
+from pilot.run_state import RunState
+from pilot.sites import Site
+from pilot.snapshot import SnapshotError
+from pilot.telemetry import Telemetry, read_events
+
+ROW_TOKENS, SHARD_ROWS = 8, 10
+CONFIG = RunConfig(
+    run_name="r", sequence_len=ROW_TOKENS, total_batch_size=4 * ROW_TOKENS, num_shards=6
+)
+
+
+class Round:
+    """A round of three sites that have two shards of ten rows each, and what tests do with it."""
+
+    def __init__(self, directory: Path) -> None:
+        ledger = Ledger(num_shards=6, epochs=2, shard_order=lambda _: range(6))
+        weights = {"w": torch.zeros(3), "b": torch.zeros(2, 2)}
+        self.state = RunState(CONFIG, weights, ledger, total_tokens=10**6)
+        self.spool, self.events = directory / "spool", directory / "events.jsonl"
+        self.telemetry = Telemetry(
+            directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
+        )
+        self.open = OpenRound(3, self.state, self.telemetry, spool=self.spool, opened_at_s=0.0)
+        self.works = {}
+        for number, name in enumerate("abc"):
+            lease = ledger.lease(name, 4, shards={2 * number, 2 * number + 1})
+            assert lease is not None
+            fence = Fence("r", 1, 3, lease.lease_id)
+            work = Work(f"m-{name}", Site(name, number, HelloReply()), fence, lease)
+            self.works[name] = work
+            self.open.add(work)
+
+    def reply(self, name: str, rows: int = 4, **changes: Any) -> TrainReply:
+        work = self.works[name]
+        assert work.lease is not None
+        first = work.lease.segments[0]
+        consumed = [[first.epoch, first.shard, 0, rows]] if rows else []
+        reply = TrainReply(
+            fence=work.fence,
+            client=name,
+            steps=1,
+            tokens=rows * ROW_TOKENS,
+            loss_nats=2.0 * rows * ROW_TOKENS,
+            eval_nats=10.0,
+            eval_bytes=5,
+            eval_rows=2,
+            train_s=2.0,
+            consumed=consumed,
+        )
+        return replace(reply, **changes)
+
+    def answer(self, name: str, reply: TrainReply, value: float = 1.0) -> Answer:
+        update = {key: torch.full_like(t, value) for key, t in self.state.weights.items()}
+        return Answer(f"m-{name}", 0, to_header(reply), encode(update) if reply.tokens else [])
+
+    def take(self, name: str, value: float = 1.0, **changes: Any) -> bool:
+        return self.open.take(self.answer(name, self.reply(name, **changes), value))
+
+    def refusals(self) -> list[str]:
+        return [e["reason"] for e in read_events(self.events) if e["event"] == "reply_refused"]
+
+    @property
+    def rows_open(self) -> set[int]:
+        return set(self.state.ledger.open)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Round]:
+    round_ = Round(tmp_path)
+    yield round_
+    books = round_.state.ledger
+    assert books.rows_leased == books.rows_committed + books.rows_returned + books.rows_open
+
+
+def test_replies_are_folded_in_lease_order_weighted_by_tokens(one: Round) -> None:
+    for name, rows, value in (("c", 2, 8.0), ("a", 4, 1.0), ("b", 6, 4.0)):
+        assert one.take(name, value, rows=rows)
+    assert [taken.reply.client for taken in one.open.in_lease_order()] == ["a", "b", "c"]
+    assert one.open.tokens == 12 * ROW_TOKENS and not one.open.pending
+    mean = one.open.mean()
+    assert mean is not None
+    torch.testing.assert_close(mean["w"], torch.full((3,), (4 * 1 + 6 * 4 + 2 * 8) / 12))
+
+
+def test_who_was_first_makes_no_difference_to_the_bit(tmp_path: Path) -> None:
+    means = []
+    for number, order in enumerate(("abc", "cba", "bca")):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        round_ = Round(directory)
+        for name in order:
+            round_.take(name, value=0.1 + ord(name) / 7)
+        mean = round_.open.mean()
+        assert mean is not None
+        means.append(mean)
+    for other in means[1:]:
+        torch.testing.assert_close(other, means[0], rtol=0, atol=0)
+
+
+def test_memory_is_one_model_since_replies_lie_on_disk_until_the_close(one: Round) -> None:
+    one.take("a")
+    one.take("b")
+    assert len(list(one.spool.iterdir())) == 2
+    assert not any(
+        isinstance(v, torch.Tensor) for t in one.open.taken for v in vars(t.reply).values()
+    )
+    one.open.close()
+    assert not one.spool.exists()
+
+
+def test_spool_of_a_dead_server_is_emptied(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "lease-00000099.safetensors").write_bytes(b"old")
+    assert list(Round(tmp_path).spool.iterdir()) == []
+
+
+def test_answer_to_something_else_is_left_to_others(one: Round) -> None:
+    assert not one.open.take(Answer("foreign", 0, {}, []))
+    assert len(one.open.pending) == 3
+
+
+def test_reply_that_comes_twice_counts_once(one: Round) -> None:
+    assert one.take("a") and not one.take("a")
+    assert one.open.tokens == 4 * ROW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"error": "no GPU here"}, "no GPU here"),
+        ({"fence": Fence("r", 1, 2, 1)}, "its fence is"),
+        ({"fence": Fence("r", 2, 3, 1)}, "its fence is"),
+        ({"tokens": 5 * ROW_TOKENS}, "reports 40 tokens for 4 rows"),
+        ({"tokens": -32}, "reports -32 tokens"),
+        ({"tokens": 0}, "tensors are not the model's|reports 0 tokens"),
+        ({"consumed": []}, "tokens for 0 rows"),
+        ({"consumed": [[0, 1, 0, 4]]}, "before it|start"),
+        ({"consumed": [[0, 0, 0]]}, "not enough values"),
+        ({"row_counts": [[0, 3]]}, "goes beyond"),
+        ({"row_counts": [[77, 3]]}, "shard 77"),
+        ({"row_counts": [[0, 3, 1]]}, "too many values"),
+    ],
+    ids=str,
+)
+def test_bad_reply_is_refused_and_its_rows_go_back(
+    one: Round, changes: dict[str, Any], reason: str
+) -> None:
+    lease_id = one.works["a"].fence.lease_id
+    assert one.take("a", **changes)
+    assert one.open.taken == [] and "a" in one.open.failures and lease_id not in one.rows_open
+    (told,) = one.refusals()
+    assert re.search(reason, told), told
+    again = one.state.ledger.lease("d", 4, shards={0})
+    assert again is not None and again.segments[0].first_row == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_reply_that_is_not_finite_is_refused(one: Round, value: float) -> None:
+    one.take("a", value)
+    assert one.open.mean() is None and "is not finite" in one.refusals()[0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer("m-a", 0, {}, [], "Flower error 5: gone"),
+        Answer("m-a", 0, {}, []),
+        Answer("m-a", 0, {"kind": "HelloReply"}, []),
+    ],
+    ids=str,
+)
+def test_answer_that_is_no_reply_is_refused(one: Round, answer: Answer) -> None:
+    assert one.open.take(answer) and len(one.refusals()) == 1
+    assert one.works["a"].fence.lease_id not in one.rows_open
+
+
+def test_sizes_that_two_replies_disagree_about_cost_the_second_one_only(one: Round) -> None:
+    assert one.take("a", row_counts=[[0, 10], [5, 9]])
+    assert one.take("b", row_counts=[[5, 8]])
+    assert [taken.reply.client for taken in one.open.taken] == ["a"]
+    assert "shard 5 has 9 rows elsewhere, not 8" in one.refusals()[0]
+    for taken in one.open.in_lease_order():
+        one.state.ledger.commit(taken.work.fence.lease_id, taken.consumed, taken.row_counts)
+
+
+def test_rows_beyond_a_size_that_another_reply_tells_are_refused(one: Round) -> None:
+    assert one.take("a", row_counts=[[2, 3]])
+    assert one.take("b", rows=4)  # of shard 2
+    assert [taken.reply.client for taken in one.open.taken] == ["a"]
+
+
+def test_reply_without_a_step_gives_its_rows_back_but_its_shards_sizes_count(one: Round) -> None:
+    assert one.take("a", rows=0, row_counts=[[0, 3], [1, 2]])
+    assert one.open.taken == [] and one.open.failures == {} and one.refusals() == []
+    assert one.state.ledger.row_counts == {0: 3, 1: 2}
+    again = one.state.ledger.lease("a", 4, shards={0, 1})
+    assert again is not None and sum(segment.rows or 0 for segment in again.segments) == 4
+
+
+def test_site_that_had_no_time_to_train_keeps_its_measured_speed(one: Round) -> None:
+    site = one.works["a"].site
+    site.tokens_per_s = 123.0
+    one.take("a", rows=0)
+    assert site.tokens_per_s == 123.0
+    one.take("b", train_s=2.0)
+    assert one.works["b"].site.tokens_per_s == 4 * ROW_TOKENS / 2.0
+    one.take("c", train_s=math.nan)
+    assert one.works["c"].site.tokens_per_s is None
+
+
+def test_evaluations_add_up_to_one_bpb_and_broken_ones_are_left_out(one: Round) -> None:
+    one.take("a", eval_nats=10.0, eval_bytes=5, eval_rows=2)
+    one.take("b", eval_nats=math.nan, eval_bytes=5, eval_rows=2)
+    one.take("c", eval_nats=20.0, eval_bytes=7, eval_rows=3)
+    assert one.open.eval_rows == 5
+    assert one.open.val_bpb == pytest.approx(30.0 / (math.log(2) * 12))
+
+
+@pytest.mark.parametrize("changes", [{"eval_bytes": 0}, {"eval_rows": 0}, {"eval_bytes": -1}])
+def test_evaluation_over_nothing_counts_nothing(one: Round, changes: dict[str, int]) -> None:
+    one.take("a", **changes)
+    assert one.open.val_bpb is None and one.open.eval_rows == 0
+
+
+def test_round_that_has_no_loss_says_none(one: Round) -> None:
+    assert one.open.train_loss is None and one.open.mean() is None
+    one.take("a", loss_nats=math.nan)
+    assert one.open.train_loss is None
+    one.open.taken.clear()
+    one.take("b")
+    assert one.open.train_loss == pytest.approx(2.0)
+
+
+def test_who_is_still_out_at_the_end_of_the_grace_is_refused_and_its_rows_go_back(
+    one: Round,
+) -> None:
+    one.take("a")
+    one.open.give_up()
+    assert set(one.open.failures) == {"b", "c"} and one.rows_open == {one.works["a"].fence.lease_id}
+    assert not one.take("b"), "a late reply isn't this round's any more"
+    assert len(one.refusals()) == 2
+
+
+def test_disk_that_is_full_ends_the_run_with_a_sentence(
+    one: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", no_space)
+    with pytest.raises(SnapshotError, match=r"lease-00000001.*No space left"):
+        one.take("a")
