@@ -37,9 +37,22 @@ def round_opened(
     telemetry.event("round_opened", round=number, clients=[site.name for site in sites])
 
 
-def progress(beats: Mapping[str, Mapping[str, str]], *, tokens: int, elapsed_s: float) -> None:
-    """One line a client, as its own progress bar would show it; `tokens` is what each may expect."""
+def progress(
+    beats: Mapping[str, Mapping[str, str]],
+    told: dict[str, object],
+    *,
+    tokens: int,
+    elapsed_s: float,
+) -> None:
+    """One line a client, as its own progress bar would show it; `tokens` is what each may expect.
+
+    `told` remembers what was said of each: a client that has not moved gets no line.
+    """
     for name, beat in beats.items():
+        now = (beat.get("round"), beat.get("state"), beat.get("tokens"))
+        if told.get(name) == now:
+            continue
+        told[name] = now
         postfix = beat.get("state", "")
         if int(beat.get("step", 0)):
             rows = int(beat["shard_rows"])

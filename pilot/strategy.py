@@ -76,6 +76,7 @@ class PilotStrategy:
             mailbox, hello, clock, config.min_clients, state.fingerprints, closed=closed
         )
         self._failed_rounds = 0
+        self._told: dict[str, object] = {}
         self._redis_at_s = self._told_at_s = float("-inf")
 
     def run(self) -> None:
@@ -198,6 +199,7 @@ class PilotStrategy:
             target = self.config.target_tokens or self.state.total_tokens - self.state.tokens
             report.progress(
                 self._beats(open_round),
+                self._told,
                 tokens=max(1, target // len(open_round.asked)),
                 elapsed_s=now_s - open_round.opened_at_s,
             )
