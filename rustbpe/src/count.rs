@@ -1,77 +1,16 @@
 //! Pieces to distinct words with their counts, on several threads.
 //!
-//! Every worker owns a table, and nothing is shared but the queue of batches. Sums do not depend on order, so the
-//! counts are the same for any number of threads.
+//! Every worker counts in a table of its own; shared are the queue of batches and the sums. Sums do not depend on order, so
+//! the counts are the same for any number of threads.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Mutex;
-use std::time::Duration;
 
-use hashbrown::HashTable;
-use rustc_hash::FxBuildHasher;
-use std::hash::BuildHasher;
-
+use crate::poll::POLL;
 use crate::split::{SplitError, Splitter};
-
-/// How often a waiting caller looks for Ctrl-C.
-pub const POLL: Duration = Duration::from_millis(50);
-
-/// Distinct words, interned in one arena: a word costs its bytes and about 22 more.
-#[derive(Default)]
-pub struct WordCounts {
-    arena: Vec<u8>,
-    ends: Vec<usize>, // word i is arena[ends[i-1]..ends[i]]
-    counts: Vec<u64>,
-    table: HashTable<u32>,
-}
-
-impl WordCounts {
-    pub fn len(&self) -> usize {
-        self.counts.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.counts.is_empty()
-    }
-
-    pub fn word(&self, index: usize) -> &[u8] {
-        word_at(&self.arena, &self.ends, index)
-    }
-
-    pub fn count(&self, index: usize) -> u64 {
-        self.counts[index]
-    }
-
-    pub fn add(&mut self, word: &[u8], count: u64) {
-        let hash = FxBuildHasher.hash_one(word);
-        let (arena, ends) = (&self.arena, &self.ends);
-        let same = |&index: &u32| word_at(arena, ends, index as usize) == word;
-        if let Some(&index) = self.table.find(hash, same) {
-            self.counts[index as usize] += count;
-            return;
-        }
-        let index = u32::try_from(self.ends.len()).expect("fewer than 2^32 distinct words");
-        self.arena.extend_from_slice(word);
-        self.ends.push(self.arena.len());
-        self.counts.push(count);
-        let (arena, ends) = (&self.arena, &self.ends);
-        self.table.insert_unique(hash, index, |&index| {
-            FxBuildHasher.hash_one(word_at(arena, ends, index as usize))
-        });
-    }
-
-    fn absorb(&mut self, other: &WordCounts) {
-        for index in 0..other.len() {
-            self.add(other.word(index), other.count(index));
-        }
-    }
-}
-
-fn word_at<'a>(arena: &'a [u8], ends: &[usize], index: usize) -> &'a [u8] {
-    let start = if index == 0 { 0 } else { ends[index - 1] };
-    &arena[start..ends[index]]
-}
+use crate::words::{LocalWords, SharedWords, TooManyWords, WordTable};
 
 /// Documents in one allocation, which goes back to be filled again.
 #[derive(Default)]
@@ -99,13 +38,12 @@ impl Batch {
         self.text.len()
     }
 
-    fn documents(&self) -> impl Iterator<Item = &str> {
+    /// Where each document lies in the text.
+    fn documents(&self) -> impl Iterator<Item = Range<usize>> + '_ {
         let mut start = 0;
-        self.ends.iter().map(move |&end| {
-            let document = &self.text[start..end];
-            start = end;
-            document
-        })
+        self.ends
+            .iter()
+            .map(move |&end| std::mem::replace(&mut start, end)..end)
     }
 }
 
@@ -114,6 +52,7 @@ impl Batch {
 pub enum CountError<E> {
     Caller(E),
     Split(SplitError),
+    Words(TooManyWords),
     /// A worker panicked: a bug of this crate.
     Worker,
 }
@@ -127,8 +66,9 @@ pub fn count_words<E>(
     num_threads: usize,
     mut fill: impl FnMut(&mut Batch) -> Result<(), E>,
     mut poll: impl FnMut() -> Result<(), E>,
-) -> Result<WordCounts, CountError<E>> {
+) -> Result<Vec<WordTable>, CountError<E>> {
     let stop = AtomicBool::new(false);
+    let shared = SharedWords::default();
     let (work_sender, work) = channel::<Batch>();
     let (spare_sender, spare) = channel::<Batch>();
     // One batch a worker, and one that is being filled: memory is bounded by these.
@@ -140,8 +80,8 @@ pub fn count_words<E>(
         let workers: Vec<_> = (0..num_threads)
             .map(|_| {
                 let (splitter, spare_sender) = (splitter.clone(), spare_sender.clone());
-                let (work, stop) = (&work, &stop);
-                scope.spawn(move || count_queue(&splitter, work, &spare_sender, stop))
+                let (work, stop, shared) = (&work, &stop, &shared);
+                scope.spawn(move || count_queue(&splitter, work, &spare_sender, stop, shared))
             })
             .collect();
         drop(spare_sender); // `spare` then disconnects when the last worker is gone
@@ -149,21 +89,18 @@ pub fn count_words<E>(
         if read.is_err() {
             stop.store(true, Ordering::Relaxed);
         }
-        let mut tables = Vec::new();
         let mut failure = None;
         for worker in workers {
             match worker.join() {
-                Ok(Ok(table)) => tables.push(table),
+                Ok(Ok(())) => {}
                 Ok(Err(error)) => failure = Some(CountError::Split(error)),
                 Err(_) => failure = Some(CountError::Worker),
             }
         }
         read.map_err(CountError::Caller)?;
-        match failure {
-            Some(error) => Err(error),
-            None => Ok(sum_tables(tables)),
-        }
-    })
+        failure.map_or(Ok(()), Err)
+    })?;
+    shared.into_tables().map_err(CountError::Words)
 }
 
 /// Fills and sends batches until the input ends or a worker fails, and then waits for the workers to finish.
@@ -201,17 +138,19 @@ fn count_queue(
     work: &Mutex<Receiver<Batch>>,
     spare: &Sender<Batch>,
     stop: &AtomicBool,
-) -> Result<WordCounts, SplitError> {
-    let mut words = WordCounts::default();
+    shared: &SharedWords,
+) -> Result<(), SplitError> {
+    let mut words = LocalWords::new(shared);
     loop {
         let next = match work.lock() {
             Ok(queue) => queue.recv(),
             Err(_) => break, // another worker panicked while it held the queue
         };
         let Ok(batch) = next else { break };
+        let text = batch.text.as_bytes();
         for document in batch.documents() {
-            let counted = splitter.for_each_piece(document, |piece| {
-                words.add(piece.as_bytes(), 1);
+            let counted = splitter.for_each_piece(&batch.text[document.clone()], |start, end| {
+                words.add(text, document.start + start, document.start + end);
                 !stop.load(Ordering::Relaxed)
             });
             if let Err(error) = counted {
@@ -219,21 +158,13 @@ fn count_queue(
                 return Err(error);
             }
             if stop.load(Ordering::Relaxed) {
-                return Ok(words);
+                return Ok(());
             }
         }
         let _ = spare.send(batch);
     }
-    Ok(words)
-}
-
-fn sum_tables(mut tables: Vec<WordCounts>) -> WordCounts {
-    tables.sort_by_key(WordCounts::len);
-    let mut sum = tables.pop().unwrap_or_default();
-    for table in tables {
-        sum.absorb(&table);
-    }
-    sum
+    words.give();
+    Ok(())
 }
 
 #[cfg(test)]
@@ -250,9 +181,8 @@ mod tests {
             Ok(())
         };
         let words = count_words(&splitter, num_threads, fill, || Ok(())).unwrap();
-        (0..words.len())
-            .map(|i| (words.word(i).to_vec(), words.count(i)))
-            .collect()
+        let words = words.iter().flat_map(|table| table.iter());
+        words.map(|(word, count)| (word.to_vec(), count)).collect()
     }
 
     #[test]

@@ -51,8 +51,8 @@ impl Model {
         ids: &mut Vec<u32>,
         mut go_on: impl FnMut() -> bool,
     ) -> Result<(), SplitError> {
-        self.splitter.for_each_piece(text, |piece| {
-            self.encode_piece(piece.as_bytes(), ids);
+        self.splitter.for_each_piece(text, |start, end| {
+            self.encode_piece(&text.as_bytes()[start..end], ids);
             go_on()
         })
     }
@@ -131,14 +131,17 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::count::WordCounts;
     use crate::merge::find_merges;
+    use crate::words::SharedWords;
     use proptest::prelude::*;
 
     fn model(words: &[Vec<u8>], max_merges: usize) -> Model {
-        let mut counts = WordCounts::default();
+        let counts = SharedWords::default();
         words.iter().for_each(|word| counts.add(word, 1));
-        let merges = find_merges(counts, max_merges, || Ok::<(), ()>(())).unwrap();
+        let merges = find_merges(counts.into_tables().unwrap(), max_merges, || {
+            Ok::<(), ()>(())
+        })
+        .unwrap();
         Model::new(Splitter::new(".+").unwrap(), &merges)
     }
 

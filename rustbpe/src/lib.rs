@@ -6,9 +6,12 @@
 
 pub mod count;
 pub mod encode;
+pub mod layout;
 pub mod merge;
+pub mod poll;
 pub mod scanner;
 pub mod split;
+pub mod words;
 
 #[cfg(feature = "python")]
 mod python;

@@ -12,14 +12,16 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
-use crate::count::{count_words, Batch, CountError, POLL};
+use crate::count::{count_words, Batch, CountError};
 use crate::encode::Model;
 use crate::merge::{find_merges, MergeError, NUM_BYTES};
+use crate::poll::POLL;
 use crate::split::{SplitError, Splitter, DEFAULT_PATTERN};
+use crate::words::TooManyWords;
 
 /// A batch is closed at this size even when it has fewer documents than `buffer_size`: it bounds memory and lets several
 /// threads share the work when documents are long.
-const MAX_BATCH_BYTES: usize = 4 << 20;
+const MAX_BATCH_BYTES: usize = 1 << 20;
 
 /// `encode` looks for Ctrl-C after this many pieces: some tens of milliseconds.
 const PIECES_A_POLL: usize = 1 << 16;
@@ -35,6 +37,7 @@ impl From<CountError<PyErr>> for PyErr {
         match error {
             CountError::Caller(error) => error,
             CountError::Split(error) => error.into(),
+            CountError::Words(error) => error.into(),
             CountError::Worker => internal_error(),
         }
     }
@@ -44,10 +47,16 @@ impl From<MergeError<PyErr>> for PyErr {
     fn from(error: MergeError<PyErr>) -> Self {
         match error {
             MergeError::Caller(error) => error,
-            MergeError::TooManyWords => PyValueError::new_err(
-                "the distinct words of this text have more than 4 GiB: train on less text",
-            ),
+            MergeError::Words(error) => error.into(),
         }
+    }
+}
+
+impl From<TooManyWords> for PyErr {
+    fn from(_: TooManyWords) -> Self {
+        PyValueError::new_err(
+            "the distinct words of this text have more than 4 GiB: train on less text",
+        )
     }
 }
 

@@ -43,23 +43,29 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Calls `visit` with each non-empty piece in order, until it returns false. Text that the pattern does not match is left out,
-    /// as tiktoken does.
-    pub fn for_each_piece<'t>(
+    /// Calls `visit` with start and end of each non-empty piece in order, until it returns false. Text that the pattern does
+    /// not match is left out, as tiktoken does.
+    pub fn for_each_piece(
         &self,
-        text: &'t str,
-        mut visit: impl FnMut(&'t str) -> bool,
+        text: &str,
+        mut visit: impl FnMut(usize, usize) -> bool,
     ) -> Result<(), SplitError> {
         let regex = match &self.engine {
             Engine::Scanner(scanner) => {
-                let _all_visited = scanner.pieces(text).all(visit);
+                let mut start = 0;
+                while let Some(end) = scanner.piece_end(text, start) {
+                    if !visit(start, end) {
+                        break;
+                    }
+                    start = end;
+                }
                 return Ok(());
             }
             Engine::Regex(regex) => regex,
         };
         for found in regex.find_iter(text) {
-            let piece = found.map_err(|error| gave_up(text, &error))?.as_str();
-            if !piece.is_empty() && !visit(piece) {
+            let piece = found.map_err(|error| gave_up(text, &error))?;
+            if piece.start() < piece.end() && !visit(piece.start(), piece.end()) {
                 break;
             }
         }
@@ -90,8 +96,8 @@ mod tests {
         let mut out = Vec::new();
         let splitter = Splitter::new(pattern).unwrap();
         splitter
-            .for_each_piece(text, |piece| {
-                out.push(piece.to_string());
+            .for_each_piece(text, |start, end| {
+                out.push(text[start..end].to_string());
                 true
             })
             .unwrap();
