@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from pilot.worker.handle import ERROR_NAME, SOCKET_NAME
 _POLL_S = 0.2
 _TERMINATE_S = 3.0
 _PR_SET_PDEATHSIG = 1
+_PARENT_GONE = 2  # an exit code
 # glibc gives big blocks back to the kernel at every free, and the next micro-batch's logits fault them in
 # again: 1.34 → 0.77 CPU-seconds a step of configs/tiny.toml on one thread (docs/log.md).
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -39,6 +41,10 @@ def main() -> None:
 
 
 def _supervise(directory: Path, processes: int) -> int:
+    # Held back until somebody can act on it; the ranks inherit that, and let it through once they
+    # know what to finish. SIGINT goes to a terminal's whole group: there the ClientApp decides.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # bound under another name first: who finds the socket can connect to it
     listener.bind(str(directory / "binding"))
@@ -47,11 +53,14 @@ def _supervise(directory: Path, processes: int) -> int:
     ranks = [_start_rank(rank, processes, directory, listener) for rank in range(processes)]
     listener.close()
     signal.signal(signal.SIGTERM, lambda *_: _signal(ranks[:1], signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the ClientApp decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
-        return _watch(ranks, directory)
+        code = _watch(ranks, directory)
     finally:
         _end(ranks)
+    if code == _PARENT_GONE:
+        shutil.rmtree(directory, ignore_errors=True)  # nobody else will
+    return code
 
 
 def _start_rank(
@@ -79,22 +88,32 @@ def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
     """Wait until all ranks are done, one fails, or the parent is gone."""
     while True:
         codes = [rank.poll() for rank in ranks]
-        for number, code in enumerate(codes):
-            if code:
-                _tell(directory, f"worker process {number} ended with code {code}")
-                return 1
+        if failed := [(code, number) for number, code in enumerate(codes) if code]:
+            _tell(directory, *min(failed))  # one that was killed first: the others fail of that
+            return 1
         if all(code == 0 for code in codes):
             return 0
         readable = select.select([sys.stdin.buffer], [], [], _POLL_S)[0]
         if readable and not os.read(sys.stdin.fileno(), 1):
-            return 2
+            return _PARENT_GONE
 
 
-def _tell(directory: Path, sentence: str) -> None:
-    """Leave last words for the handle, unless a rank has left better ones."""
+def last_words(directory: Path, sentence: str) -> None:
+    """Leave a sentence for the handle. The first one counts: what follows is its consequence."""
     with contextlib.suppress(FileExistsError, FileNotFoundError):
         with open(directory / ERROR_NAME, "x", encoding="utf-8") as file:
             file.write(sentence)
+
+
+def _tell(directory: Path, code: int, number: int) -> None:
+    if code > 0:
+        last_words(directory, f"worker process {number} ended with code {code}")
+        return
+    (directory / ERROR_NAME).unlink(missing_ok=True)  # others, who lost their connection to it
+    remedy = (
+        " (which is what a machine without memory left does)" if code == -signal.SIGKILL else ""
+    )
+    last_words(directory, f"worker process {number} was killed by signal {-code}{remedy}")
 
 
 def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
@@ -108,7 +127,8 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         if rank.poll() is None:
             rank.kill()
     for rank in ranks:
-        rank.wait(_TERMINATE_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(_TERMINATE_S)
 
 
 def die_with_parent() -> None:

@@ -39,7 +39,8 @@ class WorkerHandle:
 
     def __enter__(self) -> "WorkerHandle":
         # short: the path of a Unix socket has at most 107 bytes
-        self._dir = Path(tempfile.mkdtemp(prefix="pilot-"))
+        scratch = os.environ.get("PILOT_SCRATCH_DIR")  # of `pilot run`, gone with it
+        self._dir = Path(tempfile.mkdtemp(prefix="pilot-", dir=scratch))
         command = [sys.executable, "-m", "pilot.worker"]
         command += ["--dir", str(self._dir), "--processes", str(self._processes)]
         command += ["--device", self._device]

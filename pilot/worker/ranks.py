@@ -7,6 +7,7 @@ the group's private directory, so no port is opened for it.
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ class Ranks:
         control: dist.ProcessGroup | None = None
         if world_size > 1:
             # all ranks are on this machine: never resolve a host name, never leave the loopback
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            loopback = "lo0" if sys.platform == "darwin" else "lo"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",
                 init_method=f"file://{directory}/rendezvous",
