@@ -23,7 +23,6 @@ from tqdm import tqdm
 from nanochat.common import UserError, default_compute_dtype
 from nanochat.dataloader import RowStream
 from nanochat.dataloader import Segment as RowSegment
-from nanochat.files import atomic_write_text
 from nanochat.gpt import GPT
 from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
@@ -42,13 +41,14 @@ from pilot.messages import (
     package_hash,
     to_header,
 )
-from pilot.worker.handle import ERROR_NAME
+from pilot.worker.group import last_words
 from pilot.worker.ranks import Ranks
 from pilot.worker.site import SiteData, hello, open_data
 from pilot.worker.stop import Progress, StopWatcher
 from pilot.worker.wire import receive_frame, send_frame
 
 _LOSS_EMA = 0.9
+_BEYOND = 1 << 40  # a row number that no shard has
 _LOG_EVERY_S = 1.0  # reading the loss waits for the device: not oftener than this
 
 log = logging.getLogger("pilot.worker")
@@ -63,10 +63,10 @@ def main() -> None:
             _serve(directory)
         else:
             _follow(directory)
-    except (UserError, PilotError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         # last words for the handle: the reason, not "a process ended with code 1"
-        with contextlib.suppress(OSError):
-            atomic_write_text(directory / ERROR_NAME, f"{type(error).__name__}: {error}")
+        told = isinstance(error, (UserError, PilotError))
+        last_words(directory, str(error) if told else f"{type(error).__name__}: {error}")
         raise
 
 
@@ -98,11 +98,10 @@ def _train(
 ) -> tuple[TrainReply, dict[str, Tensor]]:
     weights = decode(parts)
     ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
-    try:
-        ranks.broadcast_json(to_header(order))
-        return Round(order, ranks, received).run(weights)
-    finally:
-        ranks.leave()
+    ranks.broadcast_json(to_header(order))
+    result = Round(order, ranks, received).run(weights)
+    ranks.leave()  # not after an error: the others would fail too, and tell it before we have
+    return result
 
 
 def _follow(directory: Path) -> None:
@@ -110,10 +109,8 @@ def _follow(directory: Path) -> None:
     ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
     order = from_header(ranks.broadcast_json(None))
     assert isinstance(order, TrainOrder)
-    try:
-        Round(order, ranks, time.monotonic()).run({})
-    finally:
-        ranks.leave()
+    Round(order, ranks, time.monotonic()).run({})
+    ranks.leave()
 
 
 class Round:
@@ -169,6 +166,7 @@ class Round:
             heartbeat_s=self.config.heartbeat,
         ) as stop:
             signal.signal(signal.SIGTERM, lambda *_: stop.stop("SIGTERM"))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one may be waiting
             yield stop
 
     def _limit_threads(self) -> None:
@@ -233,6 +231,8 @@ class Round:
                     pending.zero_()
                     pending_tokens, read_at = 0, time.monotonic()
             nats += pending.double().cpu()
+        train_s = time.monotonic() - began
+        row_counts = self._row_counts(data, stream, stop)
         if not stop.reason:
             stop.stop("steps done" if self.order.segments else "nothing leased")
         if self.ranks.first and self.order.segments:
@@ -244,9 +244,9 @@ class Round:
             "batches": self.batches,
             "tokens": progress.tokens,
             "loss_nats": self.ranks.sum([float(nats)])[0],
-            "train_s": time.monotonic() - began,
+            "train_s": train_s,
             "consumed": [_as_list(segment) for segment in stream.consumed(progress.rows)],
-            "row_counts": self._row_counts(stream),
+            "row_counts": row_counts,
         }
 
     def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:
@@ -260,10 +260,24 @@ class Round:
             return None
         return stream.read(size) if rows is None else rows
 
-    def _row_counts(self, stream: RowStream) -> list[list[int]]:
-        """Sizes of the leased shards that are packed by now."""
-        leased = {values[1] for values in self.order.segments}
-        return [[shard, rows] for shard, rows in stream.known_rows.items() if shard in leased]
+    def _row_counts(self, data: SiteData, stream: RowStream, stop: StopWatcher) -> list[list[int]]:
+        """Sizes of the leased shards that are packed by now.
+
+        With fixed steps: of those that were read from, waited for. What the books learn then depends on
+        the work alone, so that a resumed run leases what an uninterrupted one would have.
+        """
+        if not self.ranks.first or stream.position is None:
+            return []
+        shards = [values[1] for values in self.order.segments]
+        if self.config.round_steps:
+            epoch, shard, _, _ = stream.position
+            at = [values[:2] for values in self.order.segments].index([epoch, shard])
+            shards = shards[: at + 1]
+            for shard in shards:
+                # a row behind the end comes, as nothing, when the end is known
+                data.rows.rows(shard).read(_BEYOND, _BEYOND + 1, should_stop=stop.should_stop)
+        known = stream.known_rows
+        return [[shard, known[shard]] for shard in sorted({*shards}) if shard in known]
 
     def _should_stop(self, stop: StopWatcher) -> bool:
         """The one decision of all ranks, before each micro-step."""
