@@ -11,6 +11,9 @@ DEFAULT_PATTERN: str
 class Tokenizer:
     def __new__(cls) -> Tokenizer: ...
     @property
+    def training_stats(self) -> dict[str, float]:
+        """`counting_s`, `merging_s`, `distinct_words` of the last training; empty before."""
+    @property
     def vocab_size(self) -> int: ...
     def train_from_iterator(
         self,

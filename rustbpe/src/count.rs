@@ -213,6 +213,16 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_in_a_worker_is_an_error_even_of_an_endless_input() {
+        let fill = |batch: &mut Batch| -> Result<(), ()> {
+            batch.push("endless");
+            Ok(())
+        };
+        let result = count_words(&Splitter::panicking(), 2, fill, || Ok(()));
+        assert!(matches!(result, Err(CountError::Worker)));
+    }
+
+    #[test]
     fn an_error_of_poll_stops_counting() {
         let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
         let fill = |batch: &mut Batch| {

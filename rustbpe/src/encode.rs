@@ -6,10 +6,18 @@ use std::collections::BinaryHeap;
 use rustc_hash::FxHashMap;
 
 use crate::merge::{Pair, NUM_BYTES};
+use crate::poll::Poller;
 use crate::split::{SplitError, Splitter};
 
 /// Up to this many bytes, rescanning a piece for each merge is faster than a heap.
 const SMALL_PIECE_BYTES: usize = 64;
+
+/// Why encoding ended early. `E` is the caller's own error, from polling.
+#[derive(Debug)]
+pub enum EncodeError<E> {
+    Caller(E),
+    Split(SplitError),
+}
 
 /// A split pattern with the tokens that were trained on it. Never changes once made.
 pub struct Model {
@@ -44,27 +52,37 @@ impl Model {
         &self.tokens
     }
 
-    /// Appends the ids of `text`; stops between two pieces when `go_on` says false.
-    pub fn encode(
+    /// Appends the ids of `text`. An error of `poller` ends the work at once, also within a piece of any length.
+    pub fn encode<E, F: FnMut() -> Result<(), E>>(
         &self,
         text: &str,
         ids: &mut Vec<u32>,
-        mut go_on: impl FnMut() -> bool,
-    ) -> Result<(), SplitError> {
-        self.splitter.for_each_piece(text, |start, end| {
-            self.encode_piece(&text.as_bytes()[start..end], ids);
-            go_on()
-        })
+        poller: &mut Poller<F>,
+    ) -> Result<(), EncodeError<E>> {
+        let mut encoded = Ok(());
+        let split = self.splitter.for_each_piece(text, |start, end| {
+            encoded = self.encode_piece(&text.as_bytes()[start..end], ids, poller);
+            encoded.is_ok()
+        });
+        encoded.map_err(EncodeError::Caller)?;
+        split.map_err(EncodeError::Split)
     }
 
-    fn encode_piece(&self, piece: &[u8], ids: &mut Vec<u32>) {
+    fn encode_piece<E, F: FnMut() -> Result<(), E>>(
+        &self,
+        piece: &[u8],
+        ids: &mut Vec<u32>,
+        poller: &mut Poller<F>,
+    ) -> Result<(), E> {
+        poller.step()?;
         if let Some(&id) = self.ids.get(piece) {
             ids.push(id);
         } else if piece.len() <= SMALL_PIECE_BYTES {
             self.merge_by_scan(piece, ids);
         } else {
-            self.merge_by_heap(piece, ids);
+            self.merge_by_heap(piece, ids, poller)?;
         }
+        Ok(())
     }
 
     /// O(n^2), with nothing but one small array.
@@ -85,7 +103,12 @@ impl Model {
     }
 
     /// O(n log n), for the pieces that someone makes to hurt.
-    fn merge_by_heap(&self, piece: &[u8], ids: &mut Vec<u32>) {
+    fn merge_by_heap<E, F: FnMut() -> Result<(), E>>(
+        &self,
+        piece: &[u8],
+        ids: &mut Vec<u32>,
+        poller: &mut Poller<F>,
+    ) -> Result<(), E> {
         let n = piece.len();
         let mut symbols: Vec<Option<u32>> = piece.iter().map(|&b| Some(u32::from(b))).collect();
         let mut next: Vec<usize> = (1..=n).collect();
@@ -95,8 +118,12 @@ impl Model {
             let pair = (symbols.get(left).copied()??, symbols.get(right).copied()??);
             Some(Reverse((*self.merges.get(&pair)?, left, pair.0, right)))
         };
-        heap.extend((1..n).filter_map(|right| candidate(&symbols, right - 1, right)));
+        for right in 1..n {
+            poller.step()?;
+            heap.extend(candidate(&symbols, right - 1, right));
+        }
         while let Some(Reverse((id, left, left_id, right))) = heap.pop() {
+            poller.step()?;
             // Stale when either side has been merged since: then the pair's ids or its end differ.
             let same = symbols[left] == Some(left_id) && next[left] == right;
             if !same
@@ -116,6 +143,7 @@ impl Model {
             }
         }
         ids.extend(symbols.into_iter().flatten());
+        Ok(())
     }
 
     /// The bytes of `ids`, or the first id that there is none of.
@@ -154,7 +182,8 @@ mod tests {
             let model = model(&words, 40);
             let (mut by_scan, mut by_heap) = (vec![7], vec![7]);
             model.merge_by_scan(&piece, &mut by_scan);
-            model.merge_by_heap(&piece, &mut by_heap);
+            let mut poller = Poller::new(|| Ok::<(), ()>(()));
+            model.merge_by_heap(&piece, &mut by_heap, &mut poller).unwrap();
             prop_assert_eq!(&by_scan, &by_heap);
             prop_assert_eq!(model.decode(&by_scan[1..]).unwrap(), piece);
         }
@@ -168,6 +197,22 @@ mod tests {
             model.merge_by_scan(token, &mut ids);
             assert_eq!(ids, [id as u32]);
         }
+    }
+
+    #[test]
+    fn an_error_of_poll_ends_encoding_within_a_piece() {
+        let model = model(&[b"abab".to_vec()], 2);
+        let text = "ab".repeat(1000);
+        let fails_after = |mut polls: usize| {
+            let poll = || {
+                polls = polls.checked_sub(1).ok_or("ctrl-c")?;
+                Ok(())
+            };
+            let encoded = model.encode(&text, &mut Vec::new(), &mut Poller::new(poll));
+            matches!(encoded, Err(EncodeError::Caller("ctrl-c")))
+        };
+        let polls = (0..).find(|&polls| !fails_after(polls)).unwrap();
+        assert!(polls > 40, "{polls} only, in one piece of 2,000 bytes");
     }
 
     #[test]

@@ -28,9 +28,9 @@ impl Layout {
     ) -> Result<Self, MergeError<E>> {
         let mut slots_of_count: FxHashMap<u64, usize> = FxHashMap::default();
         for table in &tables {
-            for (i, (word, count)) in words_with_pairs(table).enumerate() {
+            for (word, count) in words_with_pairs(table) {
                 *slots_of_count.entry(count).or_default() += word.len() + 1;
-                poller.step(i).map_err(MergeError::Caller)?;
+                poller.step().map_err(MergeError::Caller)?;
             }
         }
         let num_slots = 1 + slots_of_count.values().sum::<usize>();
@@ -48,14 +48,14 @@ impl Layout {
         }
         let mut symbols = vec![NONE; num_slots];
         for table in tables {
-            for (i, (word, count)) in words_with_pairs(&table).enumerate() {
+            for (word, count) in words_with_pairs(&table) {
                 let place = place_of_count.entry(count).or_default();
                 let slots = &mut symbols[*place..*place + word.len()];
                 for (slot, &byte) in slots.iter_mut().zip(word) {
                     *slot = u32::from(byte);
                 }
                 *place += word.len() + 1;
-                poller.step(i).map_err(MergeError::Caller)?;
+                poller.step().map_err(MergeError::Caller)?;
             }
         } // a table is dropped as soon as its words are laid out
         let runs = Runs { runs };
@@ -70,10 +70,9 @@ impl Layout {
         mut visit: impl FnMut(Pair, u32, u64),
     ) -> Result<(), E> {
         let mut runs = self.runs.cursor();
-        let (mut position, mut tokens) = (1, 0);
+        let mut position = 1;
         while let Some(&left) = self.symbols.get(position as usize) {
-            poller.step(tokens)?;
-            tokens += 1;
+            poller.step()?;
             if left == NONE {
                 position += 1; // a word's end
                 continue;

@@ -8,6 +8,7 @@ pub mod count;
 pub mod encode;
 pub mod layout;
 pub mod merge;
+mod neighbours;
 pub mod poll;
 pub mod scanner;
 pub mod split;

@@ -18,6 +18,7 @@ use std::collections::BinaryHeap;
 use rustc_hash::FxHashMap;
 
 use crate::layout::{Layout, NONE};
+use crate::neighbours::{Neighbour, Occurrences, Side};
 use crate::poll::Poller;
 use crate::words::{TooManyWords, WordTable};
 
@@ -54,68 +55,6 @@ pub fn find_merges<E>(
     let mut trainer = Trainer::new(layout);
     let merges = trainer.run(max_merges, &mut poller);
     merges.map_err(MergeError::Caller)
-}
-
-/// A pair in the index.
-struct Occurrences {
-    count: u64,
-    positions: Vec<u32>, // ascending; a superset of the places where the pair is now
-}
-
-/// What one merge does to the pairs with one neighbouring token.
-#[derive(Clone, Copy, Default)]
-struct Neighbour {
-    count: u64,
-    places: u32,
-}
-
-/// The neighbours of one merge, on one side.
-#[derive(Default)]
-struct Side {
-    of_id: Vec<Neighbour>, // zeros between two merges
-    seen: Vec<u32>,
-    places: Vec<(u32, u32)>, // (neighbour, position of its pair with the new token)
-}
-
-impl Side {
-    fn add(&mut self, id: u32, position: u32, count: u64) {
-        let neighbour = &mut self.of_id[id as usize];
-        if neighbour.places == 0 {
-            self.seen.push(id);
-        }
-        neighbour.count += count;
-        neighbour.places += 1;
-        self.places.push((id, position));
-    }
-
-    /// Each neighbour with its count and, if that is at least `floor`, what the index needs to know of their pair.
-    fn drain(&mut self, floor: u64) -> Vec<(u32, u64, Option<Occurrences>)> {
-        let mut drained = Vec::with_capacity(self.seen.len());
-        let mut wanted = false;
-        for (i, &id) in self.seen.iter().enumerate() {
-            let Neighbour { count, places } = self.of_id[id as usize];
-            let occurrences = (count >= floor).then(|| Occurrences {
-                count,
-                positions: Vec::with_capacity(places as usize),
-            });
-            wanted |= occurrences.is_some();
-            drained.push((id, count, occurrences));
-            self.of_id[id as usize].places = i as u32; // now its place in `drained`
-        }
-        if wanted {
-            for &(id, position) in &self.places {
-                let place = self.of_id[id as usize].places as usize;
-                if let Some(occurrences) = &mut drained[place].2 {
-                    occurrences.positions.push(position);
-                }
-            }
-        }
-        for id in self.seen.drain(..) {
-            self.of_id[id as usize] = Neighbour::default();
-        }
-        self.places.clear();
-        drained
-    }
 }
 
 struct Trainer {
@@ -163,8 +102,8 @@ impl Trainer {
 
     fn push_id(&mut self, num_bytes: u32) {
         self.lengths.push(num_bytes);
-        self.left.of_id.push(Neighbour::default());
-        self.right.of_id.push(Neighbour::default());
+        self.left.push_id();
+        self.right.push_id();
     }
 
     fn run<E, F: FnMut() -> Result<(), E>>(
@@ -198,7 +137,8 @@ impl Trainer {
     ) -> Result<(), E> {
         self.reads += 1;
         let doublings = self.reads.saturating_sub(2).min(24);
-        let max_pairs = (merges_left + SPARE_PAIRS).saturating_mul(1 << doublings);
+        let max_pairs = merges_left.saturating_add(SPARE_PAIRS);
+        let max_pairs = max_pairs.saturating_mul(1 << doublings);
         self.index = FxHashMap::default(); // before the passes: they need the room
         self.heap = BinaryHeap::new();
         let (layout, lengths) = (&self.layout, &self.lengths);
@@ -212,8 +152,8 @@ impl Trainer {
         self.floor = floor_for(&mut counts, max_pairs);
         pairs.retain(|_, pair| pair.count >= self.floor);
         self.index.reserve(pairs.len());
-        for (i, (&key, &Neighbour { count, places })) in pairs.iter().enumerate() {
-            poller.step(i)?;
+        for (&key, &Neighbour { count, places }) in &pairs {
+            poller.step()?;
             let positions = Vec::with_capacity(places as usize);
             self.index.insert(key, Occurrences { count, positions });
         }
@@ -259,8 +199,8 @@ impl Trainer {
         self.push_id(a_length + b_length);
         let mut runs = self.layout.runs.cursor();
         let symbols = &mut self.layout.symbols;
-        for (i, &position) in positions.iter().enumerate() {
-            poller.step(i)?;
+        for &position in positions {
+            poller.step()?;
             let middle = position + a_length;
             // Sound although slots inside a token keep old ids: the first slot of a swallowed token is overwritten below,
             // always with an id above `a` or NONE, so it can never read `a` again.
@@ -287,7 +227,7 @@ impl Trainer {
 
     /// For each neighbour of the new token: its pair with the new token gains what its pair with the old one loses.
     fn update_index(&mut self, (a, b): Pair, new: u32) {
-        let mut lost = Vec::with_capacity(self.left.seen.len() + self.right.seen.len());
+        let mut lost = Vec::with_capacity(self.left.len() + self.right.len());
         let mut gained = Vec::new();
         for (id, count, occurrences) in self.left.drain(self.floor) {
             lost.push((key((id, a)), count));
@@ -401,16 +341,34 @@ mod tests {
         assert_eq!(fast(&words, 99), naive(&words, 99));
     }
 
-    #[test]
-    fn an_error_of_poll_ends_merging() {
+    /// Fails at the poll after `polls` of them; true if it came to that, false if training ended before.
+    fn fails_after(polls: usize) -> bool {
         let counts = SharedWords::default();
-        let long: Vec<u8> = (0..3_000_000u32)
-            .map(|i| (i.wrapping_mul(i) >> 7) as u8)
-            .collect();
-        counts.add(&long, 1);
-        let tables = counts.into_tables().unwrap();
-        let result = find_merges(tables, usize::MAX, || Err("ctrl-c"));
-        assert!(matches!(result, Err(MergeError::Caller("ctrl-c"))));
+        counts.add(&b"ab".repeat(300), 1);
+        let mut left = polls;
+        let merges = find_merges(counts.into_tables().unwrap(), usize::MAX, || {
+            left = left.checked_sub(1).ok_or("ctrl-c")?;
+            Ok(())
+        });
+        match merges {
+            Ok(merges) => {
+                assert!(merges.len() > 8);
+                false
+            }
+            Err(error) => {
+                assert!(matches!(error, MergeError::Caller("ctrl-c")));
+                true
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_of_any_poll_ends_merging() {
+        let polls = (0..).find(|&polls| !fails_after(polls)).unwrap();
+        assert!(
+            polls > 20,
+            "{polls} only: layout, index and merges should each poll"
+        );
     }
 
     #[test]

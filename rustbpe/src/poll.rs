@@ -5,33 +5,44 @@ use std::time::{Duration, Instant};
 /// How often a caller is let look for Ctrl-C.
 pub const POLL: Duration = Duration::from_millis(50);
 
+/// In unit tests every tick polls, and ticks are frequent, so that they can fail at each.
+const INTERVAL: Duration = if cfg!(test) { Duration::ZERO } else { POLL };
+
 /// Calls the caller's `poll` about every [`POLL`], if it is asked often enough; its error ends the work.
 pub struct Poller<F> {
     poll: F,
-    polled: Instant,
+    polled: Option<Instant>,
+    steps: usize,
 }
 
 impl<E, F: FnMut() -> Result<(), E>> Poller<F> {
     /// Steps of a loop between two looks at the clock: microseconds to a millisecond.
-    const STEPS: usize = 1 << 14;
+    const STEPS: usize = if cfg!(test) { 1 << 6 } else { 1 << 14 };
 
     pub fn new(poll: F) -> Self {
-        let polled = Instant::now();
-        Self { poll, polled }
+        Self {
+            poll,
+            polled: None,
+            steps: 0,
+        }
     }
 
     pub fn tick(&mut self) -> Result<(), E> {
-        if self.polled.elapsed() >= POLL {
+        if self
+            .polled
+            .is_none_or(|polled| polled.elapsed() >= INTERVAL)
+        {
             (self.poll)()?;
-            self.polled = Instant::now();
+            self.polled = Some(Instant::now());
         }
         Ok(())
     }
 
     /// [`Poller::tick`] at every so many steps of a loop.
     #[inline]
-    pub fn step(&mut self, step: usize) -> Result<(), E> {
-        if step.is_multiple_of(Self::STEPS) {
+    pub fn step(&mut self) -> Result<(), E> {
+        self.steps = self.steps.wrapping_add(1);
+        if self.steps.is_multiple_of(Self::STEPS) {
             self.tick()?;
         }
         Ok(())

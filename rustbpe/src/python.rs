@@ -5,26 +5,26 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyUserWarning, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyString};
 
 use crate::count::{count_words, Batch, CountError};
-use crate::encode::Model;
+use crate::encode::{EncodeError, Model};
 use crate::merge::{find_merges, MergeError, NUM_BYTES};
-use crate::poll::POLL;
+use crate::poll::{Poller, POLL};
 use crate::split::{SplitError, Splitter, DEFAULT_PATTERN};
-use crate::words::TooManyWords;
+use crate::words::{TooManyWords, WordTable};
 
 /// A batch is closed at this size even when it has fewer documents than `buffer_size`: it bounds memory and lets several
 /// threads share the work when documents are long.
 const MAX_BATCH_BYTES: usize = 1 << 20;
 
-/// `encode` looks for Ctrl-C after this many pieces: some tens of milliseconds.
-const PIECES_A_POLL: usize = 1 << 16;
+/// More threads than any machine has cores are a mistake, and may not start.
+const MOST_THREADS: usize = 1024;
 
 impl From<SplitError> for PyErr {
     fn from(error: SplitError) -> Self {
@@ -39,6 +39,15 @@ impl From<CountError<PyErr>> for PyErr {
             CountError::Split(error) => error.into(),
             CountError::Words(error) => error.into(),
             CountError::Worker => internal_error(),
+        }
+    }
+}
+
+impl From<EncodeError<PyErr>> for PyErr {
+    fn from(error: EncodeError<PyErr>) -> Self {
+        match error {
+            EncodeError::Caller(error) => error,
+            EncodeError::Split(error) => error.into(),
         }
     }
 }
@@ -76,8 +85,10 @@ fn check_signals() -> PyResult<()> {
 
 fn threads_or_all(num_threads: Option<usize>) -> PyResult<usize> {
     match num_threads {
-        Some(0) => Err(PyValueError::new_err("num_threads must be at least 1")),
-        Some(n) => Ok(n),
+        Some(n) if (1..=MOST_THREADS).contains(&n) => Ok(n),
+        Some(n) => Err(PyValueError::new_err(format!(
+            "num_threads must be from 1 to {MOST_THREADS}; got {n}"
+        ))),
         None => Ok(std::thread::available_parallelism().map_or(1, |n| n.get())),
     }
 }
@@ -105,14 +116,26 @@ fn pull(documents: &Py<PyIterator>, buffer_size: usize, batch: &mut Batch) -> Py
 /// Byte-pair encoding, trained exactly and applied as tiktoken does. See README.md.
 #[pyclass(frozen, module = "rustbpe")]
 struct Tokenizer {
-    // Training replaces the model as a whole, so a failed training changes nothing and encoding may run meanwhile.
-    model: RwLock<Arc<Model>>,
+    // Training replaces both as a whole, so a failed training changes nothing and encoding may run meanwhile.
+    trained: RwLock<(Arc<Model>, Option<Stats>)>,
+}
+
+/// Of one training.
+#[derive(Clone, Copy)]
+struct Stats {
+    counting: Duration, // reading, splitting and counting
+    merging: Duration,
+    distinct_words: usize,
 }
 
 impl Tokenizer {
+    fn trained(&self) -> (Arc<Model>, Option<Stats>) {
+        let trained = self.trained.read().unwrap_or_else(PoisonError::into_inner);
+        trained.clone()
+    }
+
     fn model(&self) -> Arc<Model> {
-        let guard = self.model.read().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(&guard)
+        self.trained().0
     }
 }
 
@@ -122,8 +145,8 @@ impl Tokenizer {
     #[new]
     fn new() -> PyResult<Self> {
         let model = Model::new(Splitter::new(DEFAULT_PATTERN)?, &[]);
-        let model = RwLock::new(Arc::new(model));
-        Ok(Self { model })
+        let trained = RwLock::new((Arc::new(model), None));
+        Ok(Self { trained })
     }
 
     /// Learns a vocabulary of at most `vocab_size` tokens from an iterable of documents.
@@ -160,13 +183,23 @@ impl Tokenizer {
         let num_threads = threads_or_all(num_threads)?;
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))?;
         let documents = iterator.try_iter()?.unbind();
-        let (model, num_merges) = detached(py, || {
+        let (model, stats) = detached(py, || {
             let fill = |batch: &mut Batch| pull(&documents, buffer_size, batch);
+            let started = Instant::now();
             let words = count_words(&splitter, num_threads, fill, check_signals)?;
+            let (counted, distinct_words) =
+                (Instant::now(), words.iter().map(WordTable::len).sum());
             let merges = find_merges(words, max_merges, check_signals)?;
-            Ok((Model::new(splitter, &merges), merges.len()))
+            let stats = Stats {
+                counting: counted - started,
+                merging: counted.elapsed(),
+                distinct_words,
+            };
+            Ok((Model::new(splitter, &merges), stats))
         })?;
-        *self.model.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(model);
+        let num_merges = model.tokens().len() - NUM_BYTES;
+        let trained = (Arc::new(model), Some(stats));
+        *self.trained.write().unwrap_or_else(PoisonError::into_inner) = trained;
         if num_merges < max_merges {
             let message = format!(
                 "the text supports only {} tokens, not the {vocab_size} asked for\0",
@@ -199,19 +232,26 @@ impl Tokenizer {
         self.model().tokens().len()
     }
 
+    /// Of the last training: seconds in counting (reading and splitting included) and in merging, and the number of distinct
+    /// words; empty before.
+    #[getter]
+    fn training_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        if let Some(stats) = self.trained().1 {
+            dict.set_item("counting_s", stats.counting.as_secs_f64())?;
+            dict.set_item("merging_s", stats.merging.as_secs_f64())?;
+            dict.set_item("distinct_words", stats.distinct_words)?;
+        }
+        Ok(dict)
+    }
+
     /// The ids of `text`, as tiktoken gives them for the same pattern and ranks.
     fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
         let model = self.model();
         detached(py, || {
-            let (mut ids, mut pieces, mut signal) = (Vec::new(), 0usize, Ok(()));
-            model.encode(text, &mut ids, || {
-                pieces += 1;
-                if pieces % PIECES_A_POLL == 0 {
-                    signal = check_signals();
-                }
-                signal.is_ok()
-            })?;
-            signal.map(|()| ids)
+            let mut ids = Vec::new();
+            model.encode(text, &mut ids, &mut Poller::new(check_signals))?;
+            Ok(ids)
         })
     }
 
@@ -242,6 +282,9 @@ impl Tokenizer {
 
 type Encoded = Result<Vec<u32>, SplitError>;
 
+/// The caller has given up: nobody waits for the answer.
+struct Stopped;
+
 /// Encodes on `num_threads` workers while the calling thread looks for Ctrl-C.
 fn encode_all(model: &Model, texts: &[PyBackedStr], num_threads: usize) -> PyResult<Vec<Vec<u32>>> {
     let (stop, next) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -254,8 +297,15 @@ fn encode_all(model: &Model, texts: &[PyBackedStr], num_threads: usize) -> PyRes
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     let Some(text) = texts.get(i) else { break };
                     let mut ids = Vec::new();
-                    let go_on = || !stop.load(Ordering::Relaxed);
-                    let encoded = model.encode(text, &mut ids, go_on).map(|()| ids);
+                    let mut poller = Poller::new(|| match stop.load(Ordering::Relaxed) {
+                        true => Err(Stopped),
+                        false => Ok(()),
+                    });
+                    let encoded = match model.encode(text, &mut ids, &mut poller) {
+                        Ok(()) => Ok(ids),
+                        Err(EncodeError::Split(error)) => Err(error),
+                        Err(EncodeError::Caller(Stopped)) => break,
+                    };
                     let _ = sender.send((i, encoded)); // fails when the caller has given up
                 }
             });
@@ -288,8 +338,23 @@ fn collect(results: &Receiver<(usize, Encoded)>, num_texts: usize) -> PyResult<V
     Ok(ids)
 }
 
+/// Panics as a bug would, here or in a worker: the tests see what Python gets of it.
+#[pyfunction]
+fn _panic(py: Python<'_>, in_worker: bool) -> PyResult<()> {
+    detached(py, || {
+        if !in_worker {
+            panic!("on purpose");
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| panic!("on purpose"));
+        });
+        Ok(())
+    })
+}
+
 #[pymodule]
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("DEFAULT_PATTERN", DEFAULT_PATTERN)?;
+    module.add_function(wrap_pyfunction!(_panic, module)?)?;
     module.add_class::<Tokenizer>()
 }

@@ -26,6 +26,8 @@ pub struct Splitter {
 enum Engine {
     Scanner(Scanner), // for DEFAULT_PATTERN only
     Regex(Box<Regex>),
+    #[cfg(test)]
+    Panic,
 }
 
 impl Splitter {
@@ -37,6 +39,13 @@ impl Splitter {
         };
         let pattern = pattern.to_string();
         Ok(Self { pattern, engine })
+    }
+
+    /// One with a bug.
+    #[cfg(test)]
+    pub fn panicking() -> Self {
+        let (pattern, engine) = (String::new(), Engine::Panic);
+        Self { pattern, engine }
     }
 
     pub fn pattern(&self) -> &str {
@@ -62,6 +71,8 @@ impl Splitter {
                 return Ok(());
             }
             Engine::Regex(regex) => regex,
+            #[cfg(test)]
+            Engine::Panic => panic!("on purpose"),
         };
         for found in regex.find_iter(text) {
             let piece = found.map_err(|error| gave_up(text, &error))?;

@@ -117,6 +117,15 @@ impl WordTable {
         self.table.clear();
     }
 
+    /// The number of distinct words.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
     /// Each word with its count.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], u64)> {
         let words = (0..self.ends.len()).map(|index| word_at(&self.arena, &self.ends, index));
