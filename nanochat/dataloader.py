@@ -140,7 +140,8 @@ class ShardRows:
         self._mapped: np.ndarray | None = None
         self._packer: _PackerProcess | None = None
         self._deaths = 0
-        if self.stats is None:
+        self._stats = job.complete()  # packed before: nothing to tell
+        if self._stats is None:
             self._keep_packing()
 
     @property

@@ -1,0 +1,98 @@
+"""The README can't rot: every command in it is run here, at the smallest sizes, by a newcomer's shell.
+
+`uv run X` is run as X of this environment, since uv would install anew; what needs a GPU, a network or a
+quarter of an hour is run at what this machine has, and says so.
+"""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+from federation.processes import BIN, ROOT, environment
+
+from nanochat.dataset import get_source
+from scripts.config_table import README, with_table
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.readme]
+
+BUILTIN = "--source builtin --tokenizer tokenizer"
+SMALL = "--batch-size 2 --max-seq-len 32 --total-batch-size 128 --num-iterations 2 --eval-rows 4"
+
+# The README's command → how it is run here. In this order: later ones need what earlier ones made.
+COMMANDS = {
+    "python -m nanochat.dataset -n 240": "python -m nanochat.dataset --source builtin",
+    "python -m nanochat.dataset -n 60 --source climbmix": "python -m nanochat.dataset --source builtin",
+    "python -m scripts.tok_train --max_chars=4000000000 --vocab_size=65536": (
+        "python -m scripts.tok_train --max_chars=400000 --vocab_size=400 --source builtin"
+    ),
+    'python -c "from nanochat.tokenizer import get_tokenizer; print(get_tokenizer().get_vocab_size())"': None,
+    "python nanochat_train.py --num-steps 50 --batch-size 2 --max-length 512": (
+        "python nanochat_train.py --num-steps 2 --batch-size 2 --max-length 64"
+    ),
+    "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 "
+    "--target-param-data-ratio 20 --batch-size 8 --wandb-project pilot_flwr --run baseline": (
+        "torchrun --standalone --nproc_per_node=2 -m scripts.base_train -- --depth 1 "
+        f"{BUILTIN} {SMALL} --wandb-project pilot_flwr --run baseline"
+    ),
+    "python scripts/base_eval.py --checkpoint final_model.pt": (
+        "python scripts/base_eval.py --checkpoint baseline"
+    ),
+    "maturin develop --release --manifest-path rustbpe/Cargo.toml": None,
+}
+# Run by the tests named here, with real processes that live longer than a command.
+ELSEWHERE = {
+    "pilot run local-simulation --run-config configs/tiny.toml": "federation/test_runs.py",
+    "flower-superlink --insecure --disable-runtime-dependency-installation": "federation/test_runs.py",
+    "flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9094 --node-config 'name=\"site-a\"'": (
+        "federation/test_runs.py"
+    ),
+    "flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9095 --node-config 'name=\"site-b\"'": (
+        "federation/test_runs.py"
+    ),
+    'flwr run . local-deployment --stream --run-config "lr=0.0005"': "federation/test_runs.py",
+    "flwr run . local-simulation-gpu --stream": "test_plain_flower_simulates below",
+    "pytest": "this is it",
+    "python -m scripts.pin_versions": ".ci/run, with --check",
+}
+
+
+def commands_of(readme: str) -> list[str]:
+    """The `uv run` commands of the bash blocks and of inline code, without comments."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL):
+        found += [line.split("   #")[0].strip() for line in block.splitlines()]
+    found += re.findall(r"`(uv run [^`]+)`", readme)
+    return [line.removeprefix("uv run ") for line in found if line.startswith("uv run ")]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("home")
+    return environment(home / "nanochat", home)
+
+
+def test_the_readme_names_no_command_that_is_not_run() -> None:
+    assert set(commands_of(README.read_text(encoding="utf-8"))) == {*COMMANDS, *ELSEWHERE}
+
+
+def test_the_table_of_keys_is_that_of_the_configuration() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert with_table(text) == text, "run `python -m scripts.config_table`"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> None:
+    words = shlex.split(COMMANDS[command] or command)
+    done = subprocess.run(
+        [BIN / words[0], *words[1:]], cwd=ROOT, env=shell, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    if "get_vocab_size" in command:
+        assert done.stdout.strip() == "400"
+    if "base_eval" in command:
+        assert re.search(r"val_bpb=\d", done.stdout)
+    if "nanochat.dataset" in command:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NANOCHAT_BASE_DIR", shell["NANOCHAT_BASE_DIR"])
+            get_source("builtin").ensure([0, 8])
