@@ -32,6 +32,9 @@ def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
     return {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "HOME": str(home),
+        # the Rust toolchain is the machine's, whoever's home it is installed in
+        "CARGO_HOME": os.environ.get("CARGO_HOME", str(Path.home() / ".cargo")),
+        "RUSTUP_HOME": os.environ.get("RUSTUP_HOME", str(Path.home() / ".rustup")),
         "NANOCHAT_BASE_DIR": str(base),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -4,12 +4,25 @@
 quarter of an hour is run at what this machine has, and says so.
 """
 
+import contextlib
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
+import psutil
 import pytest
-from federation.processes import BIN, ROOT, environment
+from federation.conftest import builtin, prepared_base  # noqa: F401  # fixtures
+from federation.micro import MICRO
+from federation.processes import (
+    BIN,
+    MARK,
+    ROOT,
+    environment,
+    free_port,
+    marked,
+    write_config,
+)
 
 from nanochat.dataset import get_source
 from scripts.config_table import README, with_table
@@ -96,3 +109,37 @@ def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> N
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NANOCHAT_BASE_DIR", shell["NANOCHAT_BASE_DIR"])
             get_source("builtin").ensure([0, 8])
+
+
+def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:  # noqa: F811
+    """`flwr run . local-simulation-gpu --stream`, where a client's GPU is a core if there is none.
+
+    Flower's own SuperLink for simulations is left running by design, so it is ended here by its mark.
+    """
+    flower_home = tmp_path / "flwr"
+    flower_home.mkdir()
+    connections = (ROOT / ".flwr" / "config.toml").read_text(encoding="utf-8")
+    if not Path("/dev/nvidiactl").exists():
+        connections = connections.replace("num-gpus = 1", "num-gpus = 0")
+    (flower_home / "config.toml").write_text(connections, encoding="utf-8")
+    env = environment(
+        builtin,
+        tmp_path,
+        FLWR_HOME=str(flower_home),
+        FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(free_port()),
+        FLWR_LOCAL_CONTROL_API_PORT=str(free_port()),
+        **{MARK: str(tmp_path)},
+    )
+    values = MICRO | {"run-name": "plain", "total-tokens": 8192, "round-steps": 4, "num-rounds": 1}
+    config = write_config(tmp_path, values)
+    command = ["flwr", "run", ".", "local-simulation-gpu", "--stream", "--run-config", str(config)]
+    try:
+        done = subprocess.run(
+            [BIN / command[0], *command[1:]], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+    finally:
+        for process in marked(str(tmp_path)):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    assert re.search(r"Final model: .*runs/plain/final_model\.pt", done.stdout), done.stdout[-3000:]
+    assert (builtin / "runs" / "plain" / "final_model.pt").exists()
