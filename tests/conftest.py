@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.tokenizer import ensure_builtin_tokenizer, tokenizer_dir
+
+TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
+
 # Tests share two cores with the processes that they start: more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -18,3 +22,20 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.delenv("PILOT_REDIS_URL", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     return directory
+
+
+@pytest.fixture(scope="session")
+def prepared_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with the built-in corpus and a small tokenizer, made once for all tests."""
+    directory = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(directory))
+        ensure_builtin_tokenizer(tokenizer_dir(TOKENIZER), VOCAB_SIZE)
+    return directory
+
+
+@pytest.fixture
+def builtin(base_dir: Path, prepared_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """NANOCHAT_BASE_DIR with data; shared, so runs in it need names of their own."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared_base))
+    return prepared_base

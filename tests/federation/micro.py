@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from federation.conftest import TOKENIZER, VOCAB_SIZE
+from conftest import TOKENIZER, VOCAB_SIZE
 
 MICRO: dict[str, Any] = {
     "depth": 1,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from federation.conftest import builtin, prepared_base  # noqa: F401  # fixtures
 from federation.micro import MICRO
 from federation.processes import (
     BIN,
@@ -111,7 +110,7 @@ def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> N
             get_source("builtin").ensure([0, 8])
 
 
-def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:  # noqa: F811
+def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
     """`flwr run . local-simulation-gpu --stream`, where a client's GPU is a core if there is none.
 
     Flower's own SuperLink for simulations is left running by design, so it is ended here by its mark.
