@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from pilot import connection as connections
 from pilot.config import PilotError, RunConfig, load_run_config, redact_url
-from pilot.connection import Connection
-from pilot.flower_run import FlowerRun, Outcome
-from pilot.superlink import SuperLink
+from pilot.launch import connection as connections
+from pilot.launch.connection import Connection
+from pilot.launch.flower_run import FlowerRun, Outcome
+from pilot.launch.superlink import SuperLink
 
 PROGRESS_MARK = (
     "shard_progress="  # the server's progress lines: `client_0: loss=… shard_progress=…`

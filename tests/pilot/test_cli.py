@@ -17,11 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from pilot import cli, connection, flower_run
-from pilot import superlink as superlink_module
+from pilot import cli
 from pilot.config import PilotError
-from pilot.connection import Connection, flower_environment, flower_program
-from pilot.flower_run import FlowerRun
+from pilot.launch import connection, flower_run
+from pilot.launch import superlink as superlink_module
+from pilot.launch.connection import Connection, flower_environment, flower_program
+from pilot.launch.flower_run import FlowerRun
 
 from .flower_app import write_app
 from .redis_fixture import free_port

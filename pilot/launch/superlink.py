@@ -23,7 +23,7 @@ import psutil
 
 from pilot import keeper
 from pilot.config import PilotError
-from pilot.connection import Connection, dump_toml, flower_environment, flower_program, plain
+from pilot.launch.connection import Connection, dump_toml, flower_environment, flower_program, plain
 
 START_TIMEOUT_S = 90.0  # a SuperLink needs 3 s to start, on a loaded machine 15 s
 START_ATTEMPTS = 3  # a free port may be taken before the SuperLink binds it

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pilot.config import PilotError
-from pilot.connection import flower_program, plain
+from pilot.launch.connection import flower_program, plain
 
 COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports
 LOST_SUPERLINK_S = 120.0  # how long a SuperLink that doesn't answer is asked again
