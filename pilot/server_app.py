@@ -7,7 +7,6 @@ that sets an event, in both.
 
 import contextlib
 import logging
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ from pilot.run_dir import generated_name, next_term, open_run_dir
 from pilot.run_state import RunState
 from pilot.snapshot import latest_snapshot
 from pilot.strategy import PilotStrategy, RunInterrupted
-from pilot.telemetry import Telemetry
+from pilot.telemetry import Telemetry, configure_logging
 
 _SIMULATION = "flwr-simulation"
 
@@ -41,7 +40,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Lead one run to its end. What raises here becomes the run's status `finished:failed`."""
-    _log_to_stream()
+    configure_logging()
     stopped = threading.Event()
     add_exit_handler(stopped.set)
     try:
@@ -157,13 +156,3 @@ def _finish(state: RunState, run_dir: Path, telemetry: Telemetry) -> None:
     telemetry.event(
         "run_finished", tokens=state.tokens, rounds=state.round_number, final_model=str(final)
     )
-
-
-def _log_to_stream() -> None:
-    """Plain lines to this process's stderr, which Flower mirrors into the run's log."""
-    log.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
