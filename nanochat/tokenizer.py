@@ -67,19 +67,21 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(
-        cls, text_iterator: Iterable[str], vocab_size: int
+        cls, text_iterator: Iterable[str], vocab_size: int, *, num_threads: int | None = None
     ) -> "RustBPETokenizer":
         """Train on documents; `vocab_size` counts the special tokens.
 
-        Deterministic for the same texts, on any number of threads. Raises UserError if `vocab_size`
-        is out of range, or larger than the text can fill.
+        The same for the same texts on any number of threads (default: all cores). Raises UserError
+        if `vocab_size` is out of range, or larger than the text can fill.
         """
         check_vocab_size(vocab_size)
         trainer = _rustbpe().Tokenizer()
         num_mergeable = vocab_size - len(SPECIAL_TOKENS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of too little text: an error below
-            trainer.train_from_iterator(iter(text_iterator), num_mergeable, pattern=SPLIT_PATTERN)
+            trainer.train_from_iterator(
+                iter(text_iterator), num_mergeable, pattern=SPLIT_PATTERN, num_threads=num_threads
+            )
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) < num_mergeable:
             most = len(ranks) + len(SPECIAL_TOKENS)
@@ -236,10 +238,16 @@ def get_token_bytes(
 
 
 def train_and_save(
-    text_iterator: Iterable[str], vocab_size: int, directory: str | Path
+    text_iterator: Iterable[str],
+    vocab_size: int,
+    directory: str | Path,
+    *,
+    num_threads: int | None = None,
 ) -> RustBPETokenizer:
     """Train a tokenizer and write it to `directory` (a name or a path)."""
-    tokenizer = RustBPETokenizer.train_from_iterator(text_iterator, vocab_size)
+    tokenizer = RustBPETokenizer.train_from_iterator(
+        text_iterator, vocab_size, num_threads=num_threads
+    )
     tokenizer.save(tokenizer_dir(directory))
     return tokenizer
 

@@ -2,11 +2,20 @@
 
 python -m scripts.tok_train --max-chars=4000000000 --vocab-size=65536
 python -m scripts.tok_train --source builtin --vocab-size 4096 --tokenizer tokenizer_tiny
+
+The tokenizer is a function of the shards read, `--max-chars`, `--doc-cap` and `--vocab-size`, on any
+number of threads. Which shards those are is written down before the work, in `training.json` beside
+the tokenizer: the same command after an interruption takes the same ones, even if more have arrived
+since. Sites that hold different numbers of shards say `--num-shards` to get the same tokenizer.
 """
 
+import contextlib
+import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -19,48 +28,133 @@ from nanochat.dataset import (
     TEXT_COLUMN,
     Source,
     get_source,
-    parquets_iter_batched,
+    iter_texts,
     prepare_builtin,
 )
+from nanochat.files import atomic_write_json
 from nanochat.tokenizer import RustBPETokenizer, cropped, tokenizer_dir
+
+CHOICE_FILE = "training.json"
+MOST_THREADS = 1024  # rustbpe's limit
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says; 0 shards are all that are here, `doc_cap` 0 crops nothing."""
+
+    max_chars: int
+    doc_cap: int
+    vocab_size: int
+    num_shards: int = 0
+
+    def __post_init__(self) -> None:
+        tokenizer_module.check_vocab_size(self.vocab_size)
+        if self.max_chars < 1 or self.doc_cap < 0 or self.num_shards < 0:
+            raise UserError(
+                "max-chars must be at least 1, doc-cap at least 0 (0 crops nothing) "
+                "and num-shards at least 0 (0 takes all)"
+            )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The text that a tokenizer is trained on: equal choices give equal tokenizers."""
+
+    source: str
+    options: Options
+    shard_bytes: dict[str, int]  # file size by shard number (a string, as in JSON), ascending
+
+    @property
+    def shards(self) -> list[int]:
+        return [int(shard) for shard in self.shard_bytes]
+
+
+def choose(source: Source, options: Options, directory: Path) -> Choice:
+    """Which shards to train on: those that an interrupted training with the same options chose.
+
+    Raises UserError when shards are missing, or are no longer those that were chosen.
+    """
+    before = _unfinished(directory)
+    if before and (before.source, before.options) == (source.name, options):
+        source.ensure(before.shards)
+        if _shard_bytes(source, before.shards) != before.shard_bytes:
+            path = directory / CHOICE_FILE
+            raise UserError(
+                f"{source.directory} has other shards than those that {path} names: "
+                f"delete {path} to train on what is there now"
+            )
+        print(f"going on with the {len(before.shards)} shards chosen before the interruption")
+        return before
+    source.ensure_text()
+    shards = list(range(options.num_shards)) or source.present_train()
+    source.ensure(shards)
+    return Choice(source.name, options, _shard_bytes(source, shards))
 
 
 def train(
-    source: Source, *, max_chars: int, doc_cap: int, vocab_size: int, directory: Path
+    source: Source, options: Options, directory: Path, *, num_threads: int | None = None
 ) -> RustBPETokenizer:
     """Train on `source` and write to `directory`; what can be checked is checked before the work.
 
-    Raises UserError for a vocabulary that is too small, missing shards, or an unbuilt rustbpe.
+    Raises UserError for missing shards, an unbuilt rustbpe, or a vocabulary that the text does not
+    fill; nothing is left behind then. An interruption leaves the choice of shards.
     """
-    tokenizer_module.check_vocab_size(vocab_size)
     tokenizer_module.check_trainable()
-    if max_chars < 1 or doc_cap < 0:
-        raise UserError("max-chars must be at least 1 and doc-cap at least 0 (0 crops nothing)")
-    source.ensure_text()
-    batches = parquets_iter_batched("train", source=source)
-    texts = cropped(batches, max_chars=max_chars, doc_cap=doc_cap)
-    total = min(max_chars, _text_bytes(source))
-    with tqdm(total=total, unit="char", unit_scale=True, desc="reading") as bar:
-        return tokenizer_module.train_and_save(_counted(texts, bar), vocab_size, directory)
+    choice = choose(source, options, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(choice, directory, {})
+    paths = [source.shard_path(shard) for shard in choice.shards]
+    batches = ([text for text in batch if text] for path in paths for batch in iter_texts(path))
+    texts = cropped(batches, max_chars=options.max_chars, doc_cap=options.doc_cap)
+    most = min(options.max_chars, sum(map(_text_bytes, paths)))
+    with tqdm(total=most, unit="char", unit_scale=True, desc="reading") as bar:
+        try:
+            tokenizer = tokenizer_module.train_and_save(
+                _counted(texts, bar), options.vocab_size, directory, num_threads=num_threads
+            )
+        except UserError:
+            (directory / CHOICE_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # if it was made for this training
+            raise
+        _write(choice, directory, {"chars": int(bar.n), "fingerprint": tokenizer.fingerprint()})
+    return tokenizer
 
 
 def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
     for text in texts:
         bar.update(len(text))
         yield text
+    bar.total = bar.n  # it was an estimate
     bar.set_description("merging")
     bar.refresh()
 
 
-def _text_bytes(source: Source) -> int:
-    """Upper estimate of the characters there, from the shards' footers."""
-    total = 0
-    for shard in source.present_train():
-        footer = pq.read_metadata(source.shard_path(shard))
-        column = footer.schema.names.index(TEXT_COLUMN)
-        for group in range(footer.num_row_groups):
-            total += footer.row_group(group).column(column).total_uncompressed_size
-    return total
+def _unfinished(directory: Path) -> Choice | None:
+    """The choice of a training that was begun in `directory` and did not end."""
+    try:
+        entry = json.loads((directory / CHOICE_FILE).read_text(encoding="utf-8"))
+        if entry["result"]:
+            return None
+        return Choice(entry["source"], Options(**entry["options"]), entry["shard_bytes"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, UserError):
+        return None  # none, or a damaged one: choose anew
+
+
+def _write(choice: Choice, directory: Path, result: dict[str, Any]) -> None:
+    atomic_write_json(directory / CHOICE_FILE, asdict(choice) | {"result": result})
+
+
+def _shard_bytes(source: Source, shards: list[int]) -> dict[str, int]:
+    return {str(shard): source.shard_path(shard).stat().st_size for shard in shards}
+
+
+def _text_bytes(path: Path) -> int:
+    """Upper estimate of the characters in a shard, from its footer."""
+    footer = pq.read_metadata(path)
+    column = footer.schema.names.index(TEXT_COLUMN)
+    groups = (footer.row_group(group) for group in range(footer.num_row_groups))
+    return sum(group.column(column).total_uncompressed_size for group in groups)
 
 
 def main() -> None:
@@ -71,6 +165,9 @@ def main() -> None:
         "--vocab-size", type=int, default=65_536, help="ids, the special tokens included"
     )
     parser.add_argument(
+        "--num-shards", type=int, default=0, help="train on shards 0..n-1 (0: all that are here)"
+    )
+    parser.add_argument(
         "--source", default=DEFAULT_SOURCE, help=f"{', '.join(COLLECTIONS)}, or a directory"
     )
     parser.add_argument(
@@ -78,18 +175,16 @@ def main() -> None:
         default=tokenizer_module.DEFAULT_DIRECTORY,
         help="where to: a name under the base directory, or a path",
     )
+    parser.add_argument("--threads", type=int, default=0, help="threads (0: all cores)")
     args = parser.parse_args()
 
-    tokenizer_module.check_vocab_size(args.vocab_size)
+    options = Options(args.max_chars, args.doc_cap, args.vocab_size, args.num_shards)
+    if not 0 <= args.threads <= MOST_THREADS:
+        raise UserError(f"--threads must be from 0 (all cores) to {MOST_THREADS}")
     source = prepare_builtin() if args.source == "builtin" else get_source(args.source)
+    directory = tokenizer_dir(args.tokenizer)
     started = time.monotonic()
-    tokenizer = train(
-        source,
-        max_chars=args.max_chars,
-        doc_cap=args.doc_cap,
-        vocab_size=args.vocab_size,
-        directory=tokenizer_dir(args.tokenizer),
-    )
+    tokenizer = train(source, options, directory, num_threads=args.threads or None)
     print(
         f"tokenizer of {tokenizer.get_vocab_size()} tokens in {tokenizer.directory} "
         f"after {time.monotonic() - started:.1f} s, fingerprint {tokenizer.fingerprint()}"

@@ -1,6 +1,8 @@
 """Encoding is tiktoken's with the same pattern and ranks."""
 
 import functools
+import itertools
+import unicodedata
 
 import pytest
 import tiktoken
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rustbpe
+from nanochat import builtin_corpus
 
 TEXT = (
     "It's the naïve baker's fourth café; they'll've sold 1234567 crêpes, WE'RE told!!\n"
@@ -62,6 +65,38 @@ def test_long_pieces_and_texts_encode(text: str) -> None:
     assert ours.decode(ids) == text
     if len(text) < 1_000_000:  # tiktoken's engine gives up on millions of spaces
         assert ids == theirs.encode_ordinary(text)
+
+
+def test_ten_megabytes_encode_as_with_tiktoken() -> None:
+    texts = builtin_corpus.texts()
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(texts, 8192)
+    # The corpus has about 5 MB: a second time with every document turned around, so that it has
+    # words that were never trained on.
+    texts = texts + [text[::-1] for text in texts]
+    assert sum(len(text.encode()) for text in texts) > 10_000_000
+    ids = tokenizer.batch_encode(texts)
+    assert ids == tiktoken_of(tokenizer).encode_ordinary_batch(texts)
+    assert ids[0] == tokenizer.encode(texts[0])
+
+
+def test_every_character_encodes_as_with_tiktoken() -> None:
+    ours, theirs = both(None)
+    for code in range(0, 0x110000, 256):
+        block = [chr(c) for c in range(code, code + 256)]
+        assigned = [char for char in block if unicodedata.category(char) not in ("Cs", "Cn")]
+        text = "".join(f"a{char}b '{char} {char}{char}\n" for char in assigned)
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("length", range(1, 35))
+def test_words_around_the_width_of_a_register(length: int) -> None:
+    ours, theirs = both(None)
+    word = ("sixteenbytesareread" * 2)[:length]
+    contexts = itertools.product(["", " ", "'", "é", "1", "\n"], ["", " ", "é", "1", "'s", "\n"])
+    for before, after in contexts:
+        text = f"{before}{word}{after}{word}"
+        assert ours.encode(text) == theirs.encode_ordinary(text)
 
 
 def test_a_part_of_a_character_decodes_to_the_replacement_character() -> None:

@@ -24,7 +24,8 @@ class ReadError(Exception):
         ({"vocab_size": 2**40}, "vocab_size must be from 256"),
         ({"pattern": "("}, "not a valid regular expression"),
         ({"buffer_size": 0}, "buffer_size must be at least 1"),
-        ({"num_threads": 0}, "num_threads must be at least 1"),
+        ({"num_threads": 0}, "num_threads must be from 1 to 1024"),
+        ({"num_threads": 1_000_000}, "num_threads must be from 1 to 1024"),
     ],
 )
 def test_bad_arguments_are_value_errors(arguments: dict[str, Any], sentence: str) -> None:
@@ -78,21 +79,51 @@ def test_a_warning_that_is_an_error_still_leaves_a_trained_tokenizer() -> None:
     assert tokenizer.vocab_size == 257
 
 
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_a_panic_is_a_runtime_error(in_worker: bool) -> None:
+    with pytest.raises(RuntimeError, match="rustbpe failed inside"):
+        rustbpe._panic(in_worker)  # type: ignore[attr-defined]  # not in the stub: for us only
+
+
+def test_an_iterator_may_raise_in_its_first_and_in_its_last_step() -> None:
+    def documents(at: int) -> Iterator[str]:
+        for i in range(3):
+            if i == at:
+                raise ReadError(at)
+            yield "text"
+        raise ReadError(3)
+
+    for at in range(4):
+        with pytest.raises(ReadError, match=str(at)):
+            rustbpe.Tokenizer().train_from_iterator(documents(at), 300, buffer_size=1)
+
+
 INTERRUPTED = """
-import sys, rustbpe
+import random, signal, sys, rustbpe
 tokenizer = rustbpe.Tokenizer()
+
+def started(text, *, again=1):
+    print("started", flush=True)
+    return [text] * again
+
 def endless():
-    print("training", flush=True)
+    started("")
     while True:
         yield "some text that has no end"
-def giant():
-    text = " abcdefghi" * 10_000_000
-    print("training", flush=True)
-    yield text
+
+def one_word_of_many_merges():
+    yield "".join(random.Random(1).choices("abcdefghij", k=3_000_000))
+    # The iterator is at its end, and counting takes milliseconds: this comes while merging.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    started("")
+
+words = " abcdefghi" * 5_000_000
 try:
     {call}
 except KeyboardInterrupt:
-    sys.exit(42)
+    # An interrupt that is only seen after the work finds a trained tokenizer.
+    sys.exit(42 if tokenizer.vocab_size == 256 else 1)
 """
 
 
@@ -100,15 +131,19 @@ except KeyboardInterrupt:
     "call",
     [
         "tokenizer.train_from_iterator(endless(), 300)",
-        "tokenizer.train_from_iterator(giant(), 300, pattern='.')",
-        "tokenizer.batch_encode([next(giant())] * 4)",
-        "tokenizer.encode(next(giant()))",
+        "tokenizer.train_from_iterator(started(words * 4, again=200), 300)",
+        "tokenizer.train_from_iterator(started(words, again=200), 300, pattern='.')",
+        "tokenizer.train_from_iterator(one_word_of_many_merges(), 2_000_000)",
+        "tokenizer.batch_encode(started(words, again=200))",
+        "tokenizer.encode(started(words)[0])",
+        "tokenizer.encode(started('ab' * 5_000_000)[0])",
     ],
 )
-def test_ctrl_c_ends_the_work(call: str) -> None:
+def test_ctrl_c_ends_the_work_in_every_phase(call: str) -> None:
     code = INTERRUPTED.format(call=call)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        os.kill(process.pid, signal.SIGINT)
+        if "one_word" not in call:
+            os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 42

@@ -122,6 +122,38 @@ def test_text_without_pairs_gives_the_bytes_alone(texts: list[str]) -> None:
         assert trained(texts, 300).vocab_size == 256
 
 
+def test_one_giant_document_gives_what_many_small_ones_give() -> None:
+    texts = prose(seed=2, documents=300)
+    texts = [text.strip(" \n") + ".\n" for text in texts]  # no piece crosses from one to the next
+    many = trained(texts * 300, 600)
+    assert trained(["".join(texts) * 300], 600).get_mergeable_ranks() == many.get_mergeable_ranks()
+
+
+def test_more_distinct_words_than_a_threads_table_holds() -> None:
+    # 300,000 numbers in letters, each once: the tables are given away and filled again.
+    digits = str.maketrans("0123456789", "abcdefghij")
+    words = [str(number).translate(digits) for number in range(100_000, 400_000)]
+    one = trained([" ".join(words)], 400, num_threads=1)
+    assert one.training_stats["distinct_words"] == 300_000
+    split = [" " + " ".join(words[start::7]) for start in range(7)]
+    more = trained([text[1:] for text in split[:1]] + split[1:], 400, num_threads=3)
+    assert more.get_mergeable_ranks() == one.get_mergeable_ranks()
+
+
+def test_figures_of_the_last_training() -> None:
+    assert rustbpe.Tokenizer().training_stats == {}
+    stats = trained(["one two one", " two"], 260).training_stats
+    assert stats["distinct_words"] == 3  # "one", " two", " one"
+    assert stats["counting_s"] > 0 and stats["merging_s"] > 0
+
+
+def test_all_of_unicode_can_be_trained_on() -> None:
+    text = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    tokenizer = trained([text], 2000)
+    assert tokenizer.vocab_size == 2000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_one_giant_word_is_merged_without_rescanning_it() -> None:
     # 3,744 merges over a word of 2 M letters: rescanning it for each one would take minutes.
     word = "".join(random.Random(1).choices("abcdefgh", k=2_000_000))
