@@ -85,6 +85,8 @@ def choose(source: Source, options: Options, directory: Path) -> Choice:
             )
         print(f"going on with the {len(before.shards)} shards chosen before the interruption")
         return before
+    if options.num_shards > source.num_train_shards:  # the next one is for validation
+        raise UserError(f"num-shards is at most {source.num_train_shards} for {source.name}")
     source.ensure_text()
     shards = list(range(options.num_shards)) or source.present_train()
     source.ensure(shards)

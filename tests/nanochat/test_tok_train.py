@@ -1,15 +1,19 @@
 """`python -m scripts.tok_train`."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nanochat import tokenizer as tokenizer_module
 from nanochat.common import UserError, run_command_line
 from nanochat.dataset import get_source
 from nanochat.tokenizer import RustBPETokenizer, cropped, get_tokenizer
 from scripts import tok_train
+from scripts.tok_train import Options
 
 from .data_kit import texts, write_shard
 
@@ -21,6 +25,14 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "mine"
 
 
+OPTIONS = Options(max_chars=10**9, doc_cap=10_000, vocab_size=400)
+
+
+def trained_on(*seeds: int, vocab_size: int = 400) -> str:
+    documents = [text for seed in seeds for text in texts(200, seed=seed)]
+    return RustBPETokenizer.train_from_iterator(documents, vocab_size).fingerprint()
+
+
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["tok_train", *arguments])
     with pytest.raises(SystemExit) as exit:
@@ -28,25 +40,30 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | No
     return exit.value.code
 
 
-@pytest.mark.parametrize("dash", ["-", "_"])
-def test_command_with_dashes_or_underscores_trains_on_the_training_shards(shards, base_dir, dash):
-    options = [f"--max{dash}chars=4000000000", f"--vocab{dash}size=400", f"--source={shards}"]
+def test_the_command_trains_on_the_training_shards(shards, base_dir):
+    options = ["--max-chars=4000000000", "--vocab-size=400", f"--source={shards}", "--threads=2"]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.tok_train", *options],
         capture_output=True,
         text=True,
         check=True,
     )
-    train = texts(200, seed=0) + texts(200, seed=1)
-    expected = RustBPETokenizer.train_from_iterator(train, 400)
-    assert get_tokenizer().fingerprint() == expected.fingerprint()
+    expected = trained_on(0, 1)
+    assert get_tokenizer().fingerprint() == expected
     assert str(base_dir / "tokenizer") in done.stdout
-    assert expected.fingerprint() in done.stdout
+    assert expected in done.stdout
+    assert "reading" in done.stderr and "merging" in done.stderr  # the progress bar
     assert {path.name for path in (base_dir / "tokenizer").iterdir()} == {
         "tokenizer.json",
         "tokenizer.pkl",
         "token_bytes.pt",
+        "training.json",
     }
+
+
+def test_options_may_be_written_with_underscores(shards, monkeypatch, base_dir):
+    assert run_main(monkeypatch, f"--source={shards}", "--vocab_size=300", "--max_chars=9999") == 0
+    assert get_tokenizer().get_vocab_size() == 300
 
 
 def test_documents_are_cropped_and_reading_ends_at_the_limit():
@@ -68,6 +85,10 @@ def test_missing_shards_are_said_before_any_work(monkeypatch, capsys, base_dir):
         ("--vocab-size=100", "at least 265"),
         ("--max-chars=0", "at least 1"),
         ("--doc-cap=-1", "at least 0"),
+        ("--num-shards=-1", "at least 0"),
+        ("--num-shards=3", "at most 2"),  # shard 2 is for validation
+        ("--threads=-1", "from 0"),
+        ("--threads=2000", "to 1024"),
         ("--vocab=400", "unrecognized"),
     ],
 )
@@ -77,16 +98,72 @@ def test_a_bad_option_is_one_sentence(shards, monkeypatch, capsys, option, sente
     assert error.startswith("error: ") and sentence in error
 
 
-def test_it_writes_where_it_is_told(shards, tmp_path):
+def test_it_writes_where_it_is_told_the_same_on_any_number_of_threads(shards, tmp_path):
     source = get_source(shards)
-    directory = tmp_path / "elsewhere" / "tok"
-    tok_train.train(source, max_chars=10_000, doc_cap=100, vocab_size=300, directory=directory)
-    assert get_tokenizer(directory).get_vocab_size() == 300
+    fingerprints = {
+        tok_train.train(source, OPTIONS, tmp_path / f"tok{n}", num_threads=n).fingerprint()
+        for n in (1, 3)
+    }
+    assert fingerprints == {get_tokenizer(tmp_path / "tok3").fingerprint()}
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_leaves_nothing_behind(shards, tmp_path):
-    source = get_source(shards)
-    directory = tmp_path / "tok"
+    options = Options(max_chars=50, doc_cap=100, vocab_size=5000)
     with pytest.raises(UserError, match="fills a vocabulary"):
-        tok_train.train(source, max_chars=50, doc_cap=100, vocab_size=5000, directory=directory)
-    assert not directory.exists()
+        tok_train.train(get_source(shards), options, tmp_path / "tok")
+    assert not (tmp_path / "tok").exists()
+
+
+def test_num_shards_gives_the_same_tokenizer_whatever_else_is_there(shards, tmp_path):
+    one = tok_train.train(get_source(shards), replace(OPTIONS, num_shards=1), tmp_path / "tok")
+    assert one.fingerprint() == trained_on(0)
+
+
+@pytest.fixture
+def interrupted(shards, tmp_path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a training that Ctrl-C ended."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_module, "train_and_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tok_train.train(get_source(shards), OPTIONS, tmp_path / "tok")
+    return tmp_path / "tok"
+
+
+def test_an_interrupted_training_goes_on_with_the_shards_it_chose(shards, interrupted, capsys):
+    write_shard(shards, 3, texts(200, seed=3))  # now 2 is a training shard, and 3 for validation
+    again = tok_train.train(get_source(shards), OPTIONS, interrupted)
+    assert "going on with the 2 shards" in capsys.readouterr().out
+    assert again.fingerprint() == trained_on(0, 1)
+    entry = json.loads((interrupted / "training.json").read_text())
+    assert entry["result"]["fingerprint"] == again.fingerprint()
+    assert list(entry["shard_bytes"]) == ["0", "1"]
+
+
+def test_a_finished_training_chooses_anew(shards, tmp_path):
+    tok_train.train(get_source(shards), OPTIONS, tmp_path / "tok")
+    write_shard(shards, 3, texts(200, seed=3))
+    again = tok_train.train(get_source(shards), OPTIONS, tmp_path / "tok")
+    assert again.fingerprint() == trained_on(0, 1, 2)
+
+
+def test_other_options_choose_anew(shards, interrupted):
+    write_shard(shards, 3, texts(200, seed=3))
+    options = replace(OPTIONS, vocab_size=401)
+    again = tok_train.train(get_source(shards), options, interrupted)
+    assert again.fingerprint() == trained_on(0, 1, 2, vocab_size=401)
+
+
+def test_chosen_shards_that_changed_are_refused(shards, interrupted):
+    write_shard(shards, 1, texts(100, seed=1))
+    with pytest.raises(UserError, match=r"other shards than those that .*training\.json names"):
+        tok_train.train(get_source(shards), OPTIONS, interrupted)
+
+
+def test_a_damaged_choice_is_made_anew(shards, interrupted):
+    (interrupted / "training.json").write_text("{")
+    again = tok_train.train(get_source(shards), OPTIONS, interrupted)
+    assert again.fingerprint() == trained_on(0, 1)
