@@ -1,8 +1,9 @@
 """A worker group: one process a device, and a supervisor that imports no torch.
 
 The supervisor starts the ranks, passes SIGTERM on to rank 0, and ends all of them when one fails or
-when its parent goes (the pipe on its standard input closes). The ranks ask the kernel to be killed
-with it. Lifetime `round`: rank 0 serves one connection, then the group ends; a group that stays is a
+when its parent goes (the pipe on its standard input closes). It looks at its parent's parent too: the
+ClientApp of a SuperNode that was killed lives on for a minute, busy with reaching it. The ranks ask the
+kernel to be killed with the supervisor. Lifetime `round`: rank 0 serves one connection, then the group ends; a group that stays is a
 matter of accepting the next one.
 """
 
@@ -17,6 +18,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 from pilot.worker.handle import ERROR_NAME, SOCKET_NAME
 
@@ -35,12 +38,13 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="directory of socket and errors")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--grandparent", type=int, required=True, help="the parent of our parent")
     arguments = parser.parse_args()
     os.environ["PILOT_DEVICE"] = arguments.device
-    sys.exit(_supervise(arguments.dir, arguments.processes))
+    sys.exit(_supervise(arguments.dir, arguments.processes, arguments.grandparent))
 
 
-def _supervise(directory: Path, processes: int) -> int:
+def _supervise(directory: Path, processes: int, grandparent: int) -> int:
     # Held back until somebody can act on it; the ranks inherit that, and let it through once they
     # know what to finish. SIGINT goes to a terminal's whole group: there the ClientApp decides.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -55,7 +59,7 @@ def _supervise(directory: Path, processes: int) -> int:
     signal.signal(signal.SIGTERM, lambda *_: _signal(ranks[:1], signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
-        code = _watch(ranks, directory)
+        code = _watch(ranks, directory, grandparent)
     finally:
         _end(ranks)
     if code == _PARENT_GONE:
@@ -84,8 +88,9 @@ def _start_rank(
     return subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
-    """Wait until all ranks are done, one fails, or the parent is gone."""
+def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path, grandparent: int) -> int:
+    """Wait until all ranks are done, one fails, or whom we work for is gone."""
+    parent = os.getppid()
     while True:
         codes = [rank.poll() for rank in ranks]
         if failed := [(code, number) for number, code in enumerate(codes) if code]:
@@ -96,6 +101,15 @@ def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
         readable = select.select([sys.stdin.buffer], [], [], _POLL_S)[0]
         if readable and not os.read(sys.stdin.fileno(), 1):
             return _PARENT_GONE
+        if _parent_of(parent) != grandparent:
+            return _PARENT_GONE
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.Error:
+        return -1
 
 
 def last_words(directory: Path, sentence: str) -> None:
