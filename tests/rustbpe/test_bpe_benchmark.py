@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bpe.py"
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    lines = [f"Line {i} of the naïve text, it's {i * i} 漢字 long…\n" for i in range(500)]
+    draw = random.Random(1)
+    words = ["".join(draw.choices("aeiourst", k=draw.randint(1, 9))) for _ in range(900)]
+    lines = [f"It's naïve: {' '.join(draw.choices(words, k=9))} 漢字…\n" for _ in range(500)]
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
