@@ -65,6 +65,36 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
     return y.transpose(1, 2)
 
 
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, pos: int, window: int
+) -> Tensor:
+    """`causal_attention` of T new positions from `pos` on, over the `pos` cached ones and themselves.
+
+    q: (B, T, H, D); k, v: (B, T, H_kv, D); keys, values: (B, length, H_kv, D), whose first `pos`
+    positions are filled and whose next T are written here.
+    """
+    T = q.size(1)
+    end = pos + T
+    keys[:, pos:end] = k
+    values[:, pos:end] = v
+    if pos == 0:
+        return causal_attention(q, k, v, window=window)
+    first = max(0, pos - window)  # the oldest key that the first new position sees
+    visible = None
+    if T > 1:
+        queries = torch.arange(pos, end, device=q.device)[:, None]
+        distance = queries - torch.arange(first, end, device=q.device)
+        visible = (distance >= 0) & (distance <= window)  # (T, end - first)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        keys[:, first:end].transpose(1, 2),
+        values[:, first:end].transpose(1, 2),
+        attn_mask=visible,
+        enable_gqa=q.size(2) != k.size(2),
+    )
+    return y.transpose(1, 2)
+
+
 @lru_cache(maxsize=8)
 def _window_mask(T: int, window: int, device: torch.device) -> Tensor:
     """(T, T) bool: True where key j is visible to query i, that is 0 <= i - j <= window."""

@@ -17,11 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import apply_rotary, causal_attention, layer_windows, rotary_tables
+from nanochat.attention import (
+    apply_rotary,
+    cached_attention,
+    causal_attention,
+    layer_windows,
+    rotary_tables,
+)
 from nanochat.common import autodetect_device_type, default_compute_dtype
 from nanochat.gpt_config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig, config_for_depth
+from nanochat.kv_cache import KVCache
 from nanochat.optim import MuonAdamW
 from nanochat.param_groups import param_groups
+from nanochat.sampling import sample_next_token
 from nanochat.schedule import LearningRates, learning_rates
 
 __all__ = ["GPT", "GPTConfig", "Linear", "build_gpt", "config_for_depth", "norm"]
@@ -59,7 +67,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, window: int) -> None:
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim, self.window = config.head_dim, window
+        self.head_dim, self.window, self.layer = config.head_dim, window, layer
         self.qk_scale = 1.2 if config.is_modern else 1.0
         kv_dim = self.n_kv_head * self.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -69,7 +77,9 @@ class Attention(nn.Module):
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
         """x: (B, T, C); ve: (B, T, n_kv_head * head_dim) on layers with a value embedding."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
@@ -81,7 +91,11 @@ class Attention(nn.Module):
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         if self.qk_scale != 1.0:
             q, k = q * self.qk_scale, k * self.qk_scale
-        y = causal_attention(q, k, v, window=self.window)
+        if cache is None:
+            y = causal_attention(q, k, v, window=self.window)
+        else:
+            keys, values = cache.get_layer_cache(self.layer)
+            y = cached_attention(q, k, v, keys, values, pos=cache.get_pos(), window=self.window)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -101,8 +115,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, window)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, ve)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, ve, cache)
         x = x + self.mlp(norm(x))
         return x
 
@@ -214,14 +230,19 @@ class GPT(nn.Module):
     # -- the function that it computes ---------------------------------------------------------
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, loss_reduction: str = "mean"
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        loss_reduction: str = "mean",
     ) -> Tensor:
         """Logits (B, T, vocab_size) in fp32, or the cross entropy of `targets` in nats.
 
         idx, targets: (B, T) of token ids, target -1 is ignored; loss_reduction: 'mean', 'sum', or
-        'none', which gives (B * T,).
+        'none', which gives (B * T,). With `kv_cache`, idx follows the tokens that it holds and is
+        added to them.
         """
-        logits = self._logits(self._hidden(idx))
+        logits = self._logits(self._hidden(idx, kv_cache))
         if targets is None:
             return logits
         return F.cross_entropy(
@@ -231,34 +252,46 @@ class GPT(nn.Module):
             reduction=loss_reduction,
         )
 
-    def _hidden(self, idx: Tensor) -> Tensor:
+    def _hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids to (B, T, C), the normed output of the last block."""
-        config, T = self.config, idx.size(1)
-        if self.cos.size(1) < T:
-            raise ValueError(f"{T} tokens are more than the {self.cos.size(1)} rotary positions")
-        cos, sin = self.cos[:, :T], self.sin[:, :T]
+        config, (B, T), pos = self.config, idx.shape, 0
+        if cache is not None:
+            cache.check_room(B, T)
+            pos = cache.get_pos()
+        if self.max_positions < pos + T:
+            raise ValueError(f"{pos + T} tokens are more than {self.max_positions} positions")
+        cos, sin = self.cos[:, pos : pos + T], self.sin[:, pos : pos + T]
         x = norm(self.transformer.wte(idx).to(self.compute_dtype))
-        if not config.is_modern:
-            for block in self._blocks():
-                x = block(x, cos, sin, None)
-            return norm(x)
-        x = x0 = self._smear(x)
-        middle = x
+        middle: Tensor | None = None
+        if config.is_modern:
+            x = self._smear(x, cache)
+        x0 = x
         for i, block in enumerate(self._blocks()):
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = None
-            if config.has_value_embedding(i):
-                ve = self._value_embed(i)(idx).to(self.compute_dtype)
-            x = block(x, cos, sin, ve)
-            if i == config.n_layer // 2:
+            if config.is_modern:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+                if config.has_value_embedding(i):
+                    ve = self._value_embed(i)(idx).to(self.compute_dtype)
+            x = block(x, cos, sin, ve, cache)
+            if config.is_modern and i == config.n_layer // 2:
                 middle = x
-        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+        if cache is not None:
+            cache.advance(T)
+        if middle is not None:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return norm(x)
 
-    def _smear(self, x: Tensor) -> Tensor:
+    def _smear(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """Mix a gated part of each position's predecessor into it: cheap bigrams."""
-        gate = torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))  # (B, T-1, 1)
-        smeared = x[:, 1:] + self.smear_lambda.to(x.dtype) * gate * x[:, :-1]
-        return torch.cat((x[:, :1], smeared), dim=1)
+        before = None if cache is None else cache.prev_embedding  # (B, 1, C)
+        if cache is not None:
+            cache.prev_embedding = x[:, -1:].clone()
+        first = x[:, :1] if before is None else x[:, :0]  # nothing comes before it
+        previous = x[:, :-1] if before is None else torch.cat((before, x[:, :-1]), dim=1)
+        x = x[:, 1:] if before is None else x
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T or T-1, 1)
+        smeared = x + self.smear_lambda.to(x.dtype) * gate * previous
+        return torch.cat((first, smeared), dim=1)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
@@ -282,14 +315,7 @@ class GPT(nn.Module):
         ids = torch.tensor([tokens], dtype=torch.long, device=device)
         for _ in range(max_tokens):
             logits = self._logits(self._hidden(ids)[:, -1])  # (1, vocab_size)
-            if top_k is not None:
-                floor = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < floor, -torch.inf)
-            if temperature > 0:
-                probabilities = F.softmax(logits / temperature, dim=-1)
-                token = torch.multinomial(probabilities, 1, generator=generator)
-            else:
-                token = logits.argmax(dim=-1, keepdim=True)
+            token = sample_next_token(logits, generator, temperature, top_k)
             ids = torch.cat((ids, token), dim=1)
             yield int(token)
 
@@ -297,6 +323,11 @@ class GPT(nn.Module):
 
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that it can be given: beyond sequence_len for generation only."""
+        return self.cos.size(1)
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.transformer.h:
