@@ -1,10 +1,10 @@
 """A worker group: one process a device, and a supervisor that imports no torch.
 
 The supervisor starts the ranks, passes SIGTERM on to rank 0, and ends all of them when one fails or
-when its parent goes (the pipe on its standard input closes). It looks at its parent's parent too: the
-ClientApp of a SuperNode that was killed lives on for a minute, busy with reaching it. The ranks ask the
-kernel to be killed with the supervisor. Lifetime `round`: rank 0 serves one connection, then the group ends; a group that stays is a
-matter of accepting the next one.
+when its parent goes (the pipe on its standard input closes). It looks further up as well: when a
+SuperNode is killed, its SuperExec and the ClientApp live on, busy with reaching it. The ranks ask the
+kernel to be killed with the supervisor. Lifetime `round`: rank 0 serves one connection, then the
+group ends; a group that stays is a matter of accepting the next one.
 """
 
 import argparse
@@ -27,6 +27,7 @@ _POLL_S = 0.2
 _TERMINATE_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _PARENT_GONE = 2  # an exit code
+_PARENT_OPTION = "--parent-pid"
 # glibc gives big blocks back to the kernel at every free, and the next micro-batch's logits fault them in
 # again: 1.34 → 0.77 CPU-seconds a step of configs/tiny.toml on one thread (docs/log.md).
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -38,13 +39,12 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="directory of socket and errors")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--grandparent", type=int, required=True, help="the parent of our parent")
     arguments = parser.parse_args()
     os.environ["PILOT_DEVICE"] = arguments.device
-    sys.exit(_supervise(arguments.dir, arguments.processes, arguments.grandparent))
+    sys.exit(_supervise(arguments.dir, arguments.processes))
 
 
-def _supervise(directory: Path, processes: int, grandparent: int) -> int:
+def _supervise(directory: Path, processes: int) -> int:
     # Held back until somebody can act on it; the ranks inherit that, and let it through once they
     # know what to finish. SIGINT goes to a terminal's whole group: there the ClientApp decides.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -59,7 +59,7 @@ def _supervise(directory: Path, processes: int, grandparent: int) -> int:
     signal.signal(signal.SIGTERM, lambda *_: _signal(ranks[:1], signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
-        code = _watch(ranks, directory, grandparent)
+        code = _watch(ranks, directory)
     finally:
         _end(ranks)
     if code == _PARENT_GONE:
@@ -88,9 +88,9 @@ def _start_rank(
     return subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path, grandparent: int) -> int:
+def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
     """Wait until all ranks are done, one fails, or whom we work for is gone."""
-    parent = os.getppid()
+    employers = _employers()
     while True:
         codes = [rank.poll() for rank in ranks]
         if failed := [(code, number) for number, code in enumerate(codes) if code]:
@@ -101,15 +101,29 @@ def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path, grandparent: i
         readable = select.select([sys.stdin.buffer], [], [], _POLL_S)[0]
         if readable and not os.read(sys.stdin.fileno(), 1):
             return _PARENT_GONE
-        if _parent_of(parent) != grandparent:
+        if employers is None or not all(_alive(process) for process in employers):
             return _PARENT_GONE
 
 
-def _parent_of(pid: int) -> int:
+def _employers() -> list[psutil.Process] | None:
+    """The ClientApp, and whom it works for as Flower's `--parent-pid` says; None if one is gone."""
+    found = []
     try:
-        return psutil.Process(pid).ppid()
+        process = psutil.Process(os.getppid())
+        while True:
+            found.append(process)
+            words = process.cmdline()
+            if _PARENT_OPTION not in words[:-1]:
+                return found
+            process = psutil.Process(int(words[words.index(_PARENT_OPTION) + 1]))
     except psutil.Error:
-        return -1
+        return None
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def last_words(directory: Path, sentence: str) -> None:

@@ -43,7 +43,7 @@ class WorkerHandle:
         self._dir = Path(tempfile.mkdtemp(prefix="pilot-", dir=scratch))
         command = [sys.executable, "-m", "pilot.worker"]
         command += ["--dir", str(self._dir), "--processes", str(self._processes)]
-        command += ["--device", self._device, "--grandparent", str(self._parent)]
+        command += ["--device", self._device]
         # The group imports the installed package, not the bundle that Flower put first on our path.
         self._group = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=self._dir)
         self._connection: socket.socket | None = None
