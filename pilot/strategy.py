@@ -270,4 +270,6 @@ class PilotStrategy:
             open_round.close()
             if open_round.eval_rows == self.config.eval_rows:
                 break
+            reasons = "; ".join(f"{site}: {why}" for site, why in open_round.failures.items())
+            log.warning("The last model is not scored on all validation rows yet: %s", reasons)
         report.validation(open_round, self.state, self.telemetry)

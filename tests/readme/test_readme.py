@@ -5,6 +5,7 @@ quarter of an hour is run at what this machine has, and says so.
 """
 
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -20,7 +21,6 @@ from federation.processes import (
     environment,
     free_port,
     marked,
-    write_config,
 )
 
 from nanochat.dataset import get_source
@@ -130,8 +130,10 @@ def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
         **{MARK: str(tmp_path)},
     )
     values = MICRO | {"run-name": "plain", "total-tokens": 8192, "round-steps": 4, "num-rounds": 1}
-    config = write_config(tmp_path, values)
-    command = ["flwr", "run", ".", "local-simulation-gpu", "--stream", "--run-config", str(config)]
+    config = " ".join(
+        f"{key}={json.dumps(value)}" for key, value in (values | {"lr": 0.0005}).items()
+    )
+    command = ["flwr", "run", ".", "local-simulation-gpu", "--stream", "--run-config", config]
     try:
         done = subprocess.run(
             [BIN / command[0], *command[1:]], cwd=ROOT, env=env, capture_output=True, text=True
@@ -140,5 +142,6 @@ def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
         for process in marked(str(tmp_path)):
             with contextlib.suppress(psutil.Error):
                 process.kill()
+    assert " lr=0.0005 " in done.stdout
     assert re.search(r"Final model: .*runs/plain/final_model\.pt", done.stdout), done.stdout[-3000:]
     assert (builtin / "runs" / "plain" / "final_model.pt").exists()
