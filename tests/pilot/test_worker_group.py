@@ -112,13 +112,15 @@ def test_one_two_and_three_processes_take_the_same_steps_on_the_same_rows(site: 
     # cautious weight decay asks for the sign of an update: where that is zero but for rounding, a coin
     config = site_config(site, round_steps=2, weight_decay=0.0)
     weights = first_weights(config)
-    results = []
-    for processes in (1, 2, 3):
-        order = train_order(
-            config, [[0, 0, 4, -1], [0, 1, 0, -1]], processes=processes, eval_end_row=11
-        )
+    segments = [[0, 0, 4, -1], [0, 1, 0, -1]]
+
+    def trained_by(processes: int) -> tuple[TrainReply, dict[str, torch.Tensor]]:
+        order = train_order(config, segments, processes=processes, eval_end_row=11)
         with WorkerHandle(processes=processes, device="cpu") as worker:
-            results.append(ask(worker, order, weights))
+            return ask(worker, order, weights)
+
+    with ThreadPoolExecutor(3) as pool:  # as three clients on one machine
+        results = list(pool.map(trained_by, (1, 2, 3)))
     (reply, update), *others = results
     assert reply.tokens == 2 * BATCH_ROWS * T and reply.stopped_by == "steps done"
     assert all(bool(tensor.any()) for tensor in update.values())
