@@ -17,7 +17,12 @@ from torch import Tensor
 from nanochat.common import UserError, default_compute_dtype, get_base_dir
 from nanochat.files import atomic_file, atomic_write_json
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_dir
+from nanochat.tokenizer import (
+    DEFAULT_DIRECTORY,
+    RustBPETokenizer,
+    get_tokenizer,
+    tokenizer_dir,
+)
 
 State = dict[str, Tensor]
 Meta = dict[str, Any]
@@ -96,13 +101,28 @@ def build_model(
         raise ValueError(f"phase must be train or eval, not {phase!r}")
     state, _, meta = load_checkpoint(checkpoint_dir, step, device)
     model = model_from_state(state, meta, device=device).train(phase == "train")
-    tokenizer = get_tokenizer(tokenizer_dir(meta.get("data", {}).get("tokenizer", "tokenizer")))
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
+    return model, checkpoint_tokenizer(meta, model.config), meta
+
+
+def checkpoint_tokenizer(meta: Meta, config: GPTConfig) -> RustBPETokenizer:
+    """The tokenizer that a checkpoint names, else the default one; UserError if it is another one.
+
+    With a wrong tokenizer every figure and every word would be wrong without an error.
+    """
+    data = meta.get("data", {})
+    tokenizer = get_tokenizer(tokenizer_dir(data.get("tokenizer") or DEFAULT_DIRECTORY))
+    trained_with = data.get("tokenizer_sha256")
+    if trained_with and tokenizer.fingerprint() != trained_with:
         raise UserError(
-            f"the model of {checkpoint_dir} has {model.config.vocab_size} tokens and the tokenizer "
+            f"the tokenizer in {tokenizer.directory} is not the one that the model was trained "
+            "with: put that one in its place"
+        )
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise UserError(
+            f"the model has {config.vocab_size} tokens and the tokenizer in {tokenizer.directory} "
             f"{tokenizer.get_vocab_size()}: put the tokenizer that it was trained with in its place"
         )
-    return model, tokenizer, meta
+    return tokenizer
 
 
 def load_model(

@@ -1,25 +1,40 @@
-"""Evaluate a base model: bits per byte on its validation rows, and samples of what it writes.
+"""Evaluate a base model: bits per byte on its validation rows, CORE, and samples of what it writes.
 
 python scripts/base_eval.py --checkpoint final_model.pt
-python scripts/base_eval.py --checkpoint RUN --eval bpb,sample --json
+python scripts/base_eval.py --checkpoint RUN --eval core,bpb,sample --json
+torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --checkpoint RUN --eval core
 """
 
 import json
+import re
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import load_any
-from nanochat.common import ArgumentParser, UserError, check_device_type, run_command_line
+from nanochat.checkpoint_manager import checkpoint_tokenizer, load_any
+from nanochat.common import (
+    ArgumentParser,
+    UserError,
+    compute_cleanup,
+    compute_init,
+    get_base_dir,
+    print0,
+    run_command_line,
+)
+from nanochat.core_bundle import ensure_bundle, evaluate_core, load_tasks
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.loss_eval import bits_per_byte, bpb_sums
+from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
+from nanochat.samples import sample_texts
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.training_data import DataSpec, validation_rows
+from nanochat.trainer import rank_slice
+from nanochat.training_data import DataSpec, default_packing, open_source, validation_rows
 
-EVALUATIONS = ("bpb", "sample")
+EVALUATIONS = ("core", "bpb", "sample")
 
-_PROMPTS = ("The capital of France is", "If a function returns None, then", "Water boils at")
-_SAMPLE_TOKENS = 24
+_DEFAULT_EVAL_ROWS = 512  # for a checkpoint that does not say how many it was validated on
 
 
 def _parser() -> ArgumentParser:
@@ -28,8 +43,11 @@ def _parser() -> ArgumentParser:
     add("--checkpoint", required=True, help="a path, the name of a run, or a tag")
     add("--eval", default="bpb", help=f"comma-separated: {', '.join(EVALUATIONS)}")
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
-    add("--batch-size", type=int, default=8, help="rows at once")
+    add("--batch-size", "--device-batch-size", type=int, default=8, help="rows at once")
     add("--eval-rows", type=int, help="validation rows; none: as many as in training")
+    add("--source", help="data for bpb of a checkpoint that names none (another program's)")
+    add("--max-per-task", type=int, default=-1, help="items of a CORE task; -1: all of them")
+    add("--out", type=Path, help="directory for CORE's CSV and JSON; none: base_eval/ in the base")
     add("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
 
@@ -52,41 +70,89 @@ def main() -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    device = torch.device(check_device_type(args.device_type))
+    if args.max_per_task < 1 and args.max_per_task != -1:
+        raise UserError(f"--max-per-task is {args.max_per_task}: it must be at least 1, or -1")
+    _, rank, _, world_size, device = compute_init(args.device_type)
     model, meta = load_any(args.checkpoint, device)
-    cache, tokenizer = DataSpec.from_meta(meta).open()
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
-        raise UserError("the model's vocabulary is not its tokenizer's: the checkpoint is damaged")
+    tokenizer = checkpoint_tokenizer(meta, model.config)
 
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "step": meta.get("step")}
     if "bpb" in wanted:
-        rows = validation_rows(cache, args.eval_rows or meta["data"]["eval_rows"])
-        batches = (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
-        token_bytes = torch.tensor(tokenizer.token_bytes(), device=device)
-        result["val_bpb"] = bits_per_byte(*bpb_sums(model, batches, token_bytes))
-        result["eval_rows"] = len(rows)
-    if "sample" in wanted:
-        result["samples"] = [_sample(model, tokenizer, prompt) for prompt in _PROMPTS]
-    cache.close()
-
+        result |= _bpb(model, meta, tokenizer, args, rank=rank, world_size=world_size)
+        if not args.json:
+            print0(f"val_bpb={result['val_bpb']:.6f} eval_rows={result['eval_rows']}")
+    if "core" in wanted:
+        result["core"] = _core(model, meta, tokenizer, args, rank=rank)
+    if "sample" in wanted and rank == 0:
+        result["samples"] = sample_texts(Engine(model, tokenizer))
+        if not args.json:
+            for text in result["samples"]:
+                print(f"sample: {text!r}")
     if args.json:
-        print(json.dumps(result))
-        return
-    if "bpb" in wanted:
-        print(f"val_bpb={result['val_bpb']:.6f} eval_rows={result['eval_rows']}")
-    for text in result.get("samples", []):
-        print(f"sample: {text!r}")
+        print0(json.dumps(result))
+    compute_cleanup()
 
 
-def _sample(model: GPT, tokenizer: RustBPETokenizer, prompt: str) -> str:
-    """`prompt` and the likeliest continuation, up to the next document."""
-    tokens = [tokenizer.get_bos_token_id(), *tokenizer.encode(prompt)]
-    length = len(tokens)
-    for token in model.generate(tokens, _SAMPLE_TOKENS, temperature=0.0):
-        if token == tokenizer.get_bos_token_id():
-            break
-        tokens.append(token)
-    return prompt + tokenizer.decode(tokens[length:])
+def _bpb(
+    model: GPT,
+    meta: dict[str, Any],
+    tokenizer: RustBPETokenizer,
+    args: Namespace,
+    *,
+    rank: int,
+    world_size: int,
+) -> dict[str, Any]:
+    spec = _data_spec(model, meta, tokenizer, args.source)
+    cache, _ = spec.open()
+    rows = validation_rows(cache, args.eval_rows or spec.eval_rows)
+    cache.close()
+    mine = rows[rank_slice(len(rows), rank=rank, world_size=world_size)]
+    batches = (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size))
+    token_bytes = torch.tensor(tokenizer.token_bytes(), device=model.get_device())
+    sums = bpb_sums(model, batches, token_bytes)
+    bpb = bits_per_byte(*sum_over_ranks(*sums, device=model.get_device()))
+    return {"val_bpb": bpb, "eval_rows": len(rows)}
+
+
+def _data_spec(
+    model: GPT, meta: dict[str, Any], tokenizer: RustBPETokenizer, source_name: str | None
+) -> DataSpec:
+    """The rows that the checkpoint was validated on, or those of `--source` if it names none."""
+    if "data" in meta or source_name is None:
+        return DataSpec.from_meta(meta)
+    source = open_source(source_name)
+    assert tokenizer.directory is not None
+    return DataSpec(
+        source=source.name,
+        tokenizer=str(tokenizer.directory.resolve()),
+        tokenizer_sha256=tokenizer.fingerprint(),
+        sequence_len=model.config.sequence_len,
+        packing=default_packing(source),
+        eval_rows=_DEFAULT_EVAL_ROWS,
+        val_shard=source.val_shard,
+    )
+
+
+def _core(
+    model: GPT, meta: dict[str, Any], tokenizer: RustBPETokenizer, args: Namespace, *, rank: int
+) -> dict[str, Any]:
+    tasks = load_tasks(ensure_bundle())
+    result = evaluate_core(
+        model,
+        tokenizer,
+        model.get_device(),
+        tasks,
+        max_per_task=None if args.max_per_task == -1 else args.max_per_task,
+        say=None if args.json else print0,
+    )
+    if rank == 0:
+        name = re.sub(r"[^\w.-]+", "_", Path(args.checkpoint).as_posix()).strip("_")
+        step = meta.get("step")
+        name += "" if step is None else f"_{step:06d}"
+        path = result.save(args.out or get_base_dir() / "base_eval", name)
+        if not args.json:
+            print(f"{result.table()}\ncore={result.core:.6f}\nwrote {path} and {path.stem}.json")
+    return result.to_json()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import nanochat_train
 from nanochat.checkpoint_manager import load_any
 from nanochat.common import run_command_line
 from nanochat.pretrain import Settings
+from nanochat.samples import PROMPTS
 from scripts import base_eval, base_train
 
 from .data_kit import byte_tokenizer, texts, write_shard
@@ -70,7 +71,7 @@ def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
     evaluate += ["--json", "--eval", "bpb,sample", "--eval-rows", "4"]
     assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["eval_rows"] == 4 and len(result["samples"]) == 3
+    assert result["eval_rows"] == 4 and len(result["samples"]) == len(PROMPTS)
 
 
 def test_two_processes_under_torchrun_train_the_model_of_one(
@@ -161,7 +162,8 @@ def test_every_input_error_is_one_sentence_before_any_work(
     ("arguments", "said"),
     [
         (["--checkpoint", "nothing"], "no model called 'nothing'"),
-        (["--checkpoint", "nothing", "--eval", "core"], "choose one or more of bpb, sample"),
+        (["--checkpoint", "nothing", "--eval", "mmlu"], "choose one or more of core, bpb"),
+        (["--checkpoint", "nothing", "--max-per-task", "0"], "--max-per-task is 0"),
         (["--checkpoint", "nothing", "--batch-size", "0"], "--batch-size is 0"),
         ([], "--checkpoint"),
     ],
