@@ -35,6 +35,9 @@ const FLOOR_DIVISOR: u64 = 256;
 /// So many pairs may be indexed beyond the number of merges that are left.
 const SPARE_PAIRS: usize = 1024;
 
+/// Positions that are looked at together.
+const BLOCK: usize = 256;
+
 /// Why merging ended early. `E` is the caller's own error, from polling.
 #[derive(Debug)]
 pub enum MergeError<E> {
@@ -199,27 +202,39 @@ impl Trainer {
         self.push_id(a_length + b_length);
         let mut runs = self.layout.runs.cursor();
         let symbols = &mut self.layout.symbols;
-        for &position in positions {
+        let mut there = [0; BLOCK];
+        for block in positions.chunks(BLOCK) {
+            // First only look, so that the processor waits for many slots at once, and not for one after the other.
+            let mut found = 0;
+            for &position in block {
+                there[found] = position;
+                let (left, right) = (position as usize, (position + a_length) as usize);
+                found += usize::from((symbols[left] == a) & (symbols[right] == b));
+            }
             poller.step()?;
-            let middle = position + a_length;
-            // Sound although slots inside a token keep old ids: the first slot of a swallowed token is overwritten below,
-            // always with an id above `a` or NONE, so it can never read `a` again.
-            if symbols[position as usize] != a || symbols[middle as usize] != b {
-                continue;
+            for &position in &there[..found] {
+                poller.step()?;
+                let middle = position + a_length;
+                // Look again: the merge before may have taken `a` away. Sound although slots inside a token keep old ids:
+                // the first slot of a swallowed token is overwritten below, always with an id above `a` or NONE, so it
+                // can never read `a` again.
+                if symbols[position as usize] != a || symbols[middle as usize] != b {
+                    continue;
+                }
+                let end = middle + b_length;
+                let count = runs.count_at(position);
+                let (before, after) = (symbols[position as usize - 1], symbols[end as usize]);
+                if before != NONE {
+                    let start = position - self.lengths[before as usize];
+                    self.left.add(before, start, count);
+                }
+                if after != NONE {
+                    self.right.add(after, position, count);
+                }
+                symbols[middle as usize] = NONE;
+                symbols[position as usize] = new;
+                symbols[end as usize - 1] = new;
             }
-            let end = middle + b_length;
-            let count = runs.count_at(position);
-            let (before, after) = (symbols[position as usize - 1], symbols[end as usize]);
-            if before != NONE {
-                let start = position - self.lengths[before as usize];
-                self.left.add(before, start, count);
-            }
-            if after != NONE {
-                self.right.add(after, position, count);
-            }
-            symbols[middle as usize] = NONE;
-            symbols[position as usize] = new;
-            symbols[end as usize - 1] = new;
         }
         self.update_index((a, b), new);
         Ok(())
