@@ -87,6 +87,14 @@ class Group:
             self.started.set()
             return ask(self.worker, order, weights)
 
+    def until_it_trains(self, leader: ServerCoordinator) -> None:
+        def trains() -> bool:
+            return int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0
+
+        until(lambda: self.answer.done() or trains())
+        if self.answer.done():
+            raise AssertionError(f"it ended before it trained: {self.reply()[0]}")
+
     def reply(self) -> tuple[TrainReply, dict[str, torch.Tensor]]:
         try:
             return self.answer.result(LIMIT_S)
@@ -99,10 +107,6 @@ def leader(redis_url: str, tmp_path: Path) -> ServerCoordinator:
     server = ServerCoordinator(redis_url, "r", term=1, run_dir=tmp_path)
     server.open_round(1)
     return server
-
-
-def trains(leader: ServerCoordinator) -> bool:
-    return int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0
 
 
 # -- any number of processes does the same -------------------------------------------------------
@@ -147,7 +151,7 @@ def test_end_of_the_round_in_redis_stops_all_processes_and_they_reply(
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, processes=2, redis_url=redis_url)
     group = Group(order, first_weights(config), processes=2)
-    until(lambda: trains(leader))
+    group.until_it_trains(leader)
     members = family(group.pid)
     leader.end_round("target-tokens")
     reply, update = group.reply()
@@ -175,7 +179,7 @@ def test_sigterm_drains_a_group_which_replies_with_what_it_trained(
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, processes=2, redis_url=redis_url)
     group = Group(order, first_weights(config), processes=2)
-    until(lambda: trains(leader))
+    group.until_it_trains(leader)
     os.kill(group.pid, signal.SIGTERM)
     reply, update = group.reply()
     assert reply.stopped_by == "SIGTERM" and reply.tokens > 0 and update
@@ -222,7 +226,7 @@ def test_killed_process_ends_the_group_with_a_sentence(
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, processes=2, redis_url=redis_url)
     group = Group(order, first_weights(config), processes=2)
-    until(lambda: trains(leader))
+    group.until_it_trains(leader)
     members = family(group.pid)
     members[2].kill()  # rank 1
     with pytest.raises(WorkerError, match=r"^worker process 1 was killed by signal 9"):
