@@ -64,24 +64,31 @@ class _Connection:
             # redis-py's own three retries would stop the round loop for seconds; ours is the next tick
             retry=Retry(NoBackoff(), 0),
         )
-        self._down_since: float | None = None
+        self._failing: set[str] = set()  # of "reading", "writing"
+        self._down_since = 0.0
 
     def key(self, name: str) -> str:
         return self.prefix + name
 
-    def attempt(self, action: Callable[[], T]) -> T | None:
-        """The result of `action`, or None while Redis fails; changes of state are logged once."""
+    def attempt(self, what: str, action: Callable[[], T]) -> T | None:
+        """The result of `action`, or None while Redis fails; changes of state are logged once.
+
+        `what` is "reading" or "writing": a Redis that is full, or can't save, refuses only the latter.
+        """
         try:
             result = action()
         except (redis.RedisError, OSError) as error:
-            if self._down_since is None:
+            if not self._failing:
                 self._down_since = time.monotonic()
-                log.warning("Redis at %s fails, going on: %s", redact_url(self.url), error)
+                url = redact_url(self.url)
+                log.warning("Redis at %s fails, going on: %s (%s)", url, error, what)
+            self._failing.add(what)
             return None
-        if self._down_since is not None:
-            away_s = time.monotonic() - self._down_since
-            log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
-            self._down_since = None
+        if what in self._failing:
+            self._failing.discard(what)
+            if not self._failing:
+                away_s = time.monotonic() - self._down_since
+                log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
         return result
 
     def close(self) -> None:
@@ -166,7 +173,7 @@ class ServerCoordinator:
         self.tick()
         channel = self._connection.key("signals")
         self._connection.attempt(
-            lambda: self._connection.redis.publish(channel, json.dumps(self._round))
+            "writing", lambda: self._connection.redis.publish(channel, json.dumps(self._round))
         )
 
     def tick(self) -> None:
@@ -189,7 +196,7 @@ class ServerCoordinator:
                 pipe.execute()
             return True
 
-        if self._connection.attempt(write) is False:
+        if self._connection.attempt("writing", write) is False:
             raise CoordinatorError(
                 f"another server has taken over run {self._connection.run}: this one stops"
             )
@@ -204,7 +211,7 @@ class ServerCoordinator:
                     pipe.hgetall(self._connection.key(f"client:{name}"))
                 return pipe.execute()
 
-        beats = self._connection.attempt(read) or []
+        beats = self._connection.attempt("reading", read) or []
         current = (str(self._round["term"]), str(self._round["round"]))
         return {
             name: beat
@@ -224,7 +231,7 @@ class ServerCoordinator:
                 pipe.expire(self._connection.key("round"), FINISHED_EXPIRY_S)
                 pipe.execute()
 
-        self._connection.attempt(release)
+        self._connection.attempt("writing", release)
         self._connection.close()
 
 
@@ -239,7 +246,7 @@ class ClientCoordinator:
     def round_over(self) -> str | None:
         """Why this round is over, by its durable key; None while it runs, or if nobody can tell."""
         found = self._connection.attempt(
-            lambda: self._connection.redis.hgetall(self._connection.key("round"))
+            "reading", lambda: self._connection.redis.hgetall(self._connection.key("round"))
         )
         if not found:
             return None
@@ -253,7 +260,7 @@ class ClientCoordinator:
     def wait(self, timeout_s: float) -> None:
         """Sleep until something is published, at most `timeout_s`."""
         before = time.monotonic()
-        self._connection.attempt(lambda: self._receive(timeout_s))
+        self._connection.attempt("reading", lambda: self._receive(timeout_s))
         if self._listener is None:  # not connected: don't spin
             time.sleep(max(0.0, timeout_s - (time.monotonic() - before)))
 
@@ -285,7 +292,7 @@ class ClientCoordinator:
                 pipe.pexpire(key, int(expiry_s * 1000))
                 pipe.execute()
 
-        self._connection.attempt(write)
+        self._connection.attempt("writing", write)
 
     def close(self) -> None:
         if self._listener is not None:

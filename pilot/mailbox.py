@@ -6,6 +6,7 @@ never answers and never fails. So each message is pushed alone and remembered, a
 away for `LOST_AFTER_S` counts as lost.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from pilot.rounds import Clock
 
 # A node that comes back within this time has only been slow to say that it is alive.
 LOST_AFTER_S = 10.0
+# Twice what Flower needs to notice a node that was killed.
+FORGET_AFTER_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Answer:
 class _Pending:
     node_id: int
     absent_since_s: float | None = None
+    forget_at_s: float = math.inf
 
 
 class Mailbox:
@@ -61,6 +65,13 @@ class Mailbox:
         self._pending[ids[0]] = _Pending(node_id)
         return ids[0]
 
+    def abandon(self, message_id: str) -> None:
+        """Nobody waits for this answer any longer. For `FORGET_AFTER_S` it may still come, and its node
+        counts as busy; then it is forgotten, since a node that was away and rejoined under its old
+        id never answers."""
+        if message_id in self._pending:
+            self._pending[message_id].forget_at_s = self._clock.now_s() + FORGET_AFTER_S
+
     def poll(self) -> list[Answer]:
         """The answers that have come since the last call; each message gets exactly one."""
         answers = []
@@ -86,6 +97,9 @@ class Mailbox:
         online, now_s = self.nodes(), self._clock.now_s()
         lost = []
         for message_id, pending in list(self._pending.items()):
+            if now_s >= pending.forget_at_s:
+                del self._pending[message_id]
+                continue
             if pending.node_id in online:
                 pending.absent_since_s = None
                 continue

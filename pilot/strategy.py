@@ -216,6 +216,8 @@ class PilotStrategy:
         while open_round.pending and self.clock.now_s() < deadline_s:
             self._tick(open_round)
             self._raise_if_interrupted()
+        for message_id in open_round.pending:
+            self.mailbox.abandon(message_id)
         open_round.give_up()
 
     # -- 6. outer step, then commit --------------------------------------------------------------

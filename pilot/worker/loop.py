@@ -105,7 +105,8 @@ def _train(
 
 
 def _follow(directory: Path) -> None:
-    """Any other rank: the same round, told by rank 0."""
+    """Any other rank: the same round, told by rank 0, which alone speaks."""
+    logging.getLogger("nanochat").setLevel(logging.WARNING)
     ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
     order = from_header(ranks.broadcast_json(None))
     assert isinstance(order, TrainOrder)

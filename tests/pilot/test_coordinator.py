@@ -384,3 +384,18 @@ def test_environment_wins_over_the_configuration(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="PILOT_REDIS_URL") as caught:
         resolve_url("redis://a")
     assert "hunter2" not in str(caught.value)
+
+
+def test_redis_that_refuses_writes_only_is_one_line_not_one_a_beat(
+    tcp_redis: LocalRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
+        operator.config_set("maxmemory", "1")  # full: each write is refused, reading works
+        for _ in range(3):
+            half.beat({"tokens": 1}, expiry_s=60)
+            assert half.round_over() is None
+        assert counted(caplog, "fails, going on") == 1
+        assert counted(caplog, "is back") == 0
+        operator.config_set("maxmemory", "0")
+        half.beat({"tokens": 1}, expiry_s=60)
+        assert counted(caplog, "is back") == 1

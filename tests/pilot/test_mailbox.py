@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from pilot.mailbox import LOST_AFTER_S, Answer, Mailbox
+from pilot.mailbox import FORGET_AFTER_S, LOST_AFTER_S, Answer, Mailbox
 from pilot.messages import Part
 
 from .grid_fixture import ManualClock, ManualGrid
@@ -105,3 +105,22 @@ def test_replies_are_pulled_one_a_call() -> None:
     for node in (1, 2, 3):
         grid.answer(box.send(node, "train", {}), {})
     assert len(box.poll()) == 3 and grid.pulls == 3
+
+
+def test_node_that_rejoined_under_its_id_is_not_busy_for_ever() -> None:
+    box, _, clock = make(7)
+    message_id = box.send(7, "train", {})
+    box.abandon(message_id)  # the round went on without it
+    clock.at_s += FORGET_AFTER_S - 1
+    assert box.poll() == [] and box.busy(7)
+    clock.at_s += 1
+    assert box.poll() == [] and not box.busy(7)
+
+
+def test_abandoned_answer_that_comes_in_time_is_heard() -> None:
+    box, grid, _ = make(7)
+    message_id = box.send(7, "train", {})
+    box.abandon(message_id)
+    grid.answer(message_id, {"x": 1})
+    assert [answer.header for answer in box.poll()] == [{"x": 1}]
+    assert not box.busy(7)
