@@ -8,7 +8,8 @@ Without a data set or a tokenizer it makes its own from the text that Python bri
 from nanochat.common import ArgumentParser, UserError, compute_init, run_command_line
 from nanochat.dataset import get_source
 from nanochat.gpt_config import ARCHITECTURES
-from nanochat.pretrain import Settings, pretrain
+from nanochat.pretrain import pretrain
+from nanochat.settings import Settings
 from nanochat.tokenizer import ensure_builtin_tokenizer, get_tokenizer
 
 _BUILTIN_TOKENIZER, _BUILTIN_VOCAB_SIZE = "tokenizer_builtin_4096", 4096

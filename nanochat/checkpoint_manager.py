@@ -55,10 +55,23 @@ def save_checkpoint(
     directory = Path(checkpoint_dir)
     directory.mkdir(parents=True, exist_ok=True)
     if optimizer_data is not None:
-        _save(_optimizer_path(directory, step, rank), optimizer_data)
+        save_optimizer(directory, step, optimizer_data, rank)
     if rank == 0:
         _save(_model_path(directory, step), model_data)
         atomic_write_json(_meta_path(directory, step), meta_data)
+
+
+def save_optimizer(directory: Path, step: int, optimizer_data: dict[str, Any], rank: int) -> None:
+    """Write a rank's shard of the optimizer; before the meta file, which makes a step whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _save(_optimizer_path(directory, step, rank), optimizer_data)
+
+
+def optimizer_ranks(directory: Path, step: int) -> list[int]:
+    """The ranks whose optimizer shards of a step are there, ascending."""
+    names = [path.name for path in directory.glob(f"optim_{step:06d}_rank*.pt")]
+    matches = (re.fullmatch(r"optim_\d+_rank(\d+)\.pt", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def save_final_model(path: Path | str, model_state: State, meta: Meta) -> None:

@@ -3,23 +3,23 @@
 The same rows, step, schedule and validation as a federation's site, without the federation.
 """
 
-import math
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError, get_base_dir, print0
+from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
 from nanochat.dataloader import RowCache
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
+from nanochat.interrupt import stop_on_signals
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
-from nanochat.progress import WANDB_MODES, ProgressLog
+from nanochat.progress import ProgressLog
+from nanochat.resume import RunState, resolve_step, restore_run, save_run
+from nanochat.samples import sample_texts
 from nanochat.schedule import (
-    SCHEDULE_KINDS,
     Schedule,
     learning_rates,
     make_schedule,
@@ -27,6 +27,7 @@ from nanochat.schedule import (
     scale_weight_decay,
     scale_weight_decay_for_tokens,
 )
+from nanochat.settings import Settings
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.trainer import Trainer, rank_slice
 from nanochat.training_data import (
@@ -40,76 +41,12 @@ from nanochat.training_data import (
 
 _DEFAULT_WEIGHT_DECAY = {"pilot": 0.2, "upstream": 0.28}
 _REFERENCE_DEPTH = 12  # upstream scales its weight decay relative to a model of this depth
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that a run on one machine can be told; None means: follows from the rest."""
-
-    run: str = ""  # names the checkpoint directory; "": d<depth>
-    depth: int = 20
-    arch: str = "classic"
-    window_pattern: str | None = None
-    source: str = "fineweb-edu"
-    num_shards: int | None = None  # None: all that are here
-    tokenizer: str = "tokenizer"
-    packing: str | None = None
-    max_seq_len: int = 2048
-    batch_size: int = 8  # rows a device takes at once
-    total_batch_size: int = 524288  # tokens of an optimizer step
-    num_iterations: int | None = None
-    target_param_data_ratio: float = 20.0
-    lr: float | None = None
-    embedding_lr: float | None = None
-    unembedding_lr: float | None = None
-    scalar_lr: float | None = None
-    weight_decay: float | None = None
-    schedule: str = "pilot"
-    warmup_steps: float | None = None
-    warmdown_ratio: float | None = None
-    final_lr_fraction: float | None = None
-    eval_every: int = 250  # steps; 0: only at the end
-    eval_rows: int = 512
-    save_every: int = 0  # steps; 0: only at the end
-    log_every: int = 10  # steps between readings of the loss, each of which waits for the device
-    wandb_project: str = ""
-    wandb_mode: str = "auto"
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise UserError for a value that can be seen to be wrong without looking at any file."""
-        if self.run and not re.fullmatch(r"[\w][\w.-]*", self.run):
-            raise UserError(f"--run is {self.run!r}: use letters, digits, '.', '-' and '_' only")
-        for name in ("max_seq_len", "batch_size", "total_batch_size", "eval_rows", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
-        for name in ("eval_every", "save_every", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must not be negative")
-        if self.num_iterations is not None and self.num_iterations < 1:
-            raise UserError(f"--num-iterations is {self.num_iterations}: it must be at least 1")
-        if self.num_iterations is None and self.target_param_data_ratio <= 0:
-            raise UserError(
-                f"--target-param-data-ratio is {self.target_param_data_ratio}: it must be above 0"
-            )
-        if self.total_batch_size % self.max_seq_len:
-            raise UserError(
-                f"--total-batch-size {self.total_batch_size} must be a multiple of "
-                f"--max-seq-len {self.max_seq_len}"
-            )
-        for name, choices in (("schedule", SCHEDULE_KINDS), ("wandb_mode", WANDB_MODES)):
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{_flag(name)} is {getattr(self, name)!r}: choose one of {', '.join(choices)}"
-                )
-
-    @property
-    def tag(self) -> str:
-        return self.run or f"d{self.depth}"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+# what may change where a run is continued: how it is watched and held, not what it computes
+_FREE_TO_CHANGE = {
+    *("run", "tokenizer", "batch_size", "eval_every", "eval_rows", "core_every"),
+    *("core_max_per_task", "sample_every", "save_every", "resume_from_step", "log_every"),
+    *("wandb_project", "wandb_mode"),
+}
 
 
 def pretrain(
@@ -121,6 +58,7 @@ def pretrain(
     """
     settings.check()
     config, cache, tokenizer, spec, num_shards = _open(settings)
+    core_tasks = load_tasks(ensure_bundle()) if settings.core_every > 0 else []
     with torch.device("meta"):
         params = GPT(config, compute_dtype=torch.float32)
     num_steps = _num_steps(settings, params)
@@ -148,9 +86,30 @@ def pretrain(
         rank=rank,
         world_size=world_size,
     )
-    stream = EpochStream(cache, num_shards=num_shards, seed=settings.seed)
+    directory = get_base_dir() / "base_checkpoints" / settings.tag
+    user_config = {**asdict(settings), "num_shards": num_shards}
+    state = RunState()
+    if settings.resume_from_step is not None:
+        first = resolve_step(directory, settings.resume_from_step)
+        if first is not None:
+            kept = {k: v for k, v in user_config.items() if k not in _FREE_TO_CHANGE}
+            data = {"tokenizer_sha256": spec.tokenizer_sha256, "val_shard": spec.val_shard}
+            same = {"model_config": config.to_meta(), "data": data, "user_config": kept}
+            state = restore_run(
+                directory, first, model, optimizer, same=same, rank=rank, world_size=world_size
+            )
+        print0(f"continuing {directory} from step {state.step}")
+        if state.step >= num_steps:
+            raise UserError(f"the run in {directory} is over: it has done its {num_steps} steps")
+    stream = EpochStream(
+        cache,
+        num_shards=num_shards,
+        seed=settings.seed,
+        epoch=state.epoch,
+        shard=state.shard,
+        row=state.row,
+    )
     val_rows = validation_rows(cache, settings.eval_rows)
-    token_bytes = torch.tensor(tokenizer.token_bytes(), device=device)
     logger = ProgressLog(
         num_steps=num_steps,
         step_tokens=settings.total_batch_size,
@@ -160,29 +119,97 @@ def pretrain(
         wandb_project=settings.wandb_project,
         wandb_mode=settings.wandb_mode,
         config=asdict(settings),
+        done=state.step,
+        training_time_s=state.training_time_s,
+    )
+
+    watch = _Watch(
+        model,
+        tokenizer,
+        settings,
+        val_rows=val_rows,
+        core_tasks=core_tasks,
+        logger=logger,
+        rank=rank,
+        world_size=world_size,
     )
 
     step_rows = settings.total_batch_size // settings.max_seq_len
-    val_bpb = math.nan
-    for step in range(num_steps):
-        rows = stream.read(step_rows)
-        hyper = schedule.at(step)
-        nats = trainer.step(rows, hyper=hyper)
-        assert nats is not None
-        done, last = step + 1, step + 1 == num_steps
-        logger.step(done, nats, hyper.lr_multiplier, stream.position)
-        if last or (settings.eval_every and done % settings.eval_every == 0):
-            val_bpb = _evaluate(model, val_rows, token_bytes, settings.batch_size, rank, world_size)
-            logger.evaluation(done, val_bpb)
-        if last or (settings.save_every and done % settings.save_every == 0):
-            directory = get_base_dir() / "base_checkpoints" / settings.tag
-            meta = _meta(settings, config, spec, done, val_bpb)
-            optimizer_state = optimizer.state_dict()
-            save_checkpoint(directory, done, model.state_dict(), optimizer_state, meta, rank)
-            logger.say(f"wrote {directory / f'model_{done:06d}.pt'}")
+    with stop_on_signals() as stop:
+        for step in range(state.step, num_steps):
+            rows = stream.read(step_rows)
+            hyper = schedule.at(step)
+            nats = trainer.step(rows, hyper=hyper)
+            assert nats is not None
+            done, last = step + 1, step + 1 == num_steps
+            logger.step(done, nats, hyper.lr_multiplier, stream.position)
+            state = state.moved(done, stream.position, logger.loss, logger.training_time_s)
+            stopping = stop.agreed() and not last
+            with logger.paused():
+                if not stopping:
+                    state = watch.after(state, last=last)
+                if stopping or _due(settings.save_every, done, last):
+                    meta = _meta(user_config, settings, config, spec, state)
+                    save_run(directory, model, optimizer, meta, rank=rank, world_size=world_size)
+                    logger.say(f"wrote {directory / f'model_{done:06d}.pt'}")
+            if stopping:
+                logger.say(f"stopped after step {done}: --resume-from-step latest goes on there")
+                break
     logger.close()
     cache.close()
-    return val_bpb
+    if stopping:
+        raise KeyboardInterrupt
+    assert state.val_bpb is not None
+    return state.val_bpb
+
+
+def _due(every: int, done: int, last: bool) -> bool:
+    return last or (every > 0 and done % every == 0)
+
+
+class _Watch:
+    """The evaluations of a run: bits per byte, CORE, samples. All ranks call it together."""
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: RustBPETokenizer,
+        settings: Settings,
+        *,
+        val_rows: np.ndarray,
+        core_tasks: list[Task],
+        logger: ProgressLog,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._core_tasks, self._logger, self._rank = core_tasks, logger, rank
+        self._val_rows = val_rows[rank_slice(len(val_rows), rank=rank, world_size=world_size)]
+        self._token_bytes = torch.tensor(tokenizer.token_bytes(), device=model.get_device())
+
+    def after(self, state: RunState, *, last: bool) -> RunState:
+        """Do what is due after a step; `state` with the newest bpb."""
+        settings, done = self._settings, state.step
+        if _due(settings.eval_every, done, last):
+            bpb = self._bpb()
+            self._logger.evaluation(done, bpb)
+            state = state.validated(bpb)
+        if settings.core_every > 0 and _due(settings.core_every, done, last):
+            device, items = self._model.get_device(), settings.core_max_per_task
+            result = evaluate_core(
+                self._model, self._tokenizer, device, self._core_tasks, max_per_task=items
+            )
+            self._logger.core(done, result)
+        sample = settings.sample_every > 0 and _due(settings.sample_every, done, last)
+        if sample and self._rank == 0:  # the others wait in their next collective
+            self._logger.samples(done, sample_texts(Engine(self._model, self._tokenizer)))
+        return state
+
+    def _bpb(self) -> float:
+        rows, at_once = self._val_rows, self._settings.batch_size
+        batches = (rows[i : i + at_once] for i in range(0, len(rows), at_once))
+        sums = bpb_sums(self._model, batches, self._token_bytes)
+        return bits_per_byte(*sum_over_ranks(*sums, device=self._model.get_device()))
 
 
 def _open(
@@ -213,8 +240,8 @@ def _open(
 
 
 def _num_steps(settings: Settings, params: GPT) -> int:
-    if settings.num_iterations is not None:
-        return settings.num_iterations
+    if settings.given_iterations is not None:
+        return settings.given_iterations
     tokens = settings.target_param_data_ratio * params.data_ratio_params()
     steps = int(tokens // settings.total_batch_size)
     if steps < 1:
@@ -261,30 +288,19 @@ def _schedule(settings: Settings, params: GPT, num_steps: int) -> Schedule:
     )
 
 
-def _evaluate(
-    model: GPT,
-    val_rows: np.ndarray,
-    token_bytes: Tensor,
-    batch_rows: int,
-    rank: int,
-    world_size: int,
-) -> float:
-    mine = val_rows[rank_slice(len(val_rows), rank=rank, world_size=world_size)]
-    batches = (mine[i : i + batch_rows] for i in range(0, len(mine), batch_rows))
-    sums = bpb_sums(model, batches, token_bytes)
-    return bits_per_byte(*sum_over_ranks(*sums, device=model.get_device()))
-
-
 def _meta(
-    settings: Settings, config: GPTConfig, spec: DataSpec, step: int, val_bpb: float
+    user_config: dict[str, Any],
+    settings: Settings,
+    config: GPTConfig,
+    spec: DataSpec,
+    state: RunState,
 ) -> dict[str, Any]:
-    """A checkpoint's meta data: upstream's keys, and what our evaluation needs."""
+    """A checkpoint's meta data: upstream's keys, and `data`, which our evaluation needs."""
     return {
-        "step": step,
-        "val_bpb": val_bpb if math.isfinite(val_bpb) else None,
+        **state.to_meta(),
         "model_config": config.to_meta(),
         "data": spec.to_meta(),
-        "user_config": asdict(settings),
+        "user_config": user_config,
         "device_batch_size": settings.batch_size,
         "max_seq_len": settings.max_seq_len,
         "total_batch_size": settings.total_batch_size,

@@ -1,7 +1,9 @@
 """What a run on one machine tells: a progress bar, lines, Weights & Biases."""
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanochat.common import get_base_dir
+from nanochat.core_bundle import CoreResult
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -28,11 +31,16 @@ class ProgressLog:
         wandb_project: str,
         wandb_mode: str,
         config: dict[str, Any],
+        done: int = 0,
+        training_time_s: float = 0.0,
     ) -> None:
+        self.loss: float | None = None  # the last one that was read
+        self.training_time_s = training_time_s  # without evaluations and checkpoints
         self._num_steps, self._step_tokens = num_steps, step_tokens
         self._log_every, self._rank = log_every, rank
         # None: no bar where nobody watches (not a terminal); the lines tell the same
-        self._bar = tqdm(total=num_steps, unit="step", disable=None if rank == 0 else True)
+        quiet = None if rank == 0 else True
+        self._bar = tqdm(total=num_steps, initial=done, unit="step", disable=quiet)
         self._wandb = None
         if rank == 0:
             self._wandb = _open_wandb(run, wandb_project, wandb_mode, config)
@@ -55,9 +63,11 @@ class ProgressLog:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         tokens = len(self._pending) * self._step_tokens
-        loss = float(total) / tokens  # here the device is waited for
+        self.loss = loss = float(total) / tokens  # here the device is waited for
         now = time.monotonic()
-        rate, self._since, self._pending = tokens / (now - self._since), now, []
+        elapsed_s = max(now - self._since, 1e-9)
+        rate, self._since, self._pending = tokens / elapsed_s, now, []
+        self.training_time_s += elapsed_s
         epoch, shard, row, shard_rows = position
         progress = f"{100 * row / shard_rows:.1f}%" if shard_rows else f"{row} rows"
         self._bar.set_postfix_str(f"loss={loss:.4f} shard={shard} shard_progress={progress}")
@@ -69,9 +79,25 @@ class ProgressLog:
             {"step": done, "train/loss": loss, "train/lrm": lr_multiplier, "train/tok_per_s": rate}
         )
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block is not training: it does not count in speed and time."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
     def evaluation(self, done: int, val_bpb: float) -> None:
         self.say(f"step={done} val_bpb={val_bpb:.6f}")
         self._record({"step": done, "val/bpb": val_bpb})
+
+    def core(self, done: int, result: CoreResult) -> None:
+        self.say(f"step={done} core={result.core:.6f}")
+        tasks = {f"core/{label}": value for label, value in result.centred.items()}
+        self._record({"step": done, "core": result.core, **tasks})
+
+    def samples(self, done: int, texts: list[str]) -> None:
+        for text in texts:
+            self.say(f"step={done} sample: {text!r}")
 
     def say(self, line: str) -> None:
         if self._rank == 0:

@@ -1,7 +1,7 @@
 """What a model is trained and validated on: how a checkpoint names it, and how it is opened again."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,20 @@ def validation_rows(cache: RowCache, num_rows: int) -> np.ndarray:
 class EpochStream:
     """Rows of all training shards, epoch after epoch, each in its seeded order of shards."""
 
-    def __init__(self, cache: RowCache, *, num_shards: int, seed: int) -> None:
+    def __init__(
+        self,
+        cache: RowCache,
+        *,
+        num_shards: int,
+        seed: int,
+        epoch: int = 0,
+        shard: int | None = None,
+        row: int = 0,
+    ) -> None:
+        """Begins at `row` of `shard` (None: the first) in `epoch`, as `position` once said."""
         self._cache, self._num_shards, self._seed = cache, num_shards, seed
-        self._epoch = 0
-        self._stream = self._open(0)
+        self._epoch = epoch
+        self._stream = self._open(epoch, shard, row)
 
     def read(self, num_rows: int) -> np.ndarray:
         """The next rows, (num_rows, T+1): what an epoch's end lacks comes from the next epoch."""
@@ -131,6 +141,9 @@ class EpochStream:
         assert position is not None
         return position
 
-    def _open(self, epoch: int) -> RowStream:
+    def _open(self, epoch: int, shard: int | None = None, row: int = 0) -> RowStream:
         order = shard_order(self._num_shards, epoch, self._seed)
-        return RowStream(self._cache, [Segment(epoch, shard, 0, None) for shard in order])
+        rest = order if shard is None else order[order.index(shard) :]
+        segments = [Segment(epoch, number, 0, None) for number in rest]
+        segments[0] = replace(segments[0], first_row=row)
+        return RowStream(self._cache, segments)

@@ -2,14 +2,17 @@
 
 python -m scripts.base_train --depth 4 --source builtin …
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 --run baseline
+
+Ctrl-C ends the step and saves it; the same command with `--resume-from-step latest` goes on.
 """
 
 from nanochat.common import ArgumentParser, compute_cleanup, compute_init, run_command_line
 from nanochat.gpt_config import ARCHITECTURES
 from nanochat.packing import PACKINGS
-from nanochat.pretrain import Settings, pretrain
+from nanochat.pretrain import pretrain
 from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS
+from nanochat.settings import Settings
 
 
 def _parser() -> ArgumentParser:
@@ -21,7 +24,12 @@ def _parser() -> ArgumentParser:
         options.setdefault("default", getattr(defaults, destination, None))
         parser.add_argument(*names, type=type, dest=destination, help=help, **options)  # type: ignore[arg-type]  # a pass-through
 
-    add("--run", type=str, help="name of the checkpoint directory and W&B run; empty: d<depth>")
+    add(
+        "--run",
+        "--model-tag",
+        type=str,
+        help="name of the checkpoint directory and W&B run; empty: d<depth>",
+    )
     add("--device-type", type=str, default="", help="cuda, mps or cpu; empty: the best there is")
     add("--seed", help="seeds the weights and the order of shards")
     # the model
@@ -52,7 +60,11 @@ def _parser() -> ArgumentParser:
     # what is kept and told
     add("--eval-every", help="steps between validations; 0: only at the end")
     add("--eval-rows", help="validation rows")
+    add("--core-every", "--core-metric-every", help="steps between CORE evaluations; 0: none")
+    add("--core-max-per-task", "--core-metric-max-per-task", help="items of a task, for that")
+    add("--sample-every", help="steps between samples of what it writes; 0: none")
     add("--save-every", help="steps between checkpoints; 0: only at the end")
+    add("--resume-from-step", type=str, help="a number, or latest (if there is one): goes on there")
     add("--log-every", help="steps between log lines")
     add("--wandb-project", type=str, help="W&B project; empty: no W&B")
     add("--wandb-mode", type=str, choices=WANDB_MODES, help="auto: online with a key, else offline")

@@ -3,10 +3,12 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
+import torch
 
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
@@ -54,3 +56,20 @@ def byte_tokenizer(directory: Path, *, num_pairs: int = 0) -> RustBPETokenizer:
     tokenizer = RustBPETokenizer(encoding)
     tokenizer.save(directory)
     return tokenizer
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Assert that nested containers of tensors are equal to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_equal(one, other, f"{where}[{i}]")
+    else:
+        assert a == b, where

@@ -6,18 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import nanochat_train
-from nanochat.checkpoint_manager import load_any
+from nanochat.checkpoint_manager import load_any, optimizer_ranks
 from nanochat.common import run_command_line
-from nanochat.pretrain import Settings
 from nanochat.samples import PROMPTS
+from nanochat.settings import Settings
 from scripts import base_eval, base_train
 
-from .data_kit import byte_tokenizer, texts, write_shard
+from .data_kit import assert_equal, byte_tokenizer, texts, write_shard
 
 TINY = [
     *("--depth", "1", "--max-seq-len", "32", "--batch-size", "2", "--total-batch-size", "160"),
@@ -74,24 +75,34 @@ def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
     assert result["eval_rows"] == 4 and len(result["samples"]) == len(PROMPTS)
 
 
-def test_two_processes_under_torchrun_train_the_model_of_one(
-    corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_processes_under_torchrun_train_the_model_of_one_and_continue_it(
+    corpus: Path,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["--", *TINY, "--source", str(corpus), "--schedule", "upstream", "--seed", "3"]
-    arguments += ["--run"]
+    arguments += ["--save-every", "2", "--run"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [sys.executable, *command, "-m", "scripts.base_train", *arguments, "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("step=3 val_bpb=") == 1  # rank 0 speaks for all
     directory = base_dir / "base_checkpoints" / "two"
-    assert len(list(directory.glob("optim_000003_rank?.pt"))) == 2
+    ends: list[list[Any]] = []
+    for more in ([], ["--resume-from-step", "2"]):
+        for path in directory.glob("*_000003*"):
+            path.unlink()
+        run = subprocess.run(
+            [sys.executable, *command, "-m", "scripts.base_train", *arguments, "two", *more],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("step=3 val_bpb=") == 1  # rank 0 speaks for all
+        assert optimizer_ranks(directory, 3) == [0, 1]
+        names = ("model_000003.pt", "optim_000003_rank0.pt", "optim_000003_rank1.pt")
+        ends.append([torch.load(directory / name, weights_only=True) for name in names])
+    assert_equal(*ends)  # to the last bit
 
     assert _call(base_train.main, *arguments, "one", monkeypatch=monkeypatch) == 0
     (one, one_meta), (two, two_meta) = (
@@ -101,6 +112,11 @@ def test_two_processes_under_torchrun_train_the_model_of_one(
     for name, weight in one.state_dict().items():
         difference = (weight - two.state_dict()[name]).abs().mean() / weight.abs().mean()
         assert difference < 1e-4, name
+
+    capsys.readouterr()
+    alone = [*arguments, "two", "--resume-from-step", "2"]
+    assert _call(base_train.main, *alone, monkeypatch=monkeypatch) == 2
+    assert "optimizer of 2 processes and this run has 1" in capsys.readouterr().err
 
 
 def test_a_seed_decides_on_the_model(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""What a run on one machine can be told, and what of it can be seen to be wrong at once."""
+
+import re
+from dataclasses import dataclass
+
+from nanochat.common import UserError
+from nanochat.progress import WANDB_MODES
+from nanochat.schedule import SCHEDULE_KINDS
+
+_AT_LEAST_1 = (
+    *("max_seq_len", "batch_size", "total_batch_size"),
+    *("eval_rows", "core_max_per_task", "log_every"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a run on one machine can be told; None means: follows from the rest."""
+
+    run: str = ""  # names the checkpoint directory; "": d<depth>
+    depth: int = 20
+    arch: str = "classic"
+    window_pattern: str | None = None
+    source: str = "fineweb-edu"
+    num_shards: int | None = None  # None: all that are here
+    tokenizer: str = "tokenizer"
+    packing: str | None = None
+    max_seq_len: int = 2048
+    batch_size: int = 8  # rows a device takes at once
+    total_batch_size: int = 524288  # tokens of an optimizer step
+    num_iterations: int | None = None
+    target_param_data_ratio: float = 20.0
+    lr: float | None = None
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    scalar_lr: float | None = None
+    weight_decay: float | None = None
+    schedule: str = "pilot"
+    warmup_steps: float | None = None
+    warmdown_ratio: float | None = None
+    final_lr_fraction: float | None = None
+    eval_every: int = 250  # steps; 0 or less: only at the end
+    eval_rows: int = 512
+    core_every: int = 0  # steps; 0 or less: never
+    core_max_per_task: int = 500  # items: the figure is an approximation
+    sample_every: int = 0  # steps; 0 or less: never
+    save_every: int = 0  # steps; 0 or less: only at the end
+    resume_from_step: str | None = None  # a number, or "latest"
+    log_every: int = 10  # steps between readings of the loss, each of which waits for the device
+    wandb_project: str = ""
+    wandb_mode: str = "auto"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UserError for a value that can be seen to be wrong without looking at any file."""
+        if self.run and not re.fullmatch(r"[\w][\w.-]*", self.run):
+            raise UserError(f"--run is {self.run!r}: use letters, digits, '.', '-' and '_' only")
+        for name in _AT_LEAST_1:
+            if getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: it must not be negative")
+        steps = self.given_iterations
+        if steps is not None and steps < 1:
+            raise UserError(f"--num-iterations is {steps}: it must be at least 1")
+        if steps is None and self.target_param_data_ratio <= 0:
+            raise UserError(
+                f"--target-param-data-ratio is {self.target_param_data_ratio}: it must be above 0"
+            )
+        if self.total_batch_size % self.max_seq_len:
+            raise UserError(
+                f"--total-batch-size {self.total_batch_size} must be a multiple of "
+                f"--max-seq-len {self.max_seq_len}"
+            )
+        for name, choices in (("schedule", SCHEDULE_KINDS), ("wandb_mode", WANDB_MODES)):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{_flag(name)} is {getattr(self, name)!r}: choose one of {', '.join(choices)}"
+                )
+
+    @property
+    def given_iterations(self) -> int | None:
+        """`num_iterations`, where upstream's -1 is None."""
+        return None if self.num_iterations == -1 else self.num_iterations
+
+    @property
+    def tag(self) -> str:
+        return self.run or f"d{self.depth}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
