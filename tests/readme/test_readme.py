@@ -50,6 +50,13 @@ COMMANDS = {
     "python scripts/base_eval.py --checkpoint final_model.pt": (
         "python scripts/base_eval.py --checkpoint baseline"
     ),
+    "python -m scripts.base_eval --checkpoint baseline --eval core,bpb,sample": (
+        "python -m scripts.base_eval --checkpoint baseline --eval bpb,sample"
+    ),
+    'python -m scripts.chat_cli --checkpoint baseline --prompt "The capital of France is"': None,
+    "python -m scripts.export_hf --checkpoint baseline --out exported": (
+        "python -m scripts.export_hf --checkpoint baseline --out {home}/exported"
+    ),
     "maturin develop --release --manifest-path rustbpe/Cargo.toml": None,
 }
 # Run by the tests named here, with real processes that live longer than a command.
@@ -95,7 +102,7 @@ def test_the_table_of_keys_is_that_of_the_configuration() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> None:
-    words = shlex.split(COMMANDS[command] or command)
+    words = shlex.split((COMMANDS[command] or command).replace("{home}", shell["HOME"]))
     done = subprocess.run(
         [BIN / words[0], *words[1:]], cwd=ROOT, env=shell, capture_output=True, text=True
     )
