@@ -166,6 +166,17 @@ class ShardRows:
         """None while the tail is still being packed."""
         return None if self.stats is None else self.stats.rows
 
+    @property
+    def rows_so_far(self) -> int:
+        """Rows that are packed by now."""
+        return self._job.partial_rows() if self.stats is None else self.stats.rows
+
+    def keep_packing(self) -> bool:
+        """See to it that somebody packs this shard; whether it is packed. Raises as `read` does."""
+        if self.stats is None:
+            self._keep_packing()
+        return self.stats is not None
+
     def read(
         self, first_row: int, end_row: int, *, should_stop: StopCheck | None = None
     ) -> np.ndarray:

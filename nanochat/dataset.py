@@ -8,6 +8,7 @@ another site train on the one that this site validates on.
     python -m nanochat.dataset -n 8 --source climbmix
     python -m nanochat.dataset --source builtin           # made here, no network
     python -m nanochat.dataset --source /data/my_shards   # only checked
+    python -m nanochat.dataset -n 240 --prepare           # and packed into rows, ahead of a run
 """
 
 import concurrent.futures
@@ -198,7 +199,7 @@ def download(
     source.directory.mkdir(parents=True, exist_ok=True)
     with file_lock(source.directory / ".download.lock"):
         wanted = [*range(num_train_shards), source.val_shard]
-        missing = [path for path in map(source.shard_path, wanted) if not path.exists()]
+        missing = [path for path in map(source.shard_path, wanted) if not _is_whole(path)]
         with tqdm(total=len(wanted), desc=source.name, unit="shard") as bar:
             bar.update(len(wanted) - len(missing))
             return _fetch_all(source.repository, missing, downloader, workers=workers, bar=bar)
@@ -249,6 +250,18 @@ def check_shard(path: Path) -> None:
         raise ValueError(f"it has no string column {TEXT_COLUMN!r}")
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a shard is there with its footer, which stands at the end; a damaged one is named."""
+    if not path.exists():
+        return False
+    try:
+        check_shard(path)
+    except ValueError as error:
+        tqdm.write(f"{path.name} cannot be used, {error}: fetching it again", file=sys.stderr)
+        return False
+    return True
+
+
 def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -288,6 +301,10 @@ def main() -> None:
         "--source", default=DEFAULT_SOURCE, help=f"{', '.join(COLLECTIONS)}, or a directory"
     )
     parser.add_argument("-w", "--workers", type=int, default=4, help="parallel downloads")
+    parser.add_argument("--prepare", action="store_true", help="pack the shards into rows")
+    parser.add_argument("--tokenizer", default="tokenizer", help="for --prepare: name or path")
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="for --prepare: tokens a row")
+    parser.add_argument("--packing", help="for --prepare: bestfit or stream; none: the source's")
     args = parser.parse_args()
 
     source = get_source(args.source)
@@ -295,23 +312,63 @@ def main() -> None:
         prepare_builtin()
     if source.repository is None:
         _check_directory(source)
-        return
+    elif args.num_files is not None or not args.prepare:
+        _fetch(source, args.num_files, workers=args.workers)
+    if args.prepare:
+        shards = source.present_train()
+        if args.num_files is not None and args.num_files >= 0:
+            shards = [shard for shard in shards if shard < args.num_files]
+        _prepare(source, shards, args.tokenizer, args.max_seq_len, args.packing)
+
+
+def _fetch(source: Source, num_files: int | None, *, workers: int) -> None:
     most = source.num_train_shards
-    if args.num_files is None:
+    if num_files is None:
         raise UserError(
             f"say how many of the {most} training shards of {source.name} to fetch: "
             "-n 240 (-1 for all)"
         )
-    number = most if args.num_files == -1 else args.num_files
+    number = most if num_files == -1 else num_files
     if not 0 <= number <= most:
         raise UserError(f"-n {number} is out of range: {source.name} has {most} training shards")
-    failures = download(source, number, workers=args.workers)
+    failures = download(source, number, workers=workers)
     if failures:
         raise UserError(
             f"{len(failures)} shards are missing in {source.directory}, see above: "
             "the same command goes on where it stopped"
         )
     print(f"{source.directory}: {number} training shards and validation shard {source.val_shard}")
+
+
+def _prepare(
+    source: Source, shards: list[int], tokenizer_name: str, sequence_len: int, packing: str | None
+) -> None:
+    # these need this module
+    from nanochat.dataloader import RowCache
+    from nanochat.prepare_rows import prepare_rows
+    from nanochat.tokenizer import get_tokenizer
+    from nanochat.training_data import default_packing
+
+    source.ensure_text()
+    cache = RowCache(
+        source,
+        get_tokenizer(tokenizer_name),
+        sequence_len=sequence_len,
+        packing=packing or default_packing(source),
+    )
+    try:
+        failures = prepare_rows(cache, [source.val_shard, *shards])
+    finally:
+        cache.close()
+    if failures:
+        raise UserError(
+            f"{len(failures)} shards of {source.name} are not packed, see above: "
+            "get them again, then the same command packs what is left"
+        )
+    print(
+        f"{cache.directory}: rows of {sequence_len} tokens of {len(shards)} training shards and "
+        f"the validation shard, packed as {cache.packing}"
+    )
 
 
 if __name__ == "__main__":

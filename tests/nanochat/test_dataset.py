@@ -282,3 +282,12 @@ def test_a_damaged_shard_is_a_sentence_that_names_it(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged"):
         list(dataset.iter_texts(path))
+
+
+def test_a_truncated_shard_on_the_disk_is_named_and_fetched_again(hub, capsys):
+    download(1)
+    path = get_source().shard_path(0)
+    path.write_bytes(path.read_bytes()[:-100])  # as a killed program leaves it that is not ours
+    assert download(1) == []
+    assert same_as_origin(hub, 0, VAL)
+    assert "shard_00000.parquet cannot be used" in capsys.readouterr().err
