@@ -84,7 +84,15 @@ def save_final_model(path: Path | str, model_state: State, meta: Meta) -> None:
 
 def _save(path: Path, value: Any) -> None:
     with atomic_file(path, "wb") as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch's writer hides what the disk said behind its own
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -240,6 +248,8 @@ def _with_newer_keys(state: State, model: GPT) -> State:
             continue
         if name.startswith(("smear_", "backout_", "x0_", "value_embeds.")) or "ve_gate" in name:
             state[name] = torch.zeros_like(parameter)
+        elif name == "resid_lambdas":
+            state[name] = torch.ones_like(parameter)
     return state
 
 
