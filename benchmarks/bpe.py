@@ -6,7 +6,8 @@ python benchmarks/bpe.py --text ../shared/data/books --repeat 3 --out bpe.json
 `--text` is a text file, a directory of parquet shards with a column `text`, or `builtin`. It is
 written once to a plain file, which every trainer reads in a process of its own (`bpe_child.py`): the
 peak memory is that of Python and the trainer. The rounds of the trainers are interleaved, and each
-figure is the median of `--repeat` rounds: on a busy machine compare ratios, not seconds.
+figure is the median of `--repeat` rounds. On a busy machine trust ratios more than seconds, and CPU
+seconds (of all threads) more than either.
 
 The trainers to compare with are fetched once, into `benchmarks/` of the base directory. A sentence
 says so when one cannot be had; its ratios are null then. Lines are JSON, one a measurement; the
@@ -33,6 +34,7 @@ from nanochat.common import UserError, get_base_dir, run_command_line
 from nanochat.dataset import parquets_iter_batched, prepare_builtin
 
 REQUIREMENTS = {"rustbpe": "rustbpe>=0.1,<0.2", "tokenizers": "tokenizers>=0.21"}
+RATIOS = {"ratio": "total_s", "cpu_ratio": "cpu_s", "rss_ratio": "peak_rss_bytes"}
 CURVE_MERGES = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
 DOCUMENT_CHARS = 4096  # of a plain text file, which has no documents of its own
 INSTALL_TIMEOUT_S = 300
@@ -174,7 +176,7 @@ def measure(
     summary: dict[str, Any] = {"vocab": vocab, "threads": threads}
     for name in REQUIREMENTS:
         theirs = rows.get(name)
-        for ratio, key in [("ratio", "total_s"), ("rss_ratio", "peak_rss_bytes")]:
+        for ratio, key in RATIOS.items():
             summary[f"{ratio}_{name}"] = theirs and round(theirs[key] / ours[key], 2)
     # The merges of PyPI's rustbpe must be ours. HF numbers the bytes otherwise, and so breaks ties
     # otherwise: what can be compared are the first difference and the share of tokens in common.

@@ -1,8 +1,11 @@
 //! Exact byte-pair encoding: training, and encoding with what was trained.
 //!
 //! One file a step: [`split`] cuts text into pieces ([`scanner`] is its fast path for the default pattern), [`count`]
-//! counts distinct pieces on all threads, [`merge`] finds the merges, [`encode`] applies them. Only `python` knows
-//! of Python, so that everything else is tested by `cargo test --no-default-features`.
+//! counts the distinct ones on all threads (in the tables of [`words`]), [`merge`] finds the merges (in the array of [`layout`]),
+//! [`encode`] applies them. Only `python` knows of Python, so that everything else is tested by
+//! `cargo test --no-default-features`.
+
+#![deny(unsafe_code)]
 
 pub mod count;
 pub mod encode;
