@@ -3,7 +3,8 @@
 The same rows, step, schedule and validation as a federation's site, without the federation.
 """
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from nanochat.progress import ProgressLog
 from nanochat.resume import RunState, resolve_step, restore_run, save_run
 from nanochat.samples import sample_texts
 from nanochat.schedule import (
+    REFERENCE_BATCH_TOKENS,
     Schedule,
     learning_rates,
     make_schedule,
@@ -40,11 +42,19 @@ from nanochat.training_data import (
 )
 
 _DEFAULT_WEIGHT_DECAY = {"pilot": 0.2, "upstream": 0.28}
+_BATCH_EXPONENT = 0.383
 _REFERENCE_DEPTH = 12  # upstream scales its weight decay relative to a model of this depth
 # what may change where a run is continued: how it is watched and held, not what it computes
 _FREE_TO_CHANGE = {
-    *("run", "tokenizer", "batch_size", "eval_every", "eval_rows", "core_every"),
-    *("core_max_per_task", "sample_every", "save_every", "resume_from_step", "log_every"),
+    *("run", "tokenizer", "batch_size", "eval_every", "eval_rows", "eval_tokens"),
+    *(
+        "core_every",
+        "core_max_per_task",
+        "sample_every",
+        "save_every",
+        "resume_from_step",
+        "log_every",
+    ),
     *("wandb_project", "wandb_mode"),
 }
 
@@ -61,6 +71,8 @@ def pretrain(
     core_tasks = load_tasks(ensure_bundle()) if settings.core_every > 0 else []
     with torch.device("meta"):
         params = GPT(config, compute_dtype=torch.float32)
+    batch_tokens = _batch_tokens(settings, params)
+    settings = replace(settings, total_batch_size=batch_tokens, eval_rows=spec.eval_rows)
     num_steps = _num_steps(settings, params)
     schedule = _schedule(settings, params, num_steps)
     print0(
@@ -219,29 +231,59 @@ def _open(
     source = open_source(settings.source)
     num_shards = count_train_shards(source, settings.num_shards)
     tokenizer = get_tokenizer(settings.tokenizer)
-    config = config_for_depth(
-        settings.depth,
-        vocab_size=tokenizer.get_vocab_size(),
-        sequence_len=settings.max_seq_len,
-        arch=settings.arch,
-        window_pattern=settings.window_pattern,
-    )
+    config = _config(settings, settings.depth, tokenizer.get_vocab_size())
     spec = DataSpec(
         source=source.name,
         tokenizer=settings.tokenizer,
         tokenizer_sha256=tokenizer.fingerprint(),
         sequence_len=settings.max_seq_len,
         packing=settings.packing or default_packing(source),
-        eval_rows=settings.eval_rows,
+        eval_rows=settings.validation_rows,
         val_shard=source.val_shard,
     )
     cache = RowCache(source, tokenizer, sequence_len=settings.max_seq_len, packing=spec.packing)
     return config, cache, tokenizer, spec, num_shards
 
 
+def _config(settings: Settings, depth: int, vocab_size: int) -> GPTConfig:
+    return config_for_depth(
+        depth,
+        vocab_size=vocab_size,
+        sequence_len=settings.max_seq_len,
+        arch=settings.arch,
+        head_dim=settings.head_dim,
+        aspect_ratio=settings.aspect_ratio,
+        window_pattern=settings.window_pattern,
+    )
+
+
+def _reference_params(settings: Settings, params: GPT) -> int:
+    """What `data_ratio_params` is at the depth that upstream's rules were fitted at."""
+    reference = _config(settings, _REFERENCE_DEPTH, params.config.vocab_size)
+    with torch.device("meta"):
+        return GPT(reference, compute_dtype=torch.float32).data_ratio_params()
+
+
+def _batch_tokens(settings: Settings, params: GPT) -> int:
+    """Tokens of a step; for -1 upstream's rule: they grow as the run's tokens to the power of 0.383
+    (arXiv 2505.13738), from 2^19 at depth 12, to the nearest power of two."""
+    if settings.total_batch_size != -1:
+        return settings.total_batch_size
+    # all are trained on the same number of tokens a parameter, so parameters stand for tokens
+    growth = params.data_ratio_params() / _reference_params(settings, params)
+    tokens = 2 ** round(math.log2(REFERENCE_BATCH_TOKENS * growth**_BATCH_EXPONENT))
+    rows = max(1, round(tokens / settings.max_seq_len))
+    print0(f"Steps of {rows * settings.max_seq_len:,} tokens fit the length of this run")
+    return rows * settings.max_seq_len
+
+
 def _num_steps(settings: Settings, params: GPT) -> int:
     if settings.given_iterations is not None:
         return settings.given_iterations
+    if settings.given_flops is not None:
+        return max(
+            1, round(settings.given_flops / params.estimate_flops() / settings.total_batch_size)
+        )
     tokens = settings.target_param_data_ratio * params.data_ratio_params()
     steps = int(tokens // settings.total_batch_size)
     if steps < 1:
@@ -259,20 +301,12 @@ def _schedule(settings: Settings, params: GPT, num_steps: int) -> Schedule:
     if kind == "pilot":
         scaled = scale_weight_decay(weight_decay, settings.depth)
     else:
-        reference = config_for_depth(
-            _REFERENCE_DEPTH,
-            vocab_size=params.config.vocab_size,
-            sequence_len=settings.max_seq_len,
-            arch=settings.arch,
-        )
-        with torch.device("meta"):
-            reference_params = GPT(reference, compute_dtype=torch.float32).data_ratio_params()
         # both are trained on the same number of tokens a parameter, so parameters stand for tokens
         scaled = scale_weight_decay_for_tokens(
             weight_decay,
             total_batch_tokens=batch_tokens,
             train_tokens=params.data_ratio_params(),
-            reference_tokens=reference_params,
+            reference_tokens=_reference_params(settings, params),
         )
     print0(
         f"Scaling weight decay from {weight_decay:.6f} to {scaled:.6f} for depth {settings.depth}"

@@ -8,7 +8,7 @@ from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS
 
 _AT_LEAST_1 = (
-    *("max_seq_len", "batch_size", "total_batch_size"),
+    *("aspect_ratio", "head_dim", "max_seq_len", "batch_size"),
     *("eval_rows", "core_max_per_task", "log_every"),
 )
 
@@ -19,6 +19,8 @@ class Settings:
 
     run: str = ""  # names the checkpoint directory; "": d<depth>
     depth: int = 20
+    aspect_ratio: int = 64  # width a layer, rounded up to whole heads
+    head_dim: int = 128
     arch: str = "classic"
     window_pattern: str | None = None
     source: str = "fineweb-edu"
@@ -27,8 +29,9 @@ class Settings:
     packing: str | None = None
     max_seq_len: int = 2048
     batch_size: int = 8  # rows a device takes at once
-    total_batch_size: int = 524288  # tokens of an optimizer step
+    total_batch_size: int = 524288  # tokens of an optimizer step; -1: what fits the run's length
     num_iterations: int | None = None
+    target_flops: float | None = None
     target_param_data_ratio: float = 20.0
     lr: float | None = None
     embedding_lr: float | None = None
@@ -41,6 +44,7 @@ class Settings:
     final_lr_fraction: float | None = None
     eval_every: int = 250  # steps; 0 or less: only at the end
     eval_rows: int = 512
+    eval_tokens: int | None = None  # upstream's way to say eval_rows
     core_every: int = 0  # steps; 0 or less: never
     core_max_per_task: int = 500  # items: the figure is an approximation
     sample_every: int = 0  # steps; 0 or less: never
@@ -60,14 +64,25 @@ class Settings:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}: it must not be negative")
+        if self.total_batch_size < 1 and self.total_batch_size != -1:
+            raise UserError(
+                f"--total-batch-size is {self.total_batch_size}: it must be at least 1, or -1"
+            )
+        if self.eval_tokens is not None and self.eval_tokens < self.max_seq_len:
+            raise UserError(
+                f"--eval-tokens is {self.eval_tokens}: it must be at least a row, "
+                f"--max-seq-len {self.max_seq_len}"
+            )
         steps = self.given_iterations
         if steps is not None and steps < 1:
             raise UserError(f"--num-iterations is {steps}: it must be at least 1")
-        if steps is None and self.target_param_data_ratio <= 0:
+        if self.given_flops is not None and self.given_flops <= 0:
+            raise UserError(f"--target-flops is {self.given_flops}: it must be above 0")
+        if steps is None and self.given_flops is None and self.target_param_data_ratio <= 0:
             raise UserError(
                 f"--target-param-data-ratio is {self.target_param_data_ratio}: it must be above 0"
             )
-        if self.total_batch_size % self.max_seq_len:
+        if self.total_batch_size != -1 and self.total_batch_size % self.max_seq_len:
             raise UserError(
                 f"--total-batch-size {self.total_batch_size} must be a multiple of "
                 f"--max-seq-len {self.max_seq_len}"
@@ -82,6 +97,16 @@ class Settings:
     def given_iterations(self) -> int | None:
         """`num_iterations`, where upstream's -1 is None."""
         return None if self.num_iterations == -1 else self.num_iterations
+
+    @property
+    def given_flops(self) -> float | None:
+        """`target_flops`, where upstream's -1 is None."""
+        return None if self.target_flops == -1 else self.target_flops
+
+    @property
+    def validation_rows(self) -> int:
+        """`eval_rows`, or the whole rows of `eval_tokens`."""
+        return self.eval_rows if self.eval_tokens is None else self.eval_tokens // self.max_seq_len
 
     @property
     def tag(self) -> str:

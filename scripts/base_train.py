@@ -34,6 +34,8 @@ def _parser() -> ArgumentParser:
     add("--seed", help="seeds the weights and the order of shards")
     # the model
     add("--depth", help="transformer layers; the width follows")
+    add("--aspect-ratio", help="width a layer, rounded up to whole heads")
+    add("--head-dim", help="channels of a head")
     add("--arch", type=str, choices=ARCHITECTURES, help="architecture")
     add("--window-pattern", type=str, help="attention windows, as SSSL; none: the architecture's")
     add("--max-seq-len", help="tokens a row")
@@ -45,9 +47,10 @@ def _parser() -> ArgumentParser:
     # how long
     add("--num-iterations", help="optimizer steps; none: --target-param-data-ratio decides")
     add("--target-param-data-ratio", type=float, help="training tokens a parameter")
+    add("--target-flops", type=float, help="floating-point operations of the run, instead of that")
     # the optimizer
     add("--batch-size", "--device-batch-size", help="rows a device takes at once")
-    add("--total-batch-size", help="tokens of an optimizer step, over all devices")
+    add("--total-batch-size", help="tokens of an optimizer step; -1: from the run's length")
     add("--lr", "--matrix-lr", type=float, help="Muon's learning rate; the others follow it")
     add("--embedding-lr", type=float, help="learning rate of the embeddings")
     add("--unembedding-lr", type=float, help="learning rate of the head")
@@ -60,6 +63,7 @@ def _parser() -> ArgumentParser:
     # what is kept and told
     add("--eval-every", help="steps between validations; 0: only at the end")
     add("--eval-rows", help="validation rows")
+    add("--eval-tokens", help="validation tokens, instead of that")
     add("--core-every", "--core-metric-every", help="steps between CORE evaluations; 0: none")
     add("--core-max-per-task", "--core-metric-max-per-task", help="items of a task, for that")
     add("--sample-every", help="steps between samples of what it writes; 0: none")

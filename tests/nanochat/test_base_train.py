@@ -1,6 +1,7 @@
 """The training and evaluation scripts, as they are called."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -145,6 +146,11 @@ def test_vanilla_training_needs_nothing_prepared(
         (["--total-batch-size", "100"], "multiple of --max-seq-len"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--num-iterations", "0"], "--num-iterations is 0"),
+        (["--total-batch-size", "0"], "--total-batch-size is 0"),
+        (["--eval-tokens", "31"], "--eval-tokens is 31"),
+        (["--num-iterations", "-1", "--target-flops", "0"], "--target-flops is 0"),
+        (["--head-dim", "0"], "--head-dim is 0"),
+        (["--core-every", "1", "--core-max-per-task", "0"], "--core-max-per-task is 0"),
         (["--run", "../elsewhere"], "letters, digits"),
         (["--device-type", "tpu"], "unknown device type"),
         (["--source", "wikipedia"], "no data source 'wikipedia'"),
@@ -204,6 +210,25 @@ def test_ratio_counts_tokens_a_parameter(
     train += ["--source", str(corpus), "--device-type", "cpu", "--wandb-mode", "disabled"]
     assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
     assert "278,528 parameters, 2 steps of 128 tokens" in capsys.readouterr().out
+
+
+def test_upstreams_ways_to_say_how_long_and_how_large(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        train = [*TINY, "--source", str(corpus), "--num-iterations=-1", *arguments]
+        assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
+        return capsys.readouterr().out
+
+    # depth 1, width 128: 6 * (12 * 128^2 + 320 * 128) + 12 * 128 * 32 FLOPs a token
+    flops = 6 * (12 * 128**2 + 320 * 128) + 12 * 128 * 32
+    assert "2 steps of 160 tokens" in said("--target-flops", str(2 * 160 * flops))
+    # 2^19 * (N / N at depth 12)^0.383, rounded to a power of two
+    narrow = ["--head-dim", "32", "--aspect-ratio", "32", "--eval-tokens", "64"]
+    ratio = (12 * 32**2 + 2 * 320 * 32) / (12 * 12 * 384**2 + 2 * 320 * 384)
+    expected = 2 ** round(19 + 0.383 * math.log2(ratio))
+    output = said("--total-batch-size=-1", "--target-flops", "1", "--batch-size", "512", *narrow)
+    assert f"1 steps of {expected:,} tokens" in output and "32,768 parameters" in output
 
 
 def test_wandb_is_offline_without_a_key_and_off_without_a_project(
