@@ -1,9 +1,9 @@
 """Rotary position embedding and causal attention with a sliding window.
 
-The one place where an attention kernel is chosen. Everything runs on
-`scaled_dot_product_attention`: it has a fused causal kernel on CPU, CUDA and MPS, and takes an
-explicit mask for the layers whose window is shorter than the sequence (a full T x T mask: twice the
-work of a windowed kernel at T = 2048, but exact everywhere).
+The one place where an attention kernel is chosen. `scaled_dot_product_attention` has a fused causal
+kernel on CPU, CUDA and MPS, and takes an explicit T x T mask for a window shorter than the sequence:
+exact everywhere, but twice the work of a windowed kernel at T = 2048. On CPUs windows have a kernel of
+their own (2.3-2.9 times as fast as the mask at windows of a quarter).
 """
 
 from functools import lru_cache
@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanochat.blocked_attention import blocked_attention
 
 _WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
 _SHORT_WINDOW_DIVISOR = 4
@@ -52,9 +54,12 @@ def layer_windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, .
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
     """Each position attends to itself and to at most `window` positions before it.
 
-    q: (B, T, H, D); k, v: (B, T, H_kv, D) with H a multiple of H_kv; returns (B, T, H, D).
+    q: (B, T, H, D); k, v: (B, T, H_kv, D) with H a multiple of H_kv; returns (B, T, H, D). Queries
+    and keys have been normed: each has a norm of the order of sqrt(D).
     """
     T = q.size(1)
+    if q.device.type == "cpu" and window < T - 1:
+        return blocked_attention(q, k, v, window=window)
     grouped = q.size(2) != k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if window >= T - 1:

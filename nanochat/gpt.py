@@ -26,6 +26,7 @@ from nanochat.attention import (
 )
 from nanochat.common import autodetect_device_type, default_compute_dtype
 from nanochat.gpt_config import SMEAR_CHANNELS, VE_GATE_CHANNELS, GPTConfig, config_for_depth
+from nanochat.head import head_loss, softcap
 from nanochat.kv_cache import KVCache
 from nanochat.optim import MuonAdamW
 from nanochat.param_groups import param_groups
@@ -35,7 +36,6 @@ from nanochat.schedule import LearningRates, learning_rates
 __all__ = ["GPT", "GPTConfig", "Linear", "build_gpt", "config_for_depth", "norm"]
 
 _ROTARY_LENGTH_FACTOR = 10  # positions beyond sequence_len, for generation
-_LOGIT_SOFTCAP = 15.0
 
 
 def _leave_unset(_module: nn.Module) -> None:
@@ -242,13 +242,14 @@ class GPT(nn.Module):
         'none', which gives (B * T,). With `kv_cache`, idx follows the tokens that it holds and is
         added to them.
         """
-        logits = self._logits(self._hidden(idx, kv_cache))
+        x = self._hidden(idx, kv_cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(
-            logits.view(-1, logits.size(-1)),
+            return self._logits(x)
+        return head_loss(
+            x.flatten(0, 1),
+            self.lm_head.weight,
             targets.reshape(-1),
-            ignore_index=-1,
+            vocab_size=self.config.vocab_size,
             reduction=loss_reduction,
         )
 
@@ -294,8 +295,7 @@ class GPT(nn.Module):
         return torch.cat((first, smeared), dim=1)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-        return _LOGIT_SOFTCAP * torch.tanh(logits / _LOGIT_SOFTCAP)
+        return softcap(self.lm_head(x)[..., : self.config.vocab_size])
 
     @torch.inference_mode()
     def generate(

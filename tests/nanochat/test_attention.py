@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanochat.attention import apply_rotary, causal_attention, layer_windows, rotary_tables
 
@@ -32,6 +33,33 @@ def test_attention_sees_itself_and_its_window(window: int, kv_heads: int) -> Non
     v = torch.randn(2, 24, kv_heads, 8, generator=generator)
     y = causal_attention(q, k, v, window=window)
     torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", [0, 30, 64, 70, 140])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windowed_attention_and_its_gradients_are_those_of_a_mask(
+    window: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(window)
+    inputs = [torch.randn(2, 150, h, 16, generator=generator) for h in (4, kv_heads, kv_heads, 4)]
+    inputs[:2] = [F.rms_norm(x, (16,)) for x in inputs[:2]]
+    q, k, v, grad = (x.to(dtype) for x in inputs)
+
+    distance = torch.arange(150)[:, None] - torch.arange(150)
+    mask = (distance >= 0) & (distance <= window)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    y = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in exact), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
+    expected = [y, *torch.autograd.grad(y, exact, grad.double())]
+
+    ours = [x.requires_grad_() for x in (q, k, v)]
+    y = causal_attention(*ours, window=window)
+    bound = 5e-6 if dtype == torch.float32 else 0.05
+    for found, reference in zip([y, *torch.autograd.grad(y, ours, grad)], expected, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), reference, atol=bound, rtol=bound)
 
 
 def test_a_mask_made_in_an_evaluation_serves_in_training() -> None:
