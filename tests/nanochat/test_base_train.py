@@ -20,6 +20,7 @@ from nanochat.settings import Settings
 from scripts import base_eval, base_train
 
 from .data_kit import assert_equal, byte_tokenizer, texts, write_shard
+from .test_core_eval import make_bundle
 
 TINY = [
     *("--depth", "1", "--max-seq-len", "32", "--batch-size", "2", "--total-batch-size", "160"),
@@ -114,7 +115,25 @@ def test_two_processes_under_torchrun_train_the_model_of_one_and_continue_it(
         difference = (weight - two.state_dict()[name]).abs().mean() / weight.abs().mean()
         assert difference < 1e-4, name
 
+    make_bundle(base_dir / "eval_bundle")
+    evaluate = ["--checkpoint", "two", "--eval", "core,bpb", "--device-type", "cpu", "--json"]
+    pair = subprocess.run(
+        [sys.executable, *command, "-m", "scripts.base_eval", "--", *evaluate],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert pair.returncode == 0, pair.stderr
+    told = json.loads(pair.stdout)  # once
     capsys.readouterr()
+    assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
+    told_alone = json.loads(capsys.readouterr().out)
+    assert told["core"] == told_alone["core"]
+    assert told["val_bpb"] == pytest.approx(told_alone["val_bpb"], rel=1e-6)
+    assert (base_dir / "base_eval" / "two_000003.csv").exists()
+
     alone = [*arguments, "two", "--resume-from-step", "2"]
     assert _call(base_train.main, *alone, monkeypatch=monkeypatch) == 2
     assert "optimizer of 2 processes and this run has 1" in capsys.readouterr().err
