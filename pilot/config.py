@@ -82,6 +82,9 @@ class RunConfig:
     unembedding_lr: float = _key(0.0, "learning rate of the head; 0: follows lr", low=0)
     scalar_lr: float = _key(0.0, "learning rate of the modern scalars; 0: follows lr", low=0)
     weight_decay: float = _key(0.2, "Muon's weight decay at depth 12", low=0)
+    inner_state: str = _key(
+        "keep", "the inner optimizer's state from round to round", choices=("keep", "reset")
+    )
     warmdown_ratio: float = _key(
         0.4, "last share of the run in which the rate falls", low=0, high=1
     )
@@ -95,7 +98,22 @@ class RunConfig:
     target_tokens: int = _key(0, "tokens of all clients that end a round; 0: time does", low=0)
     round_steps: int = _key(0, "optimizer steps a client takes a round; 0: time rules", low=0)
     grace_max: float = _key(
-        600.0, "seconds for replies after a round's end", low=1, shapes_training=False
+        600.0, "seconds for replies after a round's end, at the most", low=1, shapes_training=False
+    )
+    join_min_remaining: float = _key(
+        0.0,
+        "seconds left for a site to join a running round; 0: twice a round's fixed cost",
+        low=0,
+        shapes_training=False,
+    )
+    drain_deadline: float = _key(
+        20.0,
+        "seconds in which a site that is told to leave has replied",
+        low=1,
+        shapes_training=False,
+    )
+    preempt_file: str = _key(
+        "", "file on a site whose appearance means: leave", shapes_training=False
     )
     clients_timeout: float = _key(
         1800.0, "seconds to wait for clients before the run gives up", low=1, shapes_training=False
@@ -106,6 +124,23 @@ class RunConfig:
     )
     outer_lr: float = _key(0.7, "learning rate of the outer step", low=0)
     outer_momentum: float = _key(0.9, "momentum of nesterov, beta1 of adam", low=0, high=1)
+    aggregation: str = _key(
+        "mean",
+        "what becomes of the clients' pseudo-gradients",
+        choices=("mean", "trimmed-mean", "median"),
+    )
+    trim_fraction: float = _key(0.2, "share cut at each end by trimmed-mean", low=0, high=0.49)
+    # admission
+    max_update_norm_ratio: float = _key(
+        10.0, "norm of an update over the median of earlier ones; 0: any", low=0
+    )
+    quarantine: bool = _key(False, "keep refused updates on disk", shapes_training=False)
+    cooling_time: float = _key(
+        300.0,
+        "seconds that a site is left out after three refusals in a row",
+        low=0,
+        shapes_training=False,
+    )
     wire_dtype: str = _key(
         "float32", "pseudo-gradients on the wire", choices=("float32", "bfloat16")
     )
@@ -127,6 +162,12 @@ class RunConfig:
         1.0, "seconds between a client's signs of life", low=0.05, shapes_training=False
     )
     snapshot_keep: int = _key(3, "snapshots kept on disk", low=1, shapes_training=False)
+    snapshot_keep_every: int = _key(
+        0, "keep every n-th round's snapshot for good; 0: none", low=0, shapes_training=False
+    )
+    resume_anyway: bool = _key(
+        False, "resume though the configuration has changed", shapes_training=False
+    )
     wandb_mode: str = _key(
         "auto",
         "auto: online with a key, else offline",
