@@ -17,6 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path_factory.mktemp("base")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(directory))
+    # the same numbers on every machine; tests of bf16 say so
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     monkeypatch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("flwr")))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     monkeypatch.delenv("PILOT_REDIS_URL", raising=False)
