@@ -52,6 +52,23 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     fsync_dir(path.parent)
 
 
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """`atomic_file` for writers that want a name, not a file: what they write there is fsynced and
+    takes its place at `path`, or is removed on any exception."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     with atomic_file(path, "wb") as file:
         file.write(data)

@@ -37,7 +37,8 @@ class Dispatcher:
         for i, site in enumerate(sites):
             eval_rows = (i * rows // len(sites), (i + 1) * rows // len(sites))
             wanted = 0 if evaluate_only else self._rows_wanted(site, self._share(site, sites))
-            self._send(open_round, site, self._share(site, sites), wanted, eval_rows, parts)
+            share = self._share(site, sites)
+            self._send(open_round, site, share, wanted, eval_rows, parts, final=evaluate_only)
 
     def join(self, open_round: OpenRound, site: Site) -> None:
         """An order to a site that came while the round runs; it has no part in the evaluation."""
@@ -54,6 +55,8 @@ class Dispatcher:
         rows_wanted: int,
         eval_rows: tuple[int, int],
         parts: list[Part],
+        *,
+        final: bool = False,
     ) -> None:
         ledger, lease = self.state.ledger, None
         if rows_wanted:
@@ -75,6 +78,8 @@ class Dispatcher:
             share=share,
             eval_first_row=eval_rows[0],
             eval_end_row=eval_rows[1],
+            merged=self.state.last_merged.get(site.name, []),
+            final=final,
         )
         message_id = self.mailbox.send(site.node_id, "train", to_header(order), parts)
         open_round.asked.add(site.name)

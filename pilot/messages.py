@@ -81,7 +81,8 @@ class TrainOrder:
 
     An order without segments only evaluates. `seconds_left` counts on the client's own monotonic
     clock from receipt. `committed_tokens`, `share` and `total_tokens` are the schedule's inputs:
-    the client's own share of the federation's token rate, 0..1.
+    the client's own share of the federation's token rate, 0..1. `merged` is the last fence of this
+    client that was merged, as [term, round, lease] (empty: none yet). `final`: the run is over.
     """
 
     fence: Fence
@@ -97,6 +98,8 @@ class TrainOrder:
     share: float
     eval_first_row: int
     eval_end_row: int
+    merged: list[int] = field(default_factory=list)
+    final: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,8 @@ class RunState:
     tokens: int = 0  # committed
     empty_rounds: int = 0
     merged: list[Fence] = field(default_factory=list)  # of the last round
+    # client → [term, round, lease] of its last merged reply
+    last_merged: dict[str, list[int]] = field(default_factory=dict)
     history: list[RoundRecord] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     wandb_id: str | None = None
@@ -74,6 +76,7 @@ class RunState:
             "total_tokens": self.total_tokens,
             "empty_rounds": self.empty_rounds,
             "merged": [asdict(fence) for fence in self.merged],
+            "last_merged": self.last_merged,
             "history": [asdict(record) for record in self.history],
             "fingerprints": self.fingerprints,
             "wandb_id": self.wandb_id,
@@ -108,6 +111,7 @@ class RunState:
             tokens=state["tokens"],
             empty_rounds=state["empty_rounds"],
             merged=[Fence(**fence) for fence in state["merged"]],
+            last_merged=state["last_merged"],
             history=[RoundRecord(**record) for record in state["history"]],
             fingerprints=state["fingerprints"],
             wandb_id=state["wandb_id"],

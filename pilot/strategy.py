@@ -234,6 +234,12 @@ class PilotStrategy:
         taken = open_round.in_lease_order()
         for one in taken:
             state.ledger.commit(one.reply.fence.lease_id, one.consumed, one.row_counts)
+            fence = one.reply.fence
+            state.last_merged[one.work.site.name] = [
+                fence.term,
+                fence.round_number,
+                fence.lease_id,
+            ]
         state.merged = [one.reply.fence for one in taken]
         state.tokens += open_round.tokens
         state.round_number = open_round.number

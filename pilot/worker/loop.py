@@ -42,6 +42,7 @@ from pilot.messages import (
     to_header,
 )
 from pilot.worker.group import last_words
+from pilot.worker.inner_state import InnerState, inner_state_dir
 from pilot.worker.ranks import Ranks
 from pilot.worker.site import SiteData, hello, open_data
 from pilot.worker.stop import Progress, StopWatcher
@@ -122,6 +123,8 @@ class Round:
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
         self.batches = 0
+        fence = order.fence
+        self.inner = InnerState(inner_state_dir(fence.run, order.client), ranks)
 
     def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, dict[str, Tensor]]:
         """The reply and, on rank 0, the pseudo-gradient. `weights`: the global model, on rank 0."""
@@ -137,6 +140,8 @@ class Round:
             self.ranks.load_weights(model.state_dict().items(), weights)
             nats, num_bytes = self._evaluate(model, data)
             reply = self._steps(model, data, stop)
+            if self.order.final:
+                self.inner.forget()
             self.progress.state = "sending"
             reply |= {
                 "eval_nats": nats,
@@ -193,6 +198,9 @@ class Round:
         """Whole optimizer steps until the round ends, the steps are done or the lease is used up."""
         config, progress = self.config, self.progress
         optimizer = plan.make_optimizer(config, model)
+        keeps = config.inner_state == "keep" and bool(self.order.segments)
+        if keeps:
+            self.inner.restore(optimizer, self.order.merged)
         trainer = Trainer(
             model,
             optimizer,
@@ -233,6 +241,8 @@ class Round:
                     pending_tokens, read_at = 0, time.monotonic()
             nats += pending.double().cpu()
         train_s = time.monotonic() - began
+        if keeps and progress.step:
+            self.inner.keep(optimizer, self.order.fence)
         row_counts = self._row_counts(data, stream, stop)
         if not stop.reason:
             stop.stop("steps done" if self.order.segments else "nothing leased")

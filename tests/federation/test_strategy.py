@@ -243,3 +243,18 @@ def test_validation_rows_are_scored_once_each_and_named_by_the_round_that_merged
         scored[1]["val_bpb"],
         scored[2]["val_bpb"],
     ]
+
+
+def test_an_order_names_the_last_fence_of_its_client_that_was_merged(server: Any) -> None:
+    refused = in_round(2, lambda o, r, u: u.update(w=torch.zeros(6)))
+    sites = [ScriptedSite("a", react=refused), ScriptedSite("b", react=in_round(3, fail))]
+    run = server(sites, num_rounds=5)
+    run.run()
+    for site, merged_rounds in zip(sites, ([0, 1, 1, 3, 4], [0, 1, 2, 2, 4]), strict=True):
+        orders = [order for order in site.orders if order.segments]
+        assert [order.merged[1] if order.merged else 0 for order in orders] == merged_rounds
+        fences = {o.fence.round_number: o.fence for o in orders}
+        for order in orders[1:]:
+            fence = fences[order.merged[1]]
+            assert order.merged == [fence.term, fence.round_number, fence.lease_id]
+        assert [order.final for order in site.orders] == [False] * 5 + [True]
