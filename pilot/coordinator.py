@@ -5,135 +5,142 @@ flushed. Durable keys say what is true; a publish only wakes whoever listens:
 
     server           string, expires   who leads the run: host, run directory, token
     round            hash              term, round, phase (open|ended), reason
-    client:<name>    hash, expires     a client's last sign of life
-    signals          channel           "the round's key has changed"
+    run              hash              term, state (running|finished|interrupted)
+    client:<name>    hash, expires     a client's last sign of life in a round
+    stop:<name>      string, expires   why this client is to leave; no new work for it meanwhile
+    ack:<name>       string, expires   the fence of this client's last reply that the server has on disk
+    signals          channel           "look at the keys"
 
-Redis may be away or lose everything. The server then goes on with what Flower tells it and writes its
-keys anew at every tick; a client goes on until the seconds that its order gave it are over. Each
-outage is one log line when it starts and one when it ends.
+What only the leading server may write is written by Lua scripts that look at the lock first: between a
+look and a write of its own, another server could have taken over. Redis may be away or lose
+everything (`redis_link.py`): the server then goes on with what Flower tells it and writes its keys anew,
+a client goes on until the seconds that its order gave it are over.
 """
 
+import itertools
 import json
-import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from pilot.config import PilotError, Scalar, check_redis_url, redact_url
+from pilot.config import Scalar, redact_url
+from pilot.messages import Fence
+from pilot.redis_link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
 
-URL_VARIABLE = "PILOT_REDIS_URL"
+__all__ = ["ClientCoordinator", "CoordinatorError", "ServerCoordinator", "ping", "resolve_url"]
+
 SERVER_EXPIRY_S = 15.0
 FINISHED_EXPIRY_S = 24 * 3600
-_TIMEOUT_S = 2.0
+STOP_EXPIRY_S = 3600.0
+ACK_EXPIRY_S = 24 * 3600.0
+_ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
 
-log = logging.getLogger("pilot")
-T = TypeVar("T")
+# KEYS: server. ARGV: who we think holds it ("": nobody), who we are, expiry in ms. 1 if it is ours now.
+_TAKE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+# KEYS: server, round, run. ARGV: who we are, expiry in ms, term, round, phase, reason, state. Returns 0 if
+# another server leads, 2 if nobody did (the keys are lost, or were never there), else 1.
+_TICK = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('HSET', KEYS[2], 'term', ARGV[3], 'round', ARGV[4], 'phase', ARGV[5], 'reason', ARGV[6])
+redis.call('HSET', KEYS[3], 'term', ARGV[3], 'state', ARGV[7])
+redis.call('PERSIST', KEYS[2])
+redis.call('PERSIST', KEYS[3])
+return holder and 1 or 2
+"""
+# KEYS: server, then keys. ARGV: who we are, then (value, expiry in ms) a key; "" deletes the key.
+_NOTE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+for i = 2, #KEYS do
+  local value, expiry = ARGV[2 * i - 2], ARGV[2 * i - 1]
+  if value == '' then redis.call('DEL', KEYS[i]) else redis.call('SET', KEYS[i], value, 'PX', expiry) end
+end
+return 1
+"""
+# KEYS: server, round, run. ARGV: who we are, seconds to keep the rest.
+_RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+redis.call('EXPIRE', KEYS[3], ARGV[2])
+return 1
+"""
+# KEYS: a string. ARGV: how it must begin to be deleted.
+_CLEAR = """
+local value = redis.call('GET', KEYS[1])
+if value and string.sub(value, 1, #ARGV[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+"""
 
 
-class CoordinatorError(PilotError):
-    """Redis can't be used for this run; the message says why and what to do."""
+def fence_text(fence: Fence) -> str:
+    """A fence as it stands in an `ack:` key."""
+    return json.dumps(asdict(fence), sort_keys=True)
 
 
-def resolve_url(configured: str) -> str:
-    """`PILOT_REDIS_URL` on any machine wins, else `configured`; "" if there is neither."""
-    url = os.environ.get(URL_VARIABLE, "") or configured
-    if url:
-        check_redis_url(url, URL_VARIABLE if os.environ.get(URL_VARIABLE) else "redis-url")
-    return url
+@dataclass
+class _Pulses:
+    """Signs of life of one round, dated by the server's own monotonic clock.
 
+    What counts is that the beat counter has changed, not what a client's clock says. While Redis fails
+    nothing is known of anybody, so nobody ages: `forget` lets all begin anew.
+    """
 
-class _Connection:
-    """A Redis client whose failures are counted and told once, never raised in mid-run."""
+    _seen: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
 
-    def __init__(self, url: str, run: str) -> None:
-        self.url, self.run = url, run
-        self.prefix = f"pilot:{run}:"
-        self.redis = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S,
-            # redis-py's own three retries would stop the round loop for seconds; ours is the next tick
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._failing: set[str] = set()  # of "reading", "writing"
-        self._down_since = 0.0
+    def forget(self) -> None:
+        self._seen.clear()
 
-    def key(self, name: str) -> str:
-        return self.prefix + name
-
-    def attempt(self, what: str, action: Callable[[], T]) -> T | None:
-        """The result of `action`, or None while Redis fails; changes of state are logged once.
-
-        `what` is "reading" or "writing": a Redis that is full, or can't save, refuses only the latter.
-        """
-        try:
-            result = action()
-        except (redis.RedisError, OSError) as error:
-            if not self._failing:
-                self._down_since = time.monotonic()
-                url = redact_url(self.url)
-                log.warning("Redis at %s fails, going on: %s (%s)", url, error, what)
-            self._failing.add(what)
+    def look(self, name: str, beat: dict[str, str] | None) -> dict[str, str] | None:
+        """The last beat of `name` with its `age` in seconds; `beat` is what Redis has, if anything."""
+        now = time.monotonic()
+        known = self._seen.get(name)
+        if beat and (known is None or known[0].get("beat") != beat.get("beat")):
+            self._seen[name] = known = (beat, now)
+        if known is None:
             return None
-        if what in self._failing:
-            self._failing.discard(what)
-            if not self._failing:
-                away_s = time.monotonic() - self._down_since
-                log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
-        return result
-
-    def close(self) -> None:
-        self.redis.close()
-
-
-def ping(url: str) -> None:
-    """Raise CoordinatorError with one sentence if Redis doesn't answer at `url`."""
-    connection = _Connection(url, "")
-    try:
-        connection.redis.ping()
-    except redis.AuthenticationError as error:
-        raise CoordinatorError(
-            f"Redis at {redact_url(url)} refuses the login: set {URL_VARIABLE} with user and password"
-        ) from error
-    except redis.RedisError as error:
-        raise CoordinatorError(
-            f"cannot reach Redis at {redact_url(url)} ({error}): start it, or set {URL_VARIABLE}"
-        ) from error
-    finally:
-        connection.close()
+        return known[0] | {"age": f"{now - known[1]:.3f}"}
 
 
 class ServerCoordinator:
     """The server's half. One live server a run: a second one is refused when it is made.
 
-    Raises CoordinatorError if Redis cannot be reached at the start, or another server leads the run.
+    Raises CoordinatorError if Redis cannot be reached at the start, or another server leads the run;
+    later only if another server has taken over.
     """
 
     def __init__(self, url: str, run: str, *, term: int, run_dir: Path) -> None:
         ping(url)
         self.url = url
-        self._connection = _Connection(url, run)
-        self._identity = {
-            "host": socket.gethostname(),
-            "run_dir": str(run_dir.resolve()),
-            "pid": os.getpid(),
-            "token": secrets.token_hex(8),
-        }
-        self._round: dict[Any, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
+        self._link = RedisLink(url, run)
+        self._where = {"host": socket.gethostname(), "run_dir": str(run_dir.resolve())}
+        self._identity = json.dumps(
+            {**self._where, "pid": os.getpid(), "token": secrets.token_hex(8)}
+        )
+        self._round: dict[str, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
+        self._state = "running"
         self._term = term
+        self._pulses = _Pulses()
+        self._notes: dict[
+            str, tuple[str, float]
+        ] = {}  # key → value, when it expires: to heal Redis
         try:
             self._lead()
         except (redis.RedisError, CoordinatorError) as error:
-            self._connection.close()
+            self._link.close()
             if isinstance(error, CoordinatorError):
                 raise
             raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({error})") from error
@@ -141,142 +148,230 @@ class ServerCoordinator:
     def _lead(self) -> None:
         """Take the run's lock. One on this host for the same directory is a dead server's: the caller
         holds the directory's file lock, which only one living process can."""
-        redis, key = self._connection.redis, self._connection.key("server")
-        expiry_ms = int(SERVER_EXPIRY_S * 1000)
-        if redis.set(key, json.dumps(self._identity), nx=True, px=expiry_ms):
-            return
-        other = self._holder()
-        if other and any(other.get(name) != self._identity[name] for name in ("host", "run_dir")):
+        key, expiry_ms = self._link.key("server"), int(SERVER_EXPIRY_S * 1000)
+        holder = str(self._link.redis.get(key) or "")
+        other = json.loads(holder or "{}")
+        ours = all(other.get(name) == value for name, value in self._where.items())
+        if (holder and not ours) or not self._link.redis.eval(
+            _TAKE, 1, key, holder, self._identity, str(expiry_ms)
+        ):
             raise CoordinatorError(
-                f"run {self._connection.run} is already led by process {other.get('pid')} on "
+                f"run {self._link.run} is already led by process {other.get('pid')} on "
                 f"{other.get('host')}: stop it or choose another run-name"
             )
-        redis.set(key, json.dumps(self._identity), px=expiry_ms)
 
-    def _holder(self) -> dict[str, Any]:
-        """Who holds the run's lock; empty if nobody does."""
-        return json.loads(self._connection.redis.get(self._connection.key("server")) or "{}")
-
-    @property
-    def _leads(self) -> bool:
-        """Whether the lock is ours or free: it expires while a server is stopped or cut off."""
-        return self._holder().get("token", self._identity["token"]) == self._identity["token"]
+    # -- the round and the run -------------------------------------------------------------------
 
     def open_round(self, round_number: int) -> None:
         """From now on clients of (term, round) may train."""
         self._round = {"term": self._term, "round": round_number, "phase": "open", "reason": ""}
+        self._pulses.forget()
         self.tick()
 
     def end_round(self, reason: str) -> None:
         """All clients of the round stop: the durable key first, then the wake-up."""
         self._round |= {"phase": "ended", "reason": reason}
         self.tick()
-        channel = self._connection.key("signals")
-        self._connection.attempt(
-            "writing", lambda: self._connection.redis.publish(channel, json.dumps(self._round))
-        )
+        self._wake()
 
     def tick(self) -> None:
         """Write what is true once more: renews the lock, and heals a Redis that lost its keys.
 
         Raises CoordinatorError if another server leads the run by now: two would spoil its clients.
         """
+        values = [self._identity, int(SERVER_EXPIRY_S * 1000), *self._round.values(), self._state]
+        found = self._leading(_TICK, ["server", "round", "run"], values)
+        if found == 2 and self._notes:
+            now = time.monotonic()
+            self._notes = {key: note for key, note in self._notes.items() if note[1] > now}
+            self._note({key: (value, at - now) for key, (value, at) in self._notes.items()})
 
-        def write() -> bool:
-            if not self._leads:
-                return False
-            with self._connection.redis.pipeline(transaction=True) as pipe:
-                pipe.set(
-                    self._connection.key("server"),
-                    json.dumps(self._identity),
-                    px=int(SERVER_EXPIRY_S * 1000),
-                )
-                pipe.hset(self._connection.key("round"), mapping=self._round)
-                pipe.persist(self._connection.key("round"))
-                pipe.execute()
-            return True
+    def finish(self, run_finished: bool = False) -> None:
+        """Let go of the run: the round is ended, the lock free, the keys expire in a day.
 
-        if self._connection.attempt("writing", write) is False:
-            raise CoordinatorError(
-                f"another server has taken over run {self._connection.run}: this one stops"
-            )
+        `run_finished` says that it reached its end; else it was interrupted and may be resumed.
+        """
+        self._state = "finished" if run_finished else "interrupted"
+        try:
+            self.end_round(self._round["reason"] or self._state)
+            keys = ["server", "round", "run"]
+            self._leading(_RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False)
+        except CoordinatorError:
+            pass  # another server leads the run: these keys are its own
+        self._link.close()
+
+    # -- single clients --------------------------------------------------------------------------
 
     def heartbeats(self, clients: Iterable[str]) -> dict[str, dict[str, str]]:
-        """The last sign of life in this round of each of `clients` that has given one."""
+        """The last sign of life in this round of each of `clients` that has given one.
+
+        `age` is how many seconds ago it came, as this server saw it; it grows when a client falls silent,
+        but not while Redis fails for this server, which then can't know.
+        """
         names = list(clients)
 
         def read() -> list[dict[str, str]]:
-            with self._connection.redis.pipeline(transaction=False) as pipe:
+            with self._link.redis.pipeline(transaction=False) as pipe:
                 for name in names:
-                    pipe.hgetall(self._connection.key(f"client:{name}"))
+                    pipe.hgetall(self._link.key(f"client:{name}"))
                 return pipe.execute()
 
-        beats = self._connection.attempt("reading", read) or []
+        beats = self._link.attempt("reading", read)
+        if self._link.failing:
+            self._pulses.forget()
         current = (str(self._round["term"]), str(self._round["round"]))
-        return {
-            name: beat
-            for name, beat in zip(names, beats, strict=False)
-            if (beat.get("term"), beat.get("round")) == current
-        }
+        found = {}
+        for name, beat in zip(names, beats or [], strict=False):
+            mine = beat if (beat.get("term"), beat.get("round")) == current else None
+            if (pulse := self._pulses.look(name, mine)) is not None:
+                found[name] = pulse
+        return found
 
-    def finish(self) -> None:
-        """Let go of the run: the round is ended, the lock free, the keys expire in a day."""
+    def acknowledge(self, client: str, fence: Fence) -> None:
+        """Tell `client` that its reply under `fence` is on this server's disk: its node may go."""
+        self._note({f"ack:{client}": (fence_text(fence), ACK_EXPIRY_S)})
+        self._wake()
 
-        def release() -> None:
-            if not self._leads:
-                return
-            self.end_round(self._round["reason"] or "finished")
-            with self._connection.redis.pipeline(transaction=True) as pipe:
-                pipe.delete(self._connection.key("server"))
-                pipe.expire(self._connection.key("round"), FINISHED_EXPIRY_S)
-                pipe.execute()
+    def stop_client(self, client: str, reason: str) -> None:
+        """Make `client` finish its micro-step, reply and take no new work, for an hour at the most."""
+        self._note({f"stop:{client}": (reason or "told to leave", STOP_EXPIRY_S)})
+        self._wake()
 
-        self._connection.attempt("writing", release)
-        self._connection.close()
+    def clear_client_stop(self, client: str) -> None:
+        """`client` may work again, whoever stopped it."""
+        self._note({f"stop:{client}": ("", 0.0)})
+
+    def draining(self, clients: Iterable[str]) -> dict[str, str]:
+        """Those of `clients` that are leaving, with the reason: they get no new work until they are back."""
+        names = list(clients)
+        keys = [self._link.key(f"stop:{name}") for name in names]
+        reasons = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) if keys else []
+        pairs = zip(names, reasons or [], strict=False)
+        return {name: str(reason) for name, reason in pairs if reason}
+
+    # -- writing as the leader -------------------------------------------------------------------
+
+    def _note(self, notes: Mapping[str, tuple[str, float]]) -> None:
+        """Set keys to (value, seconds to live), and keep them for a Redis that loses them; "" deletes."""
+        now = time.monotonic()
+        values: list[str | int] = [self._identity]
+        for key, (value, expiry_s) in notes.items():
+            values += [value, int(expiry_s * 1000)]
+            if value:
+                self._notes[key] = (value, now + expiry_s)
+            else:
+                self._notes.pop(key, None)
+        self._leading(_NOTE, ["server", *notes], values)
+
+    def _leading(
+        self, script: str, names: list[str], values: list[Any], *, must_lead: bool = True
+    ) -> int | None:
+        """Run `script` on keys; its answer, or None while Redis fails.
+
+        Raises CoordinatorError if another server leads the run by now and `must_lead`.
+        """
+        keys = [self._link.key(name) for name in names]
+        found: Any = self._link.attempt(
+            "writing", lambda: self._link.redis.eval(script, len(keys), *keys, *map(str, values))
+        )
+        if found == 0 and must_lead:
+            raise CoordinatorError(
+                f"another server has taken over run {self._link.run}: this one stops"
+            )
+        return found
+
+    def _wake(self) -> None:
+        channel, text = self._link.key("signals"), json.dumps(self._round)
+        self._link.attempt("writing", lambda: self._link.redis.publish(channel, text))
 
 
 class ClientCoordinator:
     """A client's half, for one round of one term. Nothing here raises because Redis is away."""
 
     def __init__(self, url: str, run: str, *, client: str, term: int, round_number: int) -> None:
-        self._connection = _Connection(url, run)
+        self._link = RedisLink(url, run)
         self._client, self._mine = client, (term, round_number)
         self._listener: Any = None
+        self._nonce, self._beats = secrets.token_hex(4), itertools.count()
+
+    # -- what the keys say -----------------------------------------------------------------------
 
     def round_over(self) -> str | None:
         """Why this round is over, by its durable key; None while it runs, or if nobody can tell."""
-        found = self._connection.attempt(
-            "reading", lambda: self._connection.redis.hgetall(self._connection.key("round"))
-        )
+        current = self._round()
+        if current is None:
+            return None
+        if current[0] > self._mine:
+            return "a later round"
+        return current[1] if current[0] == self._mine else None
+
+    def superseded(self) -> bool:
+        """Whether the server works on a later round: a reply to this one is of no use any more."""
+        current = self._round()
+        return current is not None and current[0] > self._mine
+
+    def _round(self) -> tuple[tuple[int, int], str | None] | None:
+        """((term, round) of the server, why it is over or None); None if nobody can tell."""
+
+        def read() -> list[dict[str, str]]:
+            with self._link.redis.pipeline(transaction=False) as pipe:
+                pipe.hgetall(self._link.key("round"))
+                pipe.hgetall(self._link.key("run"))
+                return pipe.execute()
+
+        found, run = self._link.attempt("reading", read) or ({}, {})
         if not found:
             return None
         current = (int(found["term"]), int(found["round"]))
-        if current > self._mine:
-            return "a later round"
-        if current == self._mine and found["phase"] == "ended":
-            return str(found["reason"]) or "ended"
-        return None
+        if found["phase"] == "ended":
+            return current, found["reason"] or "ended"
+        if run.get("term") == found["term"] and run.get("state", "running") != "running":
+            return current, run["state"]
+        return current, None
+
+    def told_to_leave(self) -> str | None:
+        """Why this client is to leave, by its `stop:` key; None if it isn't, or if nobody can tell.
+
+        What the client itself announced doesn't count: its own reason for it may be over.
+        """
+        key = self._link.key(f"stop:{self._client}")
+        reason: Any = self._link.attempt("reading", lambda: self._link.redis.get(key))
+        return None if not reason or reason.startswith(_ANNOUNCED) else reason
+
+    def acknowledged(self, fence: Fence) -> bool:
+        """Whether the server has the reply under `fence` on its disk."""
+        key = self._link.key(f"ack:{self._client}")
+        return self._link.attempt("reading", lambda: self._link.redis.get(key)) == fence_text(fence)
+
+    @property
+    def failing(self) -> bool:
+        """Whether Redis failed at the last attempt: what the methods say then is "nobody can tell"."""
+        return self._link.failing
+
+    # -- listening -------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something is published, at most `timeout_s`."""
         before = time.monotonic()
-        self._connection.attempt("reading", lambda: self._receive(timeout_s))
-        if self._listener is None:  # not connected: don't spin
+        if not self._link.attempt("reading", lambda: self._receive(timeout_s)):  # don't spin
             time.sleep(max(0.0, timeout_s - (time.monotonic() - before)))
 
-    def _receive(self, timeout_s: float) -> None:
+    def _receive(self, timeout_s: float) -> bool:
         if self._listener is None:
-            listener = self._connection.redis.pubsub(ignore_subscribe_messages=True)
-            listener.subscribe(self._connection.key("signals"))
-            listener.get_message(timeout=_TIMEOUT_S)  # the confirmation
+            listener = self._link.redis.pubsub(ignore_subscribe_messages=True)
+            listener.subscribe(self._link.key("signals"))
+            listener.get_message(timeout=TIMEOUT_S)  # the confirmation
             self._listener = listener
-            return  # what was published before stands in the key only: look at it again
+            return True  # what was published before stands in the keys only: look at them again
         try:
             self._listener.get_message(timeout=timeout_s)
         except redis.RedisError:
             self._listener.close()
             self._listener = None
             raise
+        return True
+
+    # -- what this client tells ------------------------------------------------------------------
 
     def beat(self, values: Mapping[str, Scalar], *, expiry_s: float) -> None:
         """Tell the server how far this client is; forgotten after `expiry_s`."""
@@ -285,16 +380,36 @@ class ClientCoordinator:
             name: int(value) if isinstance(value, bool) else value for name, value in values.items()
         }
 
+        own: dict[str, Any] = {"client": self._client, "term": term, "round": round_number}
+
         def write() -> None:
-            key = self._connection.key(f"client:{self._client}")
-            with self._connection.redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping={"term": term, "round": round_number, **mapping})
+            key = self._link.key(f"client:{self._client}")
+            # never the same twice, not even from another process or after Redis lost its keys
+            own["beat"] = f"{self._nonce}-{next(self._beats)}"
+            with self._link.redis.pipeline(transaction=True) as pipe:
+                pipe.hset(key, mapping=own | mapping)
                 pipe.pexpire(key, int(expiry_s * 1000))
                 pipe.execute()
 
-        self._connection.attempt("writing", write)
+        self._link.attempt("writing", write)
+
+    def announce_leave(self, reason: str, *, expiry_s: float) -> None:
+        """Tell the server that this client leaves by itself: it gets no new work for `expiry_s`."""
+        self.stop(_ANNOUNCED + reason, expiry_s=expiry_s)
+
+    def stop(self, reason: str, *, expiry_s: float) -> None:
+        """Set this client's `stop:` key unless it is set."""
+        key, expiry_ms = self._link.key(f"stop:{self._client}"), int(expiry_s * 1000)
+        self._link.attempt(
+            "writing", lambda: self._link.redis.set(key, reason, px=expiry_ms, nx=True)
+        )
+
+    def clear_stop(self, reason: str) -> None:
+        """Take this client's `stop:` key away if it begins with `reason`: others' stops stay."""
+        key = self._link.key(f"stop:{self._client}")
+        self._link.attempt("writing", lambda: self._link.redis.eval(_CLEAR, 1, key, reason))
 
     def close(self) -> None:
         if self._listener is not None:
             self._listener.close()
-        self._connection.close()
+        self._link.close()

@@ -92,6 +92,7 @@ def _lead(
 ) -> None:
     term = next_term(run_dir)
     coordinator = ServerCoordinator(url, config.run_name, term=term, run_dir=run_dir)
+    finished = False
     try:
         state = _resume_or_start(config, run_dir)
         log.info("Redis: %s", redact_url(url))
@@ -118,8 +119,9 @@ def _lead(
                 interrupted=stopped.is_set,
             ).run()
             _finish(state, run_dir, telemetry)
+            finished = True
     finally:
-        coordinator.finish()
+        coordinator.finish(run_finished=finished)
 
 
 def _resume_or_start(config: RunConfig, run_dir: Path) -> RunState:

@@ -24,6 +24,7 @@ from pilot.coordinator import (
     resolve_url,
 )
 from pilot.local_redis import LocalRedis
+from pilot.messages import Fence
 from pilot.worker.stop import Progress, StopWatcher
 
 from .redis_fixture import free_port, redis_url, tcp_redis
@@ -134,15 +135,136 @@ def test_heartbeats_are_those_of_this_round_of_the_clients_asked_for(
     beats = leader.heartbeats(["now", "before", "other", "silent"])
     assert list(beats) == ["now"]
     assert beats["now"]["tokens"] == "5" and beats["now"]["flag"] == "1"
+    assert beats["now"]["client"] == "now" and float(beats["now"]["age"]) == 0.0
     assert leader.heartbeats([]) == {}
 
 
-def test_sign_of_life_is_forgotten(redis_url: str, tmp_path: Path) -> None:
+def age(leader: ServerCoordinator) -> float:
+    return float(leader.heartbeats(["c"])["c"]["age"])
+
+
+def test_silent_client_ages_though_its_key_is_gone_until_it_beats_again_or_the_round_is_another(
+    redis_url: str, tmp_path: Path
+) -> None:
     leader = server(redis_url, tmp_path)
     leader.open_round(1)
-    with client(redis_url) as half:
+    assert leader.heartbeats(["c"]) == {}, "it has not begun: it is not silent"
+    with client(redis_url) as half, redis.Redis.from_url(redis_url) as raw:
         half.beat({"tokens": 5}, expiry_s=0.05)
-    until(lambda: not leader.heartbeats(["c"]))
+        assert age(leader) == 0.0
+        until(lambda: not raw.exists("pilot:r:client:c"))
+        until(lambda: age(leader) > 0.2)
+        assert leader.heartbeats(["c"])["c"]["tokens"] == "5"
+        half.beat({"tokens": 5}, expiry_s=60)
+        assert age(leader) == 0.0, "any beat counts, whatever it says"
+        until(lambda: age(leader) > 0.05)
+    leader.open_round(2)
+    assert leader.heartbeats(["c"]) == {}
+
+
+def test_nobody_ages_while_the_server_cannot_know(tcp_redis: LocalRedis, tmp_path: Path) -> None:
+    leader = server(tcp_redis.url, tmp_path)
+    leader.open_round(1)
+    with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
+        half.beat({"tokens": 5}, expiry_s=60)
+        assert age(leader) == 0.0
+        operator.config_set("maxmemory", "1")  # clients can't beat; reading works
+        leader.tick()
+        time.sleep(0.1)
+        assert age(leader) == 0.0 == age(leader)
+        operator.config_set("maxmemory", "0")
+        leader.tick()
+        age(leader)
+        until(lambda: age(leader) > 0.05)
+
+
+# -- who is to leave, what has arrived -----------------------------------------------------------
+
+
+def test_stop_of_a_client_is_its_own_until_it_is_cleared(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with client(redis_url) as half, client(redis_url, name="d") as other:
+        assert half.told_to_leave() is None
+        leader.stop_client("c", "maintenance")
+        assert half.told_to_leave() == "maintenance" and other.told_to_leave() is None
+        assert half.round_over() is None, "the round goes on"
+        assert leader.draining(["c", "d"]) == {"c": "maintenance"}
+        with redis.Redis.from_url(redis_url) as raw:
+            assert 0 < raw.ttl("pilot:r:stop:c") <= module.STOP_EXPIRY_S
+        leader.clear_client_stop("c")
+        assert half.told_to_leave() is None and leader.draining(["c", "d"]) == {}
+    assert leader.draining([]) == {}
+
+
+def test_client_that_leaves_by_itself_tells_the_server_and_may_come_back(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    with client(redis_url) as half:
+        half.announce_leave("preempt-file /x", expiry_s=60)
+        assert leader.draining(["c"]) == {"c": "leaving: preempt-file /x"}
+        assert half.told_to_leave() is None, "the file decides, not what it said of it before"
+        leader.clear_client_stop("c")
+        leader.stop_client("c", "maintenance")
+        half.announce_leave("SIGTERM", expiry_s=60)
+        half.clear_stop("pilot node")
+        assert half.told_to_leave() == "maintenance", "others' stops stay"
+        half.clear_stop("maint")
+        assert half.told_to_leave() is None
+
+
+def test_acknowledged_is_exactly_the_fence_that_the_server_wrote(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    with client(redis_url) as half, client(redis_url, name="d") as other:
+        assert not half.acknowledged(Fence("r", 1, 1, 7))
+        leader.acknowledge("c", Fence("r", 1, 1, 7))
+        assert half.acknowledged(Fence("r", 1, 1, 7))
+        assert not half.acknowledged(Fence("r", 1, 1, 8)) and not other.acknowledged(
+            Fence("r", 1, 1, 7)
+        )
+        with redis.Redis.from_url(redis_url) as raw:
+            assert 0 < raw.ttl("pilot:r:ack:c") <= module.ACK_EXPIRY_S
+
+
+def test_waiting_client_is_woken_by_its_stop_and_its_acknowledgement(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    fence = Fence("r", 1, 1, 7)
+    with client(redis_url) as half:
+        half.wait(0.01)  # subscribes
+        for act, holds in (
+            (lambda: leader.stop_client("c", "x"), half.told_to_leave),
+            (lambda: leader.acknowledge("c", fence), lambda: half.acknowledged(fence)),
+        ):
+            timer = threading.Timer(0.2, act)
+            timer.start()
+            began = time.monotonic()
+            until(lambda holds=holds: half.wait(LIMIT_S) or holds())
+            assert time.monotonic() - began < LIMIT_S / 2, "it slept through the signal"
+            timer.join()
+
+
+@pytest.mark.parametrize(("finished", "state"), [(True, "finished"), (False, "interrupted")])
+def test_state_of_the_run_is_there_for_late_clients(
+    redis_url: str, tmp_path: Path, finished: bool, state: str
+) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with redis.Redis.from_url(redis_url, decode_responses=True) as raw, client(redis_url) as half:
+        assert raw.hgetall("pilot:r:run") == {"term": "1", "state": "running"}
+        leader.finish(finished)
+        assert raw.hgetall("pilot:r:run") == {"term": "1", "state": state}
+        assert 0 < raw.ttl("pilot:r:run") <= module.FINISHED_EXPIRY_S
+        assert half.round_over() == state
+        raw.hset("pilot:r:round", "phase", "open")  # as if that had never been written
+        assert half.round_over() == state
+        raw.hset("pilot:r:round", "term", "2")  # the run was taken up again
+        with client(redis_url, term=2) as next_term:
+            assert next_term.round_over() is None
 
 
 # -- runs beside each other ----------------------------------------------------------------------
@@ -167,7 +289,7 @@ def test_keys_of_others_survive_and_two_runs_dont_see_each_other(
         assert raw.get("pilot:s:server") is not None
         two.finish()
         assert {key: raw.get(key).decode() for key in foreign} == foreign
-    own = re.compile(r"pilot:[rs]:(server|round|client:c)")
+    own = re.compile(r"pilot:[rs]:(server|round|run|client:c)")
     assert all(own.fullmatch(key) for key in set(keys(redis_url)) - set(foreign))
 
 
@@ -185,7 +307,7 @@ def test_keys_of_a_finished_run_expire_and_its_lock_is_free(redis_url: str, tmp_
         assert 0 < raw.ttl("pilot:r:round") <= module.FINISHED_EXPIRY_S
         assert all(raw.ttl(key) > 0 for key in raw.keys("pilot:*"))
     with client(redis_url) as half:
-        assert half.round_over() == "finished", "whoever still trains stops"
+        assert half.round_over() == "interrupted", "whoever still trains stops"
     again = server(redis_url, tmp_path / "elsewhere", term=2)
     again.open_round(2)
     with redis.Redis.from_url(redis_url) as raw:
@@ -253,10 +375,19 @@ def test_server_that_lost_its_lock_to_another_stops_and_leaves_the_others_keys(
         raw.delete("pilot:r:server")  # it was stopped for longer than its lock lives
         second = server(redis_url, tmp_path / "2", term=5)
         second.open_round(9)
-        for order in (first.tick, lambda: first.open_round(2), lambda: first.end_round("x")):
+        for order in (
+            first.tick,
+            lambda: first.open_round(2),
+            lambda: first.end_round("x"),
+            lambda: first.stop_client("c", "x"),
+            lambda: first.clear_client_stop("c"),
+            lambda: first.acknowledge("c", Fence("r", 1, 1, 1)),
+        ):
             with pytest.raises(CoordinatorError, match="another server has taken over run r"):
                 order()
         first.finish()
+        assert not raw.exists("pilot:r:stop:c", "pilot:r:ack:c")
+        assert raw.hget("pilot:r:run", "state") == b"running"
         assert raw.hget("pilot:r:round", "round") == b"9"
         assert raw.hget("pilot:r:round", "phase") == b"open"
         assert raw.get("pilot:r:server") is not None
@@ -279,7 +410,25 @@ def test_everything_is_written_anew_after_redis_lost_it(redis_url: str, tmp_path
         assert half.round_over() is None
         leader.tick()
         assert half.round_over() == "a later round"
-    assert set(keys(redis_url)) == {"pilot:r:server", "pilot:r:round"}
+    assert set(keys(redis_url)) == {"pilot:r:server", "pilot:r:round", "pilot:r:run"}
+
+
+def test_stops_and_acknowledgements_of_the_server_come_back_too(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(3)
+    fence = Fence("r", 1, 3, 9)
+    leader.stop_client("c", "maintenance")
+    leader.stop_client("d", "maintenance")
+    leader.clear_client_stop("d")
+    leader.acknowledge("c", fence)
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.flushdb()
+    leader.tick()
+    with client(redis_url) as half, client(redis_url, name="d") as other:
+        assert half.told_to_leave() == "maintenance" and half.acknowledged(fence)
+        assert other.told_to_leave() is None
 
 
 def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(

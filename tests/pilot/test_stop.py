@@ -109,7 +109,7 @@ def test_end_of_the_round_stops_whatever_the_heartbeat(
 def test_end_is_found_without_its_signal(
     redis_url: str, leader: ServerCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leader._connection.redis, "publish", lambda *_: 0)
+    monkeypatch.setattr(leader._link.redis, "publish", lambda *_: 0)
     with watched(redis_url, heartbeat_s=3600.0) as stop:
         until(lambda: leader.heartbeats(["c"]))
         leader.end_round("min-duration")
