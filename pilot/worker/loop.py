@@ -41,6 +41,7 @@ from pilot.messages import (
     package_hash,
     to_header,
 )
+from pilot.notice import notice_files
 from pilot.worker.group import last_words
 from pilot.worker.inner_state import InnerState, inner_state_dir
 from pilot.worker.ranks import Ranks
@@ -138,7 +139,7 @@ class Round:
                 self.config, device=self.ranks.device, compute_dtype=compute_dtype
             )
             self.ranks.load_weights(model.state_dict().items(), weights)
-            nats, num_bytes = self._evaluate(model, data)
+            nats, num_bytes = self._evaluate(model, data, stop)
             reply = self._steps(model, data, stop)
             if self.order.final:
                 self.inner.forget()
@@ -146,7 +147,7 @@ class Round:
             reply |= {
                 "eval_nats": nats,
                 "eval_bytes": num_bytes,
-                "eval_rows": self.order.eval_end_row - self.order.eval_first_row,
+                "eval_rows": num_bytes and self.order.eval_end_row - self.order.eval_first_row,
             }
             update = self._pseudo_gradient(model, weights) if reply["tokens"] else {}
             return self._reply(stop.reason, **reply), update
@@ -170,29 +171,52 @@ class Round:
             self.progress,
             seconds_left=self.order.seconds_left - elapsed_s,
             heartbeat_s=self.config.heartbeat,
+            notices=notice_files(self.config.preempt_file),
+            drain_deadline_s=self.config.drain_deadline,
+            overdue=_give_up,
+            watches=self.ranks.first,
         ) as stop:
-            signal.signal(signal.SIGTERM, lambda *_: stop.stop("SIGTERM"))
+            signal.signal(signal.SIGTERM, lambda *_: self._drain(stop))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one may be waiting
             yield stop
+
+    def _drain(self, stop: StopWatcher) -> None:
+        """SIGTERM to any rank: rank 0 decides, and the supervisor passes it on to rank 0."""
+        if self.ranks.first:
+            stop.drain("SIGTERM")
+        else:
+            os.kill(os.getppid(), signal.SIGTERM)
 
     def _limit_threads(self) -> None:
         """A fair share of the cores a process; OMP_NUM_THREADS counts as all of them."""
         threads = self.config.client_threads or torch.get_num_threads() // self.ranks.world_size
         torch.set_num_threads(max(1, threads))
 
-    def _evaluate(self, model: GPT, data: SiteData) -> tuple[float, int]:
-        """Sums of nats and bytes of the model that was received, over this client's slice."""
+    def _evaluate(self, model: GPT, data: SiteData, stop: StopWatcher) -> tuple[float, int]:
+        """Sums of nats and bytes of the model that was received, over this client's slice.
+
+        A site that is to leave gives up: 0 of 0 bytes.
+        """
         self.progress.state = "evaluating"
         first, end = self.order.eval_first_row, self.order.eval_end_row
         if first >= end:
             return 0.0, 0
         mine = rank_slice(end - first, rank=self.ranks.rank, world_size=self.ranks.world_size)
         rows = data.validation_rows(first, end)[mine]
-        size = self.config.device_batch_size
-        batches = (rows[i : i + size] for i in range(0, len(rows), size))
+        batches = self._batches(rows, -(-(end - first) // self.ranks.world_size), stop)
         token_bytes = get_token_bytes(tokenizer_dir(self.config.tokenizer), self.ranks.device)
         nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
-        return nats, int(num_bytes)
+        return (0.0, 0) if self.ranks.agree(bool(stop.leaving)) else (nats, int(num_bytes))
+
+    def _batches(self, rows: np.ndarray, longest: int, stop: StopWatcher) -> Iterator[np.ndarray]:
+        """Batches of this rank's rows, as many steps as the rank with the most (`longest`) takes: all
+        ranks end together, early when the site is to leave."""
+        size = self.config.device_batch_size
+        for i in range(0, longest, size):
+            if self.ranks.agree(bool(stop.leaving)):
+                return
+            if len(batch := rows[i : i + size]):
+                yield batch
 
     def _steps(self, model: GPT, data: SiteData, stop: StopWatcher) -> dict[str, Any]:
         """Whole optimizer steps until the round ends, the steps are done or the lease is used up."""
@@ -265,8 +289,9 @@ class Round:
 
         Rank 0 waits for them, since only it hears the stop; once it has them, so have the others.
         """
-        size = self.config.batch_rows
+        size, self.progress.state = self.config.batch_rows, "packing"
         rows = stream.read(size, should_stop=stop.should_stop) if self.ranks.first else None
+        self.progress.state = "training"
         if self.ranks.agree(stop.should_stop()):
             return None
         return stream.read(size) if rows is None else rows
@@ -352,6 +377,12 @@ class Round:
             total_s=time.monotonic() - self.received,
             **values,
         )
+
+
+def _give_up(sentence: str) -> None:
+    """End this rank, and with it the group, at once; the handle is told why."""
+    last_words(Path(sys.argv[1]), sentence)
+    os._exit(1)
 
 
 def _row_segment(values: list[int]) -> RowSegment:

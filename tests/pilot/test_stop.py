@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pilot.coordinator import ClientCoordinator, ServerCoordinator
+from pilot.notice import notice_files, noticed
 from pilot.worker.stop import Progress, StopWatcher
 
 from .redis_fixture import redis_url
@@ -139,11 +140,100 @@ def test_progress_is_what_the_server_sees_until_the_end_and_after_it(
     assert not [t for t in threading.enumerate() if t.name == "pilot-stop"]
 
 
+# -- leaving -------------------------------------------------------------------------------------
+
+
+def test_site_leaves_by_its_stop_key_and_the_round_goes_on_for_others(
+    redis_url: str, leader: ServerCoordinator
+) -> None:
+    with watched(redis_url, heartbeat_s=3600.0) as stop:
+        assert not stop.should_stop() and stop.leaving == ""
+        leader.stop_client("d", "another's")
+        leader.stop_client("c", "maintenance")
+        until(stop.should_stop)
+        assert stop.reason == stop.leaving == "maintenance"
+    with watched(redis_url) as again:
+        assert again.should_stop() and again.leaving == "maintenance", "it is looked at first"
+    leader.clear_client_stop("c")
+    with watched(redis_url) as back:
+        assert not back.should_stop()
+
+
+def test_site_leaves_by_a_notice_with_and_without_redis_and_the_server_is_told(
+    redis_url: str, leader: ServerCoordinator, tmp_path: Path
+) -> None:
+    notice = tmp_path / "notice"
+    with watched(redis_url, notices=[tmp_path / "never", notice]) as stop:
+        with StopWatcher(
+            None, Progress(), seconds_left=600, heartbeat_s=1, notices=[notice]
+        ) as other:
+            assert not stop.should_stop() and not other.should_stop()
+            notice.touch()
+            until(lambda: stop.should_stop() and other.should_stop())
+            assert stop.leaving == other.leaving == other.reason == f"preempt-file {notice}"
+        until(lambda: leader.draining(["c"]) == {"c": f"leaving: preempt-file {notice}"})
+        until(lambda: leader.heartbeats(["c"])["c"]["leaving"] == f"preempt-file {notice}")
+    with watched(redis_url, notices=[notice]) as again:
+        assert again.should_stop()
+    notice.unlink()
+    with watched(redis_url, notices=[notice]) as back:
+        assert not back.should_stop(), "what it announced itself doesn't hold it back"
+
+
+def test_machines_variable_wins_over_the_runs_key_and_its_nodes_directory_counts_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert notice_files("") == [] and notice_files("/x") == [Path("/x")]
+    monkeypatch.setenv("PILOT_PREEMPT_FILE", str(tmp_path / "preempt"))
+    monkeypatch.setenv("PILOT_NODE_DIR", str(tmp_path))
+    files = notice_files("/x")
+    assert files == [tmp_path / "preempt", tmp_path / "leave"] and noticed(files) == ""
+    (tmp_path / "leave").touch()
+    assert noticed(files) == "its node ends"
+    (tmp_path / "preempt").touch()
+    assert noticed(files) == f"preempt-file {tmp_path / 'preempt'}"
+    assert noticed([Path("/dev/null/x"), Path("/x" * 5000), Path("nul\0")]) == ""
+
+
+def test_leaving_is_known_after_another_reason_to_stop(tmp_path: Path) -> None:
+    with alone() as stop:
+        stop.stop("min-duration")
+        assert stop.leaving == ""
+        stop.drain("SIGTERM")
+        assert (stop.reason, stop.leaving) == ("min-duration", "SIGTERM")
+
+
+def test_drain_that_takes_too_long_is_told_once_its_deadline_is_over(tmp_path: Path) -> None:
+    told: list[str] = []
+    progress = Progress(state="packing")
+    options = {"seconds_left": 600.0, "heartbeat_s": 0.05, "overdue": told.append}
+    with StopWatcher(None, progress, drain_deadline_s=0.0, **options) as stop:
+        stop.stop("min-duration")
+        time.sleep(0.6)
+        assert told == [], "the end of a round is no reason to leave"
+        stop.drain("SIGTERM")
+        until(lambda: told)
+    assert "SIGTERM" in told[0] and "drain-deadline" in told[0] and "packing" in told[0]
+    told.clear()
+    with StopWatcher(None, progress, drain_deadline_s=600.0, **options) as stop:
+        stop.drain("SIGTERM")
+        time.sleep(0.6)
+    assert told == []
+
+
+def test_rank_that_is_told_by_another_watches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "notice").touch()
+    options = {"seconds_left": 600.0, "heartbeat_s": 0.05, "notices": [tmp_path / "notice"]}
+    with StopWatcher(None, Progress(), watches=False, **options) as stop:
+        assert not stop.should_stop()
+        assert not [t for t in threading.enumerate() if t.name == "pilot-stop"]
+
+
 DRAINING = """
 import signal, time
 from pilot.worker.stop import Progress, StopWatcher
 with StopWatcher(None, Progress(), seconds_left=600, heartbeat_s=1) as stop:
-    signal.signal(signal.SIGTERM, lambda *_: stop.stop("SIGTERM"))
+    signal.signal(signal.SIGTERM, lambda *_: stop.drain("SIGTERM"))
     print("ready", flush=True)
     while not stop.should_stop():
         time.sleep(0.01)

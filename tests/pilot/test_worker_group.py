@@ -173,14 +173,15 @@ def test_order_after_the_end_of_its_round_is_answered_at_once_without_training(
     assert update == {} and reply.fence == order.fence
 
 
+@pytest.mark.parametrize("member", ["supervisor", "rank 0", "rank 1"])
 def test_sigterm_drains_a_group_which_replies_with_what_it_trained(
-    site: Path, redis_url: str, leader: ServerCoordinator
+    site: Path, redis_url: str, leader: ServerCoordinator, member: str
 ) -> None:
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, processes=2, redis_url=redis_url)
     group = Group(order, first_weights(config), processes=2)
     group.until_it_trains(leader)
-    os.kill(group.pid, signal.SIGTERM)
+    family(group.pid)[["supervisor", "rank 0", "rank 1"].index(member)].terminate()
     reply, update = group.reply()
     assert reply.stopped_by == "SIGTERM" and reply.tokens > 0 and update
 

@@ -1,7 +1,10 @@
 """One round on one process, within this one: what is trained, consumed, counted and replied."""
 
 import json
+import multiprocessing
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +15,14 @@ import pytest
 import torch
 
 from nanochat.common import UserError
+from nanochat.dataloader import RowStream
 from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.messages import HelloOrder, TrainReply, package_hash
+from pilot.worker import loop
+from pilot.worker.handle import ERROR_NAME
 from pilot.worker.loop import Round
 from pilot.worker.ranks import Ranks
 from pilot.worker.site import SiteData, hello, open_data
@@ -134,6 +140,69 @@ def test_time_ruled_round_trains_until_its_time_is_up(site: Path) -> None:
     assert reply.stopped_by == "deadline" and reply.steps > 0 and update
     rows = sum(end - first for _, _, first, end in reply.consumed)
     assert rows * T == reply.tokens == reply.steps * BATCH_ROWS * T
+
+
+def test_site_that_is_to_leave_gives_up_evaluating_and_packing(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = tmp_path / "notice"
+    config = site_config(site, round_steps=0, preempt_file=str(notice))
+    evaluated = 0
+
+    def appears(model: Any, batches: Iterator[np.ndarray], token_bytes: Any) -> Any:
+        def one_by_one() -> Iterator[np.ndarray]:
+            nonlocal evaluated
+            for batch in batches:
+                yield batch
+                evaluated += 1
+                notice.touch()
+                time.sleep(0.3)
+
+        return bpb_sums(model, one_by_one(), token_bytes)
+
+    def never(self: RowStream, num_rows: int, should_stop: Any = lambda: False) -> np.ndarray:
+        notice.touch()
+        while not should_stop():
+            time.sleep(0.01)
+        return np.empty((0, T + 1), dtype=np.int64)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "bpb_sums", appears)
+        reply, update = run(config, ENDLESS, eval_end_row=12)
+    assert 0 < evaluated < 6
+    assert (reply.stopped_by, reply.eval_rows, reply.eval_bytes) == (f"preempt-file {notice}", 0, 0)
+    assert (reply.tokens, reply.consumed, update) == (0, [], {})
+    notice.unlink()
+    monkeypatch.setattr(RowStream, "read", never)
+    reply, update = run(config, ENDLESS, eval_end_row=12)
+    assert (reply.stopped_by, reply.eval_rows) == (f"preempt-file {notice}", 12)
+    assert (reply.tokens, reply.consumed, update) == (0, [], {})
+
+
+def test_site_that_is_not_done_by_the_drain_deadline_ends_with_a_sentence(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = tmp_path / "notice"
+    config = site_config(site, preempt_file=str(notice), drain_deadline=1.0)
+    gave_up = threading.Event()
+    sentences: list[str] = []
+
+    def hangs(config: RunConfig) -> SiteData:
+        notice.touch()
+        assert gave_up.wait(30)
+        return open_data(config)
+
+    monkeypatch.setattr(loop, "open_data", hangs)
+    monkeypatch.setattr(loop, "_give_up", lambda text: (sentences.append(text), gave_up.set()))
+    run(config, ENDLESS)
+    assert str(notice) in sentences[0] and "drain-deadline" in sentences[0]
+    monkeypatch.undo()
+
+    monkeypatch.setattr(sys, "argv", ["rank", str(tmp_path)])
+    child = multiprocessing.get_context("fork").Process(target=loop._give_up, args=(sentences[0],))
+    child.start()
+    child.join()
+    assert child.exitcode == 1 and (tmp_path / ERROR_NAME).read_text() == sentences[0]
 
 
 # -- evaluation ----------------------------------------------------------------------------------
