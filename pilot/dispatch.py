@@ -84,7 +84,8 @@ class Dispatcher:
         message_id = self.mailbox.send(site.node_id, "train", to_header(order), parts)
         open_round.asked.add(site.name)
         if message_id:
-            open_round.add(Work(message_id, site, fence, lease))
+            open_round.add(Work(message_id, site, fence, lease, self.clock.now_s()))
+            open_round.used_up.discard(site.name)
         elif lease:
             ledger.give_back(lease.lease_id)
 

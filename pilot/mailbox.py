@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from pilot.messages import Header, Part
@@ -22,16 +23,28 @@ LOST_AFTER_S = 10.0
 # Twice what Flower needs to notice a node that was killed.
 FORGET_AFTER_S = 120.0
 
+# what Flower says when a node or a ClientApp died (FLOWER.md)
+_LOST_CODES = {
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+}
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one message; `error` is a sentence if there is no content."""
+    """What became of one message; `error` is a sentence if there is no content.
+
+    `lost`: nobody has answered, so nothing is known of the site's work, neither good nor bad.
+    """
 
     message_id: str
     node_id: int
     header: Header
     parts: list[Part]
     error: str = ""
+    lost: bool = False
 
 
 @dataclass
@@ -86,7 +99,8 @@ class Mailbox:
         node_id = self._pending.pop(message_id).node_id
         if reply.has_error():
             reason = f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
-            return Answer(message_id, node_id, {}, [], reason)
+            lost = reply.error.code in _LOST_CODES
+            return Answer(message_id, node_id, {}, [], reason, lost=lost)
         try:
             header, parts = from_records(reply.content)
         except ValueError as error:
@@ -107,5 +121,7 @@ class Mailbox:
                 pending.absent_since_s = now_s
             if now_s - pending.absent_since_s >= LOST_AFTER_S:
                 del self._pending[message_id]
-                lost.append(Answer(message_id, pending.node_id, {}, [], "its node is gone"))
+                lost.append(
+                    Answer(message_id, pending.node_id, {}, [], "its node is gone", lost=True)
+                )
         return lost

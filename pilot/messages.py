@@ -19,6 +19,7 @@ from pilot.config import Scalar
 
 Header = dict[str, Any]
 
+LEASE_USED_UP = "lease used up"  # TrainReply.stopped_by of a client that could go on with more rows
 
 _INT64 = range(-(2**63), 2**63)  # Flower's integers
 

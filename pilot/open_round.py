@@ -7,7 +7,7 @@ is refused with a reason, and its rows go back.
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pilot.aggregation import refusal, weighted_mean
 from pilot.codec import CodecError, decode
 from pilot.ledger import Lease, LedgerError, Segment
 from pilot.mailbox import Answer
-from pilot.messages import Fence, TrainReply, from_header
+from pilot.messages import LEASE_USED_UP, Fence, TrainReply, from_header
 from pilot.run_state import RunState
 from pilot.sites import Site
 from pilot.snapshot import SnapshotError
@@ -34,6 +34,15 @@ class Work:
     site: Site
     fence: Fence
     lease: Lease | None
+    sent_at_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of an answer to an order of the round: its reply, or None if that was refused."""
+
+    work: Work
+    reply: TrainReply | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,10 @@ class OpenRound:
         self.asked: set[str] = set()  # sites that were sent an order
         self.pending: dict[str, Work] = {}
         self.taken: list[Taken] = []
-        self.failures: dict[str, str] = {}  # site → what went wrong there
+        self.answered = 0  # replies that were not refused, with work or without
+        self.used_up: set[str] = set()  # sites whose lease did not last: they may have another one
+        self.failures: dict[str, str] = {}  # site → what it answered that can't be used
+        self.lost: dict[str, str] = {}  # site → why it has not answered
         self.eval_nats, self.eval_bytes, self.eval_rows = 0.0, 0, 0
         self._state, self._telemetry, self._spool = state, telemetry, spool
         shutil.rmtree(spool, ignore_errors=True)
@@ -77,11 +89,14 @@ class OpenRound:
     def add(self, work: Work) -> None:
         self.pending[work.message_id] = work
 
-    def take(self, answer: Answer) -> bool:
-        """Take or refuse an answer if it is to this round; False: it is not."""
+    def take(self, answer: Answer) -> Receipt | None:
+        """Take or refuse an answer if it is to this round; None: it is not."""
         work = self.pending.pop(answer.message_id, None)
         if work is None:
-            return False
+            return None
+        if answer.lost:
+            self._lose(work, answer.error)
+            return Receipt(work, None)
         try:
             reply = _reply(answer)
             if reply.fence != work.fence:
@@ -92,13 +107,14 @@ class OpenRound:
             taken = self._spill(work, reply, answer)
         except (ValueError, TypeError, LedgerError, CodecError) as error:
             self._refuse(work, str(error))
-            return True
+            return Receipt(work, None)
         if taken is not None:
             self.taken.append(taken)
-        if reply.tokens > 0 and reply.train_s > 0:  # who had no time to train is not slow
-            work.site.tokens_per_s = reply.tokens / reply.train_s
+        self.answered += 1
+        if reply.stopped_by == LEASE_USED_UP:
+            self.used_up.add(work.site.name)
         self._tell(work, reply)
-        return True
+        return Receipt(work, reply)
 
     def _add_evaluation(self, reply: TrainReply) -> None:
         if math.isfinite(reply.eval_nats) and reply.eval_rows > 0 and reply.eval_bytes > 0:
@@ -147,7 +163,16 @@ class OpenRound:
                 )
 
     def _refuse(self, work: Work, reason: str) -> None:
+        """The site has answered, and with something that can't be used."""
         self.failures[work.site.name] = reason
+        self._give_back(work, reason)
+
+    def _lose(self, work: Work, reason: str) -> None:
+        """The site has not answered, which says nothing of its work."""
+        self.lost[work.site.name] = reason
+        self._give_back(work, reason)
+
+    def _give_back(self, work: Work, reason: str) -> None:
         if work.lease is not None:
             self._state.ledger.give_back(work.lease.lease_id)
         self._telemetry.event(
@@ -169,10 +194,10 @@ class OpenRound:
             **values,
         )
 
-    def give_up(self) -> None:
-        """Nobody waits any longer: what is still out is refused, its rows go back."""
+    def give_up(self, reason: str, *, silent: Collection[str] = ()) -> None:
+        """Nobody waits any longer: what is still out is refused for `reason`, its rows go back."""
         for work in list(self.pending.values()):
-            self._refuse(work, "no reply before the end of the grace period")
+            self._lose(work, "its client is silent" if work.site.name in silent else reason)
         self.pending.clear()
 
     # -- the close -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from nanochat.schedule import Schedule
+from pilot.mailbox import Answer
 from pilot.open_round import OpenRound
 from pilot.run_state import RoundRecord, RunState
 from pilot.sites import Site
@@ -71,6 +72,28 @@ def progress(
             ncols=120,
         )
         log.info("%s", meter)
+
+
+def joined(number: int, site: Site, how: str, telemetry: Telemetry) -> None:
+    telemetry.event(
+        "client_joined",
+        f"Node {site.name} joins ROUND {number}{how}",
+        round=number,
+        client=site.name,
+    )
+
+
+def refused_late(answer: Answer, telemetry: Telemetry) -> None:
+    """Nobody waits for this reply: its rows have gone back long ago."""
+    if answer.error:
+        return
+    telemetry.event(
+        "reply_refused",
+        "A reply is refused: it answers a round that is over",
+        reason="it answers a round that is over",
+        client=answer.header.get("client"),
+        fence=answer.header.get("fence"),
+    )
 
 
 def round_ended(number: int, reason: str, telemetry: Telemetry) -> None:

@@ -1,11 +1,28 @@
-"""When a round ends: one pure function of what the server knows, and the clock it is asked with."""
+"""When a round ends, who may still join it, and how long replies are waited for.
 
+Pure functions of what the server knows, asked again at every tick. Time comes in as seconds since the round
+opened; the clock itself is the caller's.
+"""
+
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from pilot.config import RunConfig
+
+# A client that is silent for so many heartbeats counts as dead until it is heard again.
+MISSED_HEARTBEATS = 3
+# ... but not sooner than this: a worker that shares a busy machine may be late by itself.
+_SILENCE_MIN_S = 2.0
+# Replies are waited for so many times as long as the slowest upload measured so far ...
+_GRACE_FACTOR = 3.0
+# ... and at least so long: what was measured may have been a quiet moment (seconds).
+_GRACE_MIN_S = 10.0
+# What starting a worker group and moving a small model costs, until it has been measured (seconds).
+_FIXED_COST_S = 15.0
 
 
 class Clock(Protocol):
@@ -25,7 +42,9 @@ class EndReason(StrEnum):
 
     TARGET_TOKENS = "target-tokens"  # the round's clients have trained on their tokens
     RUN_TOKENS = "run-tokens"  # with this round's tokens, the run has all that it wants
-    ALL_REPLIED = "all-replied"  # nobody trains any more: steps done, data used up, or errors
+    ALL_REPLIED = "all-replied"  # nobody trains any more: steps done, leases used up, or leaving
+    DATA_EXHAUSTED = "data-exhausted"  # the same, and no row is left to lease
+    NOBODY_LEFT = "nobody-left"  # nobody trains any more, and nobody has replied
     MIN_DURATION = "min-duration"  # long enough, and a quorum took part
     MAX_DURATION = "max-duration"  # the hard limit
     INTERRUPTED = "interrupted"  # the run is being stopped
@@ -53,16 +72,33 @@ class RoundRules:
             fixed_steps=config.round_steps > 0,
         )
 
+    @property
+    def tokens_wanted(self) -> int:
+        """Tokens of all clients at which the round has done its work."""
+        if self.target_tokens:
+            return min(self.target_tokens, self.run_tokens_left)
+        return self.run_tokens_left
+
 
 @dataclass(frozen=True)
 class RoundView:
-    """What the server knows of the open round: `tokens` trained on so far, by live signs and replies;
-    `training`: clients at work; `pending`: messages without a reply or error."""
+    """What the server knows of the open round.
+
+    `tokens` trained on so far, by live signs and replies; `tokens_per_s` of those at work.
+    Clients: `pending` owe a reply; `silent` of those are not heard any more; `training` have begun to
+    train or have replied with work; `replied` is how many of those have replied; `waiting` are new ones
+    that could take work. `rows_left`: some row can still be leased.
+    """
 
     elapsed_s: float
     tokens: int
     training: int
     pending: int
+    replied: int = 0
+    silent: int = 0
+    waiting: int = 0
+    tokens_per_s: float = 0.0
+    rows_left: bool = True
 
 
 def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
@@ -71,8 +107,14 @@ def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
     With fixed steps a client, neither tokens nor the minimum duration end a round: each client ends
     its own, and what a round does cannot depend on anybody's speed.
     """
-    if view.pending == 0:
-        return EndReason.ALL_REPLIED
+    if view.pending == 0 and not view.replied:
+        return EndReason.NOBODY_LEFT
+    if view.pending == view.silent and (view.replied or view.waiting):
+        # Who is only silent may be back, so a round of nobody else goes on, at no cost, until
+        # somebody comes who can do its work.
+        if not view.replied:
+            return EndReason.NOBODY_LEFT
+        return EndReason.ALL_REPLIED if view.rows_left else EndReason.DATA_EXHAUSTED
     if view.elapsed_s >= rules.max_duration_s:
         return EndReason.MAX_DURATION
     if rules.fixed_steps:
@@ -84,7 +126,43 @@ def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
     if (
         rules.target_tokens == 0
         and view.elapsed_s >= rules.min_duration_s
-        and view.training >= rules.quorum
+        and view.training + view.waiting >= rules.quorum
     ):
         return EndReason.MIN_DURATION
     return None
+
+
+def remaining_s(rules: RoundRules, view: RoundView) -> float:
+    """Seconds until the round ends, as far as one can tell now."""
+    left = rules.max_duration_s - view.elapsed_s
+    if not rules.fixed_steps:
+        if view.tokens_per_s > 0:
+            left = min(left, (rules.tokens_wanted - view.tokens) / view.tokens_per_s)
+        if rules.target_tokens == 0 and view.training + view.waiting >= rules.quorum:
+            left = min(left, rules.min_duration_s - view.elapsed_s)
+    return max(0.0, left)
+
+
+def join_min_remaining_s(configured_s: float, fixed_costs_s: Sequence[float]) -> float:
+    """Seconds that must be left of a round for a site to be sent work in it.
+
+    `configured_s` 0: twice the median of what a round costs a site besides training (`fixed_costs_s`).
+    """
+    if configured_s > 0:
+        return configured_s
+    return 2 * (statistics.median(fixed_costs_s) if fixed_costs_s else _FIXED_COST_S)
+
+
+def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:
+    """Seconds for which replies are waited for after the end of a round.
+
+    `uploads_s`: what the sites needed from the end of their last round to their reply's arrival.
+    """
+    if not uploads_s:
+        return grace_max_s
+    return min(grace_max_s, max(_GRACE_MIN_S, _GRACE_FACTOR * max(uploads_s)))
+
+
+def silence_s(heartbeat_s: float) -> float:
+    """Seconds without a sign of life after which a client counts as dead."""
+    return max(_SILENCE_MIN_S, MISSED_HEARTBEATS * heartbeat_s)

@@ -19,12 +19,26 @@ log = logging.getLogger("pilot")
 
 @dataclass
 class Site:
-    """A node that answered; `tokens_per_s` as measured in its last round, None before."""
+    """A node that answered, and what its last round showed (None before there was one).
+
+    `start_s` passed from sending an order to the first sign of life, `upload_s` from the end of the round to
+    the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
+    """
 
     name: str
     node_id: int
     hello: HelloReply
     tokens_per_s: float | None = None
+    start_s: float | None = None
+    upload_s: float | None = None
+    fixed_cost_s: float | None = None
+
+    def remember(self, before: "Site | None") -> None:
+        """Take over what was measured of a node of the same name."""
+        if before is not None:
+            self.tokens_per_s = before.tokens_per_s
+            self.start_s, self.upload_s = before.start_s, before.upload_s
+            self.fixed_cost_s = before.fixed_cost_s
 
 
 @dataclass
@@ -45,6 +59,9 @@ class Roster:
     _known: dict[int, float] = field(default_factory=dict)  # node → when to ask it (again)
     _answered: dict[str, Site] = field(default_factory=dict)
     _accepted: dict[str, Site] = field(default_factory=dict)
+    _measured: dict[str, Site] = field(
+        default_factory=dict
+    )  # the last site of each name, gone or not
 
     def __post_init__(self) -> None:
         if self.fingerprints:  # a run may be resumed with a newer pilot, on all sites alike
@@ -94,9 +111,8 @@ class Roster:
             if reason := self._mismatch(site.hello):
                 self._refuse(name, site.node_id, reason)
                 continue
-            before = self._accepted.get(name)
-            site.tokens_per_s = before.tokens_per_s if before else None
-            self._accepted[name] = site
+            site.remember(self._measured.get(name))
+            self._accepted[name] = self._measured[name] = site
             self.refusals.pop(name, None)
             self.refusals.pop(f"node {site.node_id}", None)
             log.info(

@@ -13,10 +13,20 @@ from pilot import plan, report
 from pilot.config import PilotError, RunConfig, without_credentials
 from pilot.coordinator import ServerCoordinator
 from pilot.dispatch import Dispatcher
-from pilot.mailbox import Mailbox
+from pilot.mailbox import Answer, Mailbox
+from pilot.monitor import RoundMonitor, uploads_s
 from pilot.open_round import OpenRound
 from pilot.outer import outer_step
-from pilot.rounds import Clock, EndReason, RoundRules, RoundView, end_reason
+from pilot.rounds import (
+    Clock,
+    EndReason,
+    RoundRules,
+    RoundView,
+    end_reason,
+    grace_s,
+    join_min_remaining_s,
+    remaining_s,
+)
 from pilot.run_state import RoundRecord, RunState
 from pilot.sites import Roster, Site
 from pilot.snapshot import write_snapshot
@@ -25,11 +35,10 @@ from pilot.telemetry import Telemetry
 _TICK_S = 0.25
 _REDIS_EVERY_S = 1.0
 _TELL_EVERY_S = 2.0
-# A site that joins a round is sent work only if it has this long to do it: starting costs seconds.
-JOIN_MIN_REMAINING_S = 30.0
-# After the first round, clients that are back within this time are waited for.
+_IDLE_TICK_S = 1.0  # where nobody works yet
+# After the first round, clients that are back within this time are waited for, once each time they leave.
 RETURN_S = 15.0
-# Rounds in a row in which nothing but errors came back, before the run gives up.
+# Rounds in a row in which workers gave nothing but errors, before the run gives up.
 MAX_FAILED_ROUNDS = 3
 _EVALUATION_ATTEMPTS = 3
 
@@ -76,6 +85,9 @@ class PilotStrategy:
             mailbox, hello, clock, config.min_clients, state.fingerprints, closed=closed
         )
         self._failed_rounds = 0
+        self._incomplete_since_s: float | None = None
+        self._monitor: RoundMonitor | None = None
+        self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
         self._told: dict[str, object] = {}
         self._redis_at_s = self._told_at_s = float("-inf")
 
@@ -85,7 +97,7 @@ class PilotStrategy:
         while not self.state.finished:
             sites = self._gather(wanted, to_train=True)  # 0. hello
             open_round = self._open(sites)  # 1. open, 2. send
-            reason = self._monitor(open_round)  # 3. train, 4. end
+            reason = self._until_the_end(open_round)  # 3. train, 4. end
             self._collect(open_round)  # 5. reply
             self._commit(open_round, reason)  # 6. outer step, then commit
             self._check_failures(open_round)
@@ -101,16 +113,11 @@ class PilotStrategy:
         """
         began_s = told_s = self.clock.now_s()
         while True:
-            self._tick(None)
-            self._raise_if_interrupted()
-            sites = self.roster.ready()
-            if to_train:
-                ledger = self.state.ledger
-                sites = [site for site in sites if ledger.free_for(set(site.hello.shards))]
             waited_s = self.clock.now_s() - began_s
-            complete = len(sites) >= max(wanted, self.config.min_clients)
-            complete = complete and not self.roster.questions_open
-            if complete or (len(sites) >= wanted and waited_s >= RETURN_S):
+            self._tick(None, _TICK_S if waited_s < RETURN_S else _IDLE_TICK_S)
+            self._raise_if_interrupted()
+            sites = self._available(to_train=to_train)
+            if self._all_there(len(sites), wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return sites
             why = self.roster.waiting_for(wanted)
@@ -119,6 +126,26 @@ class PilotStrategy:
             if self.clock.now_s() - told_s >= 5.0:
                 log.info("Waiting for clients: %s", why)
                 told_s = self.clock.now_s()
+
+    def _all_there(self, there: int, wanted: int) -> bool:
+        """Whether a round may open with so many sites, or who is missing has been waited for."""
+        now_s = self.clock.now_s()
+        if there >= max(wanted, self.config.min_clients):
+            if not self.roster.questions_open:
+                self._incomplete_since_s = None
+                return True
+        elif self._incomplete_since_s is None:
+            self._incomplete_since_s = now_s
+        waited_s = now_s - (self._incomplete_since_s or now_s)
+        return there >= wanted and waited_s >= RETURN_S
+
+    def _available(self, *, to_train: bool) -> list[Site]:
+        """Sites that can take work now: idle, not leaving, and with rows left to train on."""
+        sites = [site for site in self.roster.ready() if site.name not in self._leaving]
+        if to_train:
+            ledger = self.state.ledger
+            sites = [site for site in sites if ledger.free_for(set(site.hello.shards))]
+        return sites
 
     # -- 1. open, 2. send ------------------------------------------------------------------------
 
@@ -136,73 +163,93 @@ class PilotStrategy:
 
     # -- 3. train, 4. end ------------------------------------------------------------------------
 
-    def _monitor(self, open_round: OpenRound) -> EndReason:
+    def _until_the_end(self, open_round: OpenRound) -> EndReason:
         """Watch the round until a rule ends it, and make the end known: durable key, then signal."""
         log.info("Round monitor started for ROUND %d", open_round.number)
         left = self.state.total_tokens - self.state.tokens
         rules = RoundRules.of(self.config, run_tokens_left=left)
+        monitor = self._follow(open_round)
         reason = None
         while reason is None:
             self._tick(open_round)
-            self._join(open_round)
-            reason = end_reason(rules, self._view(open_round))
+            self._join(open_round, monitor, rules)
+            reason = end_reason(rules, self._view(open_round, monitor))
             if self.interrupted():
                 reason = EndReason.INTERRUPTED
+        monitor.ended_at_s = self.clock.now_s()
         self.coordinator.end_round(reason)
         report.round_ended(open_round.number, reason, self.telemetry)
         self._raise_if_interrupted()
         return reason
 
-    def _view(self, open_round: OpenRound) -> RoundView:
-        beats = self._beats(open_round)
-        training = [beat for beat in beats.values() if beat.get("state") == "training"]
-        return RoundView(
-            elapsed_s=self.clock.now_s() - open_round.opened_at_s,
-            tokens=open_round.tokens + sum(int(beat.get("tokens", 0)) for beat in beats.values()),
-            training=len(training) + len(open_round.taken),
-            pending=len(open_round.pending),
-        )
+    def _follow(self, open_round: OpenRound) -> RoundMonitor:
+        self._monitor = RoundMonitor(open_round, self.telemetry, self.config.heartbeat)
+        return self._monitor
 
-    def _beats(self, open_round: OpenRound) -> dict[str, dict[str, str]]:
-        """Signs of life of the sites whose replies are still to come."""
-        return self.coordinator.heartbeats([w.site.name for w in open_round.pending.values()])
+    def _newcomers(self, open_round: OpenRound) -> list[Site]:
+        """Sites that could work in the open round and don't: they came late, or used up their lease."""
+        return [
+            site
+            for site in self._available(to_train=True)
+            if site.name not in open_round.asked or site.name in open_round.used_up
+        ]
 
-    def _join(self, open_round: OpenRound) -> None:
+    def _view(self, open_round: OpenRound, monitor: RoundMonitor) -> RoundView:
+        new = [s for s in self._newcomers(open_round) if s.name not in open_round.used_up]
+        rows_left = self.state.ledger.free_for(None)
+        return monitor.view(self.clock.now_s(), waiting=len(new), rows_left=rows_left)
+
+    def _join(self, open_round: OpenRound, monitor: RoundMonitor, rules: RoundRules) -> None:
         """A site that came while the round runs trains at once, if enough of it is left."""
-        elapsed_s = self.clock.now_s() - open_round.opened_at_s
-        if self.config.round_max_duration - elapsed_s < JOIN_MIN_REMAINING_S:
+        newcomers = self._newcomers(open_round)
+        view = self._view(open_round, monitor) if newcomers else None
+        if view is None or (view.pending == view.silent and not view.replied):
+            return  # a round of nobody is not joined: it ends, and the next one opens
+        costs = [s.fixed_cost_s for s in self.roster.accepted() if s.fixed_cost_s is not None]
+        if remaining_s(rules, view) < join_min_remaining_s(self.config.join_min_remaining, costs):
             return
-        for site in self.roster.ready():
-            if site.name not in open_round.asked:
-                log.info("Node %s joins ROUND %d", site.name, open_round.number)
-                self.dispatcher.join(open_round, site)
+        for site in newcomers:
+            again = " with another lease" if site.name in open_round.used_up else ""
+            report.joined(open_round.number, site, again, self.telemetry)
+            self.dispatcher.join(open_round, site)
 
-    def _tick(self, open_round: OpenRound | None) -> None:
+    def _tick(self, open_round: OpenRound | None, pause_s: float = _TICK_S) -> None:
         """Everything that must go on while we wait: mail, newcomers, Redis, and what people see."""
-        time.sleep(_TICK_S)
+        time.sleep(pause_s)
         for answer in self.mailbox.poll():
-            if not self.roster.take(answer) and not (open_round and open_round.take(answer)):
-                self.telemetry.event(
-                    "reply_refused",
-                    "A reply is refused: it answers a round that is over",
-                    reason="it answers a round that is over",
-                    client=answer.header.get("client"),
-                    fence=answer.header.get("fence"),
-                )
+            self._take(answer, open_round)
         self.roster.greet()
         now_s = self.clock.now_s()
         if now_s - self._redis_at_s >= _REDIS_EVERY_S:
             self.coordinator.tick()
+            names = [site.name for site in self.roster.accepted()]
+            self._leaving = self.coordinator.draining(names)
             self._redis_at_s = now_s
-        if open_round is not None and now_s - self._told_at_s >= _TELL_EVERY_S:
+        if open_round is None or self._monitor is None:
+            return
+        owing = [work.site.name for work in open_round.pending.values()]
+        self._monitor.look(self.coordinator.heartbeats(owing), now_s)
+        if now_s - self._told_at_s >= _TELL_EVERY_S:
             self._told_at_s = now_s
             target = self.config.target_tokens or self.state.total_tokens - self.state.tokens
             report.progress(
-                self._beats(open_round),
+                self._monitor.beats,
                 self._told,
                 tokens=max(1, target // len(open_round.asked)),
                 elapsed_s=now_s - open_round.opened_at_s,
             )
+
+    def _take(self, answer: Answer, open_round: OpenRound | None) -> None:
+        """Hand an answer to whom it belongs; what is on disk is acknowledged to its client."""
+        if self.roster.take(answer):
+            return
+        receipt = open_round.take(answer) if open_round else None
+        if receipt is None:
+            report.refused_late(answer, self.telemetry)
+            return
+        self.coordinator.acknowledge(receipt.work.site.name, receipt.work.fence)
+        if self._monitor is not None and receipt.reply is not None:
+            self._monitor.measure(receipt.work, receipt.reply, self.clock.now_s())
 
     def _raise_if_interrupted(self) -> None:
         if self.interrupted():
@@ -211,14 +258,19 @@ class PilotStrategy:
     # -- 5. reply --------------------------------------------------------------------------------
 
     def _collect(self, open_round: OpenRound) -> None:
-        """Wait for the replies that are still out, at most `grace-max` seconds."""
-        deadline_s = self.clock.now_s() + self.config.grace_max
-        while open_round.pending and self.clock.now_s() < deadline_s:
+        """Wait for the replies that are still to come, as long as they have ever taken and more."""
+        monitor = self._monitor or self._follow(open_round)
+        # only who was told to stop shows what an upload takes: an evaluation is all still to come
+        told = uploads_s(monitor.awaited) if monitor.ended_at_s is not None else []
+        grace = grace_s(told, self.config.grace_max)
+        deadline_s = self.clock.now_s() + grace
+        while monitor.awaited and self.clock.now_s() < deadline_s:
             self._tick(open_round)
             self._raise_if_interrupted()
         for message_id in open_round.pending:
             self.mailbox.abandon(message_id)
-        open_round.give_up()
+        open_round.give_up(f"no reply within the {grace:.0f} s of grace", silent=monitor.silent)
+        self._monitor = None
 
     # -- 6. outer step, then commit --------------------------------------------------------------
 
@@ -247,7 +299,7 @@ class PilotStrategy:
         record = RoundRecord(
             round_number=open_round.number,
             reason=str(reason),
-            clients=len(taken),
+            clients=len({one.work.site.name for one in taken}),
             tokens=open_round.tokens,
             duration_s=round(self.clock.now_s() - open_round.opened_at_s, 3),
             train_loss=open_round.train_loss,
@@ -260,7 +312,10 @@ class PilotStrategy:
         report.round_committed(record, state, self.telemetry)
 
     def _check_failures(self, open_round: OpenRound) -> None:
-        """Raise RunFailed when only errors have come back for some rounds: nobody would see it."""
+        """Raise RunFailed when workers have given only errors for some rounds: nobody would see it.
+
+        Sites that die are no such error, however many: others may come.
+        """
         failed = bool(open_round.failures) and not open_round.taken
         self._failed_rounds = self._failed_rounds + 1 if failed else 0
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
@@ -278,6 +333,7 @@ class PilotStrategy:
             open_round.close()
             if open_round.eval_rows == self.config.eval_rows:
                 break
-            reasons = "; ".join(f"{site}: {why}" for site, why in open_round.failures.items())
+            missing = open_round.failures | open_round.lost
+            reasons = "; ".join(f"{site}: {why}" for site, why in missing.items())
             log.warning("The last model is not scored on all validation rows yet: %s", reasons)
         report.validation(open_round, self.state, self.telemetry)

@@ -32,6 +32,7 @@ from pilot.codec import decode, encode
 from pilot.config import PilotError, RunConfig
 from pilot.coordinator import ClientCoordinator, resolve_url
 from pilot.messages import (
+    LEASE_USED_UP,
     HelloOrder,
     HelloReply,
     Part,
@@ -246,7 +247,7 @@ class Round:
                 if (rows := self._read(stream, stop)) is None:
                     break
                 if len(rows) < config.batch_rows and not (len(rows) and self.order.last):
-                    stop.stop("lease used up")
+                    stop.stop(LEASE_USED_UP)
                     break
                 hyper = schedule.at(self._global_step())
                 step_nats = trainer.step(

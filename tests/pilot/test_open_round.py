@@ -73,7 +73,9 @@ class Round:
         return Answer(f"m-{name}", 0, to_header(reply), encode(update) if reply.tokens else [])
 
     def take(self, name: str, value: float = 1.0, **changes: Any) -> bool:
-        return self.open.take(self.answer(name, self.reply(name, **changes), value))
+        """Whether the answer was to this round, taken or refused."""
+        answer = self.answer(name, self.reply(name, **changes), value)
+        return self.open.take(answer) is not None
 
     def refusals(self) -> list[str]:
         return [e["reason"] for e in read_events(self.events) if e["event"] == "reply_refused"]
@@ -216,17 +218,6 @@ def test_reply_without_a_step_gives_its_rows_back_but_its_shards_sizes_count(one
     assert again is not None and sum(segment.rows or 0 for segment in again.segments) == 4
 
 
-def test_site_that_had_no_time_to_train_keeps_its_measured_speed(one: Round) -> None:
-    site = one.works["a"].site
-    site.tokens_per_s = 123.0
-    one.take("a", rows=0)
-    assert site.tokens_per_s == 123.0
-    one.take("b", train_s=2.0)
-    assert one.works["b"].site.tokens_per_s == 4 * ROW_TOKENS / 2.0
-    one.take("c", train_s=math.nan)
-    assert one.works["c"].site.tokens_per_s is None
-
-
 def test_evaluations_add_up_to_one_bpb_and_broken_ones_are_left_out(one: Round) -> None:
     one.take("a", eval_nats=10.0, eval_bytes=5, eval_rows=2)
     one.take("b", eval_nats=math.nan, eval_bytes=5, eval_rows=2)
@@ -254,10 +245,38 @@ def test_who_is_still_out_at_the_end_of_the_grace_is_refused_and_its_rows_go_bac
     one: Round,
 ) -> None:
     one.take("a")
-    one.open.give_up()
-    assert set(one.open.failures) == {"b", "c"} and one.rows_open == {one.works["a"].fence.lease_id}
+    one.open.give_up("no reply", silent={"c"})
+    assert one.open.lost == {"b": "no reply", "c": "its client is silent"}
+    assert one.open.failures == {} and one.rows_open == {one.works["a"].fence.lease_id}
     assert not one.take("b"), "a late reply isn't this round's any more"
     assert len(one.refusals()) == 2
+
+
+def test_who_has_not_answered_is_no_failure_of_its_site_but_its_rows_go_back(one: Round) -> None:
+    lost = one.open.take(Answer("m-a", 0, {}, [], "its node is gone", lost=True))
+    refused = one.open.take(Answer("m-b", 1, {}, [], "Flower error 2: it raised"))
+    assert lost is not None and refused is not None
+    assert lost.reply is None and refused.reply is None
+    assert (set(one.open.lost), set(one.open.failures)) == ({"a"}, {"b"})
+    assert one.rows_open == {one.works["c"].fence.lease_id} and one.open.answered == 0
+
+
+def test_a_client_whose_lease_did_not_last_may_have_another_one_and_both_count(one: Round) -> None:
+    one.take("a", 1.0, stopped_by="lease used up")
+    assert one.open.used_up == {"a"} and one.open.answered == 1
+    lease = one.state.ledger.lease("a", 4, shards={0, 1})
+    assert lease is not None
+    one.works["a"] = replace(
+        one.works["a"], lease=lease, fence=replace(one.works["a"].fence, lease_id=lease.lease_id)
+    )
+    one.open.add(one.works["a"])
+    segment = lease.segments[0]
+    first = segment.first_row
+    again = one.reply("a", consumed=[[segment.epoch, segment.shard, first, first + 4]])
+    assert one.open.take(one.answer("a", again, 3.0)) is not None
+    mean = one.open.mean()
+    assert mean is not None and [taken.work.site.name for taken in one.open.taken] == ["a", "a"]
+    torch.testing.assert_close(mean["w"], torch.full((3,), 2.0))
 
 
 def test_disk_that_is_full_ends_the_run_with_a_sentence(

@@ -1,0 +1,106 @@
+"""What the server knows of an open round at a moment: who works, who has fallen silent, how far they are.
+
+Heartbeats tell it within seconds; Flower needs about a minute to miss a node. To be silent is no
+verdict: the round is planned without such a client, but its reply is taken if it comes in time.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from pilot.messages import TrainReply
+from pilot.open_round import OpenRound, Work
+from pilot.rounds import RoundView, silence_s
+from pilot.telemetry import Telemetry
+
+Beats = Mapping[str, Mapping[str, str]]
+
+# A client that was sent work and has given no sign of life for so long, and so many times as long as
+# it took before, is not coming.
+_START_MIN_S = 45.0
+_START_FACTOR = 4.0
+
+log = logging.getLogger("pilot")
+
+
+@dataclass
+class RoundMonitor:
+    """Follows one round; `heartbeat_s` is how often its clients beat."""
+
+    open_round: OpenRound
+    telemetry: Telemetry
+    heartbeat_s: float
+    ended_at_s: float | None = None
+    silent: set[str] = field(default_factory=set)  # clients that owe a reply and are not heard
+    beats: Beats = field(default_factory=dict)
+    _heard: set[str] = field(default_factory=set)
+
+    def look(self, beats: Beats, now_s: float) -> None:
+        """Take in the last signs of life of those that owe a reply; changes are told once."""
+        self.beats = beats
+        silent = set()
+        for work in self.open_round.pending.values():
+            name = work.site.name
+            if name in beats and name not in self._heard:
+                self._heard.add(name)
+                work.site.start_s = now_s - work.sent_at_s
+            if self._is_silent(work, beats.get(name), now_s):
+                silent.add(name)
+        owing = {work.site.name for work in self.open_round.pending.values()}
+        for name in sorted(silent - self.silent):
+            self._tell("client_silent", name, "is silent: the round goes on without it")
+        for name in sorted((self.silent - silent) & owing):
+            self._tell("client_back", name, "is heard again")
+        self.silent = silent
+
+    def _is_silent(self, work: Work, beat: Mapping[str, str] | None, now_s: float) -> bool:
+        if beat is None:
+            if work.site.hello.warning:  # it can't reach Redis: nothing follows from its silence
+                return False
+            patience_s = max(_START_MIN_S, _START_FACTOR * (work.site.start_s or 0.0))
+            return bool(work.site.start_s) and now_s - work.sent_at_s > patience_s
+        if beat.get("state") == "sending":  # the worker is done: Flower carries its reply
+            return False
+        return float(beat.get("age", 0.0)) > silence_s(self.heartbeat_s)
+
+    def _tell(self, kind: str, name: str, what: str) -> None:
+        number = self.open_round.number
+        self.telemetry.event(kind, f"Node {name} {what}", round=number, client=name)
+
+    def view(self, now_s: float, *, waiting: int, rows_left: bool) -> RoundView:
+        """The round as the rules see it; `waiting` clients could take work, `rows_left` to lease."""
+        working = {name: b for name, b in self.beats.items() if name not in self.silent}
+        trained = [beat for beat in self.beats.values() if int(beat.get("step", 0)) > 0]
+        training = [beat for beat in working.values() if int(beat.get("step", 0)) > 0]
+        tokens = sum(int(beat.get("tokens", 0)) for beat in trained)
+        return RoundView(
+            elapsed_s=now_s - self.open_round.opened_at_s,
+            tokens=self.open_round.tokens + tokens,
+            training=len(training) + len(self.open_round.taken),
+            pending=len(self.open_round.pending),
+            replied=self.open_round.answered,
+            silent=len(self.silent),
+            waiting=waiting,
+            tokens_per_s=sum(float(beat.get("tokens_per_s", 0.0)) for beat in training),
+            rows_left=rows_left,
+        )
+
+    @property
+    def awaited(self) -> list[Work]:
+        """Whose reply is still to be expected."""
+        return [w for w in self.open_round.pending.values() if w.site.name not in self.silent]
+
+    def measure(self, work: Work, reply: TrainReply, now_s: float) -> None:
+        """Learn from a reply what this site's rounds cost besides training."""
+        site = work.site
+        if reply.tokens > 0 and reply.train_s > 0:  # who had no time to train is not slow
+            site.tokens_per_s = reply.tokens / reply.train_s
+            site.fixed_cost_s = max(0.0, now_s - work.sent_at_s - reply.train_s)
+        if self.ended_at_s is not None:
+            site.upload_s = now_s - self.ended_at_s
+
+
+def uploads_s(works: Collection[Work]) -> list[float]:
+    """What the sites of `works` needed for their last reply; empty if one's is not known yet."""
+    known = [work.site.upload_s for work in works]
+    return [s for s in known if s is not None] if None not in known else []
