@@ -82,7 +82,7 @@ def _start_rank(
     # torch takes seconds to import: a supervisor that dies meanwhile must be noticed too
     code = (
         "from pilot.worker.group import die_with_parent; die_with_parent(); "
-        "from pilot.worker.loop import main; main()"
+        "from pilot.worker.serve import main; main()"
     )
     command = [sys.executable, "-c", code, str(directory)]
     return subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochat.common import UserError, default_compute_dtype
+from nanochat.common import default_compute_dtype
 from nanochat.dataloader import RowStream
 from nanochat.dataloader import Segment as RowSegment
 from nanochat.gpt import GPT
@@ -28,93 +27,21 @@ from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
-from pilot.codec import decode, encode
-from pilot.config import PilotError, RunConfig
+from pilot.config import RunConfig
 from pilot.coordinator import ClientCoordinator, resolve_url
-from pilot.messages import (
-    LEASE_USED_UP,
-    HelloOrder,
-    HelloReply,
-    Part,
-    TrainOrder,
-    TrainReply,
-    from_header,
-    package_hash,
-    to_header,
-)
+from pilot.messages import LEASE_USED_UP, TrainOrder, TrainReply
 from pilot.notice import notice_files
 from pilot.worker.group import last_words
 from pilot.worker.inner_state import InnerState, inner_state_dir
 from pilot.worker.ranks import Ranks
-from pilot.worker.site import SiteData, hello, open_data
+from pilot.worker.site import SiteData, open_data
 from pilot.worker.stop import Progress, StopWatcher
-from pilot.worker.wire import receive_frame, send_frame
 
 _LOSS_EMA = 0.9
 _BEYOND = 1 << 40  # a row number that no shard has
 _LOG_EVERY_S = 1.0  # reading the loss waits for the device: not oftener than this
 
 log = logging.getLogger("pilot.worker")
-
-
-def main() -> None:
-    """Serve one connection as the rank that the supervisor's environment says."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    directory, rank = Path(sys.argv[1]), int(os.environ["PILOT_RANK"])
-    try:
-        if rank == 0:
-            _serve(directory)
-        else:
-            _follow(directory)
-    except Exception as error:
-        # last words for the handle: the reason, not "a process ended with code 1"
-        told = isinstance(error, (UserError, PilotError))
-        last_words(directory, str(error) if told else f"{type(error).__name__}: {error}")
-        raise
-
-
-def _serve(directory: Path) -> None:
-    """Rank 0: one order in, one answer out."""
-    received = time.monotonic()
-    with socket.socket(fileno=int(os.environ["PILOT_LISTENER"])) as listener:
-        connection, _ = listener.accept()
-    with connection:
-        receive_frame(connection)  # the other end's package hash, which it compares with ours
-        send_frame(connection, {"package": package_hash()})
-        header, parts = receive_frame(connection)
-        received = time.monotonic()
-        order = from_header(header)
-        answer: HelloReply | TrainReply
-        update: dict[str, Tensor]
-        if isinstance(order, HelloOrder):
-            answer, update = hello(order), {}
-        elif isinstance(order, TrainOrder):
-            answer, update = _train(directory, order, parts, received)
-        else:
-            raise ValueError(f"a worker takes orders, not {type(order).__name__}")
-        wire_dtype = str(order.config["wire-dtype"])
-        send_frame(connection, to_header(answer), encode(update, dtype=wire_dtype))
-
-
-def _train(
-    directory: Path, order: TrainOrder, parts: list[Part], received: float
-) -> tuple[TrainReply, dict[str, Tensor]]:
-    weights = decode(parts)
-    ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
-    ranks.broadcast_json(to_header(order))
-    result = Round(order, ranks, received).run(weights)
-    ranks.leave()  # not after an error: the others would fail too, and tell it before we have
-    return result
-
-
-def _follow(directory: Path) -> None:
-    """Any other rank: the same round, told by rank 0, which alone speaks."""
-    logging.getLogger("nanochat").setLevel(logging.WARNING)
-    ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
-    order = from_header(ranks.broadcast_json(None))
-    assert isinstance(order, TrainOrder)
-    Round(order, ranks, time.monotonic()).run({})
-    ranks.leave()
 
 
 class Round:
@@ -144,7 +71,6 @@ class Round:
             reply = self._steps(model, data, stop)
             if self.order.final:
                 self.inner.forget()
-            self.progress.state = "sending"
             reply |= {
                 "eval_nats": nats,
                 "eval_bytes": num_bytes,
@@ -266,9 +192,10 @@ class Round:
                     pending_tokens, read_at = 0, time.monotonic()
             nats += pending.double().cpu()
         train_s = time.monotonic() - began
+        row_counts = self._row_counts(data, stream, stop)
+        stop.tell("sending")
         if keeps and progress.step:
             self.inner.keep(optimizer, self.order.fence)
-        row_counts = self._row_counts(data, stream, stop)
         if not stop.reason:
             stop.stop("steps done" if self.order.segments else "nothing leased")
         if self.ranks.first and self.order.segments:

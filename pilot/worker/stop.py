@@ -104,6 +104,17 @@ class StopWatcher:
             self.stop("deadline")
         return bool(self.reason)
 
+    def tell(self, state: str) -> None:
+        """Enter `state`, and let the server know at once: what follows may take longer than a heartbeat."""
+        self._progress.state = state
+        self._beat()
+
+    def _beat(self) -> None:
+        if self._coordinator is not None:
+            expiry_s = max(10.0, _EXPIRY_HEARTBEATS * self._heartbeat_s)
+            values = asdict(self._progress) | {"leaving": self.leaving}
+            self._coordinator.beat(values, expiry_s=expiry_s)
+
     def _look(self) -> None:
         """Look at all sources that nobody tells us of."""
         if not self.leaving and (reason := noticed(self._notices)):
@@ -116,13 +127,10 @@ class StopWatcher:
             self.stop(reason)
 
     def _watch(self) -> None:
-        expiry_s = max(10.0, _EXPIRY_HEARTBEATS * self._heartbeat_s)
         beat_at = time.monotonic()
         while not self._done.is_set():
-            if self._coordinator is not None and time.monotonic() >= beat_at:
-                self._coordinator.beat(
-                    asdict(self._progress) | {"leaving": self.leaving}, expiry_s=expiry_s
-                )
+            if time.monotonic() >= beat_at:
+                self._beat()
                 beat_at = time.monotonic() + self._heartbeat_s
             self._look()
             if self.leaving:

@@ -140,6 +140,15 @@ def test_progress_is_what_the_server_sees_until_the_end_and_after_it(
     assert not [t for t in threading.enumerate() if t.name == "pilot-stop"]
 
 
+def test_a_state_that_is_told_is_seen_at_once_however_far_the_next_heartbeat(
+    redis_url: str, leader: ServerCoordinator
+) -> None:
+    with watched(redis_url, heartbeat_s=3600.0) as stop:
+        until(lambda: leader.heartbeats(["c"]))
+        stop.tell("sending")
+        assert leader.heartbeats(["c"])["c"]["state"] == "sending"
+
+
 # -- leaving -------------------------------------------------------------------------------------
 
 
