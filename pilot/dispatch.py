@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pilot.codec import encode
 from pilot.config import RunConfig
+from pilot.ledger import Lease
 from pilot.mailbox import Mailbox
 from pilot.messages import Fence, HelloOrder, Part, TrainOrder, to_header
 from pilot.open_round import OpenRound, Work
@@ -33,34 +34,34 @@ class Dispatcher:
     ) -> None:
         """An order to each of `sites`; together they evaluate all validation rows."""
         parts = encode(self.state.weights)
-        rows = self.config.eval_rows
+        rows, leases = self.config.eval_rows, {}
+        if not evaluate_only:
+            wanted = {s.name: self._rows_wanted(s, self._share(s, sites)) for s in sites}
+            leases = self.state.ledger.lease_all(wanted, step_rows=self.config.batch_rows)
         for i, site in enumerate(sites):
             eval_rows = (i * rows // len(sites), (i + 1) * rows // len(sites))
-            wanted = 0 if evaluate_only else self._rows_wanted(site, self._share(site, sites))
-            share = self._share(site, sites)
-            self._send(open_round, site, share, wanted, eval_rows, parts, final=evaluate_only)
+            lease, share = leases.get(site.name), self._share(site, sites)
+            self._send(open_round, site, share, lease, eval_rows, parts, final=evaluate_only)
 
     def join(self, open_round: OpenRound, site: Site) -> None:
         """An order to a site that came while the round runs; it has no part in the evaluation."""
         sites = [*(work.site for work in open_round.pending.values()), site]
         share = self._share(site, sites)
         parts = encode(self.state.weights)
-        self._send(open_round, site, share, self._rows_wanted(site, share), (0, 0), parts)
+        lease = self.state.ledger.lease(site.name, self._rows_wanted(site, share))
+        self._send(open_round, site, share, lease, (0, 0), parts)
 
     def _send(
         self,
         open_round: OpenRound,
         site: Site,
         share: float,
-        rows_wanted: int,
+        lease: Lease | None,
         eval_rows: tuple[int, int],
         parts: list[Part],
         *,
         final: bool = False,
     ) -> None:
-        ledger, lease = self.state.ledger, None
-        if rows_wanted:
-            lease = ledger.lease(site.name, rows_wanted, shards=set(site.hello.shards))
         lease_id = lease.lease_id if lease else 0
         fence = Fence(self.config.run_name, self.term, open_round.number, lease_id)
         elapsed_s = self.clock.now_s() - open_round.opened_at_s
@@ -87,7 +88,7 @@ class Dispatcher:
             open_round.add(Work(message_id, site, fence, lease, self.clock.now_s()))
             open_round.used_up.discard(site.name)
         elif lease:
-            ledger.give_back(lease.lease_id)
+            self.state.ledger.give_back(lease.lease_id)
 
     def _share(self, site: Site, sites: Sequence[Site]) -> float:
         """The site's share of the federation's token rate; equal shares where work is fixed."""
@@ -114,5 +115,5 @@ class Dispatcher:
 
     def _shard_tokens(self) -> float:
         """Tokens of an average shard; as long as none is known, no limit (a lease then counts shards)."""
-        counts = self.state.ledger.row_counts.values()
-        return sum(counts) / len(counts) * self.config.sequence_len if counts else float("inf")
+        rows = self.state.ledger.mean_shard_rows
+        return float(rows * self.config.sequence_len) if rows else float("inf")

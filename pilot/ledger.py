@@ -6,15 +6,21 @@ returns all of it. Nothing else changes a state, so `leased = committed + return
 moment, and a row can be committed only once.
 
 A shard's row count is unknown until somebody has packed it. Such a shard is leased open-ended, to one
-client at a time, and the count comes back with the reply. Only counts that were committed enter the
+client at a time, and the count comes back with the reply. Only counts of accepted replies enter the
 books, so that a resumed server leases exactly what an uninterrupted one would have.
+
+What a round costs grows with the leases that it opens and ends, not with the shards there are.
 
 Pure: standard library only, no clock, no randomness (the order of shards is passed in).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from pilot.disks import Disk, Disks
+from pilot.epoch_rows import EpochRows
+from pilot.intervals import UNKNOWN_END
 
 
 class LedgerError(ValueError):
@@ -67,36 +73,6 @@ class Lease:
     last: bool
 
 
-@dataclass
-class _Epoch:
-    """One pass over the shards: their order, what is free of each, and what is committed.
-
-    `untouched` shards are free as a whole; `pieces` has what is free of the others. `tenants` says who
-    last committed rows of a shard: that client has it packed.
-    """
-
-    position: dict[int, int]  # shard → place in the epoch's order
-    untouched: dict[int, None]  # an ordered set
-    pieces: dict[int, list[tuple[int, int | None]]] = field(default_factory=dict)
-    committed: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    tenants: dict[int, str] = field(default_factory=dict)
-
-    def next_shard(self, client: str, shards: Collection[int] | None) -> int | None:
-        """The free shard that `client` takes next: one it was at, else a new one, else another's.
-
-        A function of what is committed and open, not of how it came about: a resumed server, which
-        sees the same, chooses the same.
-        """
-        allowed = [shard for shard in self.pieces if shards is None or shard in shards]
-        own = [shard for shard in allowed if self.tenants.get(shard) == client]
-        new = [shard for shard in allowed if shard not in self.tenants]
-        new += [s for s in self.untouched if shards is None or s in shards][:1]
-        for candidates in (own, new, allowed):
-            if candidates:
-                return min(candidates, key=self.position.__getitem__)
-        return None
-
-
 class Ledger:
     """The state of all rows of a run; see the module's text for the rules."""
 
@@ -109,68 +85,98 @@ class Ledger:
         self.open: dict[int, Lease] = {}
         self._next_lease_id = 1
         self._epochs = []
-        for epoch in range(epochs):
-            order = list(shard_order(epoch))
+        for number in range(epochs):
+            order = list(shard_order(number))
             if sorted(order) != list(range(num_shards)):
                 raise ValueError(
-                    f"shard_order({epoch}) is not a permutation of {num_shards} shards"
+                    f"shard_order({number}) is not a permutation of {num_shards} shards"
                 )
-            position = {shard: place for place, shard in enumerate(order)}
-            self._epochs.append(_Epoch(position, untouched=dict.fromkeys(order)))
+            self._epochs.append(EpochRows(order, self.row_counts))
+        self._disks = Disks(num_shards)
+        self._known_rows = 0  # the sum of row_counts
+        self._complete = 0  # shards, in each epoch, of which all rows are committed
         self.rows_leased = self.rows_committed = self.rows_returned = 0
 
     # -- leasing ---------------------------------------------------------------------------------
 
-    def lease(
-        self, client: str, rows_wanted: int, *, shards: Collection[int] | None = None
-    ) -> Lease | None:
-        """Lease about `rows_wanted` free rows of `shards` (those the client has; None: any).
+    def register(self, client: str, shards: Collection[int], *, fetches: bool = False) -> None:
+        """`client` has `shards` on its disk (others than the training shards are passed over).
 
-        Earlier epochs are leased before later ones; within one, see `_Epoch.next_shard`.
-        Shards of unknown size count as an average known one, or half of what is wanted if none is
-        known. Returns None when nothing is free for this client.
+        From now on it is leased rows of these; if it `fetches` what it lacks, of others behind
+        them. A client that was never registered may be leased any shard. Said again when it changes.
         """
-        if rows_wanted < 1:
-            raise ValueError(f"rows_wanted must be positive, not {rows_wanted}")
+        self._disks.register(client, shards, fetches=fetches)
+
+    def lease(self, client: str, rows_wanted: int) -> Lease | None:
+        """Lease about `rows_wanted` free rows; None when nothing is free for this client.
+
+        Earlier epochs come before later ones; within one, see `EpochRows.choose`. Shards of
+        unknown size count as an average known one, or half of what is wanted if none is known. A
+        client may have several open leases.
+        """
+        return self.lease_all({client: rows_wanted}).get(client)
+
+    def lease_all(self, wanted: Mapping[str, int], *, step_rows: int = 1) -> dict[str, Lease]:
+        """Lease to each client about the rows `wanted`, or its fair share where too few are free.
+
+        Clients that have the same shards share what is free of them in proportion to what they
+        want, in whole steps of `step_rows` rows, at least one. Those with the fewest shards choose
+        first. Clients for whom nothing is left are not in the result.
+        """
+        sharing: dict[tuple[Disk, ...], list[str]] = {}
+        for client, rows in wanted.items():
+            if rows < 1:
+                raise ValueError(f"rows_wanted must be positive, not {rows}")
+            sharing.setdefault(self._disks.of(client), []).append(client)
+        leases = {}
+        for disks, clients in sorted(sharing.items(), key=lambda item: item[0][-1].size):
+            demand = sum(wanted[client] for client in clients)
+            guess = max(1, -(-demand // (2 * len(clients))))
+            left = self._free_rows(disks[-1], demand, guess)
+            for client in clients:
+                rows = wanted[client]
+                if left < demand and rows < demand:  # the last of them has what remains
+                    share = left * rows // demand
+                    rows = min(rows, max(step_rows, share - share % step_rows))
+                demand -= wanted[client]
+                if lease := self._lease(client, disks, rows, guess):
+                    leases[client] = lease
+                    left -= sum(self._size(*_interval(s), guess) for s in lease.segments)
+        return leases
+
+    def _free_rows(self, disk: Disk, enough: int, guess: int) -> int:
+        """Free rows of the disk's shards; looks no further once it has seen `enough`."""
+        rows = 0
+        for epoch in self._epochs:
+            for first, end in epoch.free_rows(disk.places(epoch)):
+                if rows >= enough:
+                    return rows
+                rows += self._size(first, end, guess)
+        return rows
+
+    def _lease(self, client: str, disks: tuple[Disk, ...], rows: int, guess: int) -> Lease | None:
         segments: list[Segment] = []
-        missing = rows_wanted
         for number, epoch in enumerate(self._epochs):
-            while missing > 0 and (shard := epoch.next_shard(client, shards)) is not None:
-                segment = self._take(number, epoch, shard, missing)
-                segments.append(segment)
-                missing -= self._estimated_rows(segment, rows_wanted)
-            if missing <= 0:
-                break
+            for disk in disks if epoch.any_free and rows > 0 else ():
+                places = disk.places(epoch)
+                while rows > 0 and (shard := epoch.choose(client, places)) is not None:
+                    first, end = epoch.take(shard, rows, client)
+                    rows -= self._size(first, end, guess)
+                    end_row = None if end == UNKNOWN_END else end
+                    segments.append(Segment(number, shard, first, end_row))
         if not segments:
             return None
-        last = not self.free_for(shards)
-        lease = Lease(self._next_lease_id, client, tuple(segments), last)
+        lease = Lease(self._next_lease_id, client, tuple(segments), not self.free_for(client))
         self._next_lease_id += 1
         self.open[lease.lease_id] = lease
-        self.rows_leased += sum(s.rows or 0 for s in segments)
+        self.rows_leased += sum(segment.rows or 0 for segment in segments)
         return lease
 
-    def _take(self, number: int, epoch: _Epoch, shard: int, rows: int) -> Segment:
-        """Cut up to `rows` rows off the front of the shard's free rows (an open end is taken whole)."""
-        if shard in epoch.untouched:
-            del epoch.untouched[shard]
-            epoch.pieces[shard] = [(0, self.row_counts.get(shard))]
-        pieces = epoch.pieces[shard]
-        first, end = pieces.pop(0)
-        if end is not None and end - first > rows:
-            pieces.insert(0, (first + rows, end))
-            end = first + rows
-        if not pieces:
-            del epoch.pieces[shard]
-        return Segment(number, shard, first, end)
-
-    def _estimated_rows(self, segment: Segment, rows_wanted: int) -> int:
-        if segment.rows is not None:
-            return segment.rows
-        if not self.row_counts:
-            return max(1, -(-rows_wanted // 2))
-        mean = sum(self.row_counts.values()) // len(self.row_counts)
-        return max(1, mean - segment.first_row)
+    def _size(self, first: int, end: int, guess: int) -> int:
+        """Rows in [first, end); as a mean shard has them if nobody knows, or `guess`."""
+        if end != UNKNOWN_END:
+            return end - first
+        return max(1, self.mean_shard_rows - first) if self.row_counts else guess
 
     # -- ending a lease --------------------------------------------------------------------------
 
@@ -184,6 +190,59 @@ class Ledger:
         """
         self._used_ends(lease_id, consumed, row_counts)
 
+    def accept(
+        self, lease_id: int, consumed: Sequence[Segment], row_counts: Mapping[int, int]
+    ) -> Lease:
+        """The client is done with the lease: it shrinks to `consumed`, the rest is free at once.
+
+        Returns the shrunk lease, which stays open until it is committed or given back. Raises
+        LedgerError (nothing changes) as `check` does.
+        """
+        used_ends = self._used_ends(lease_id, consumed, row_counts)
+        lease = self.open[lease_id]
+        for shard in {segment.shard for segment in lease.segments} & row_counts.keys():
+            self._learn_count(shard, row_counts[shard])
+        kept = []
+        for segment, used_end in zip(lease.segments, used_ends, strict=True):
+            epoch, used = self._epochs[segment.epoch], used_end - segment.first_row
+            if segment.end_row is None:  # only now is it known how many rows that were
+                self.rows_leased += used
+            else:
+                self.rows_returned += segment.end_row - used_end
+            if segment.end_row != used_end:
+                epoch.release(segment.shard, _interval(segment), lease.client, used_end)
+            if used:
+                kept.append(replace(segment, end_row=used_end))
+        self.open[lease_id] = replace(lease, segments=tuple(kept))
+        return self.open[lease_id]
+
+    def commit(
+        self, lease_id: int, consumed: Sequence[Segment], row_counts: Mapping[int, int]
+    ) -> int:
+        """The model has absorbed `consumed`; the rest of the lease is free again. Returns its rows.
+
+        Raises LedgerError (nothing changes) as `check` does.
+        """
+        lease = self.accept(lease_id, consumed, row_counts)
+        del self.open[lease_id]
+        committed = 0
+        for segment in lease.segments:
+            epoch, shard = self._epochs[segment.epoch], segment.shard
+            epoch.absorb(shard, _interval(segment), lease.client)
+            self._complete += epoch.committed_rows(shard) == self.row_counts.get(shard)
+            committed += segment.rows or 0
+        self.rows_committed += committed
+        return committed
+
+    def give_back(self, lease_id: int) -> None:
+        """All rows of the lease are free again; a lease that is not open is no error."""
+        if (lease := self.open.pop(lease_id, None)) is None:
+            return
+        for segment in lease.segments:
+            epoch = self._epochs[segment.epoch]
+            epoch.release(segment.shard, _interval(segment), lease.client, segment.first_row)
+            self.rows_returned += segment.rows or 0
+
     def _used_ends(
         self, lease_id: int, consumed: Sequence[Segment], row_counts: Mapping[int, int]
     ) -> list[int]:
@@ -194,7 +253,7 @@ class Ledger:
         for shard, count in row_counts.items():
             self._check_count(shard, count)
         ends = []
-        left = list(reversed(consumed))
+        left = [segment for segment in reversed(consumed) if segment.rows != 0]
         whole = True  # all segments so far were used to their end
         for leased in lease.segments:
             end, used_end = self._end(leased, row_counts), leased.first_row
@@ -217,72 +276,24 @@ class Ledger:
     def _check_count(self, shard: int, count: int) -> None:
         """Raise LedgerError if the shard can't have `count` rows."""
         known = self.row_counts.get(shard)
-        if not 0 <= shard < self.num_shards or known not in (None, count):
+        if not 0 <= shard < self.num_shards or known not in (None, count) or count < 0:
             raise LedgerError(f"shard {shard} has {known} rows in the books, not {count}")
-        seen = max((i[-1][1] for e in self._epochs if (i := e.committed.get(shard))), default=0)
-        if count < seen:
-            raise LedgerError(f"shard {shard} has {count} rows, but {seen} of it are committed")
+        used = max((epoch.used_rows(shard) for epoch in self._epochs), default=0)
+        if known is None and count < used:
+            raise LedgerError(f"shard {shard} has {count} rows, but {used} of it were trained on")
 
     def _end(self, segment: Segment, row_counts: Mapping[int, int]) -> int | None:
         known = row_counts.get(segment.shard, self.row_counts.get(segment.shard))
         return known if segment.end_row is None else segment.end_row
 
-    def commit(
-        self, lease_id: int, consumed: Sequence[Segment], row_counts: Mapping[int, int]
-    ) -> int:
-        """The model has absorbed `consumed`; the rest of the lease is free again. Returns its rows.
-
-        Raises LedgerError (nothing changes) as `check` does.
-        """
-        used_ends = self._used_ends(lease_id, consumed, row_counts)
-        lease = self.open.pop(lease_id)
-        # an open end is leased only once its rows are known: counted here, where they are consumed
-        for shard in {s.shard for s in lease.segments}:
-            if shard in row_counts:
-                self._learn_count(shard, row_counts[shard])
-        committed = 0
-        for leased, used_end in zip(lease.segments, used_ends, strict=True):
-            rows = used_end - leased.first_row
-            if rows:
-                self._mark_committed(lease.client, leased, used_end)
-            committed += rows
-            if leased.end_row is None:
-                self.rows_leased += rows
-            self._return(leased, used_end, self._end(leased, row_counts))
-        self.rows_committed += committed
-        return committed
-
-    def give_back(self, lease_id: int) -> None:
-        """All rows of the lease are free again; a lease that is not open is no error."""
-        lease = self.open.pop(lease_id, None)
-        for segment in lease.segments if lease else ():
-            self._return(segment, segment.first_row, self._end(segment, {}))
-
     def _learn_count(self, shard: int, count: int) -> None:
-        """Close the open ends that free pieces of this shard have in any epoch."""
-        if shard in self.row_counts:
-            return
-        self.row_counts[shard] = count
-        for epoch in self._epochs:
-            if count == 0:
-                epoch.untouched.pop(shard, None)
-            pieces = epoch.pieces.pop(shard, [])
-            closed = [(first, count if end is None else end) for first, end in pieces]
-            if kept := [(first, end) for first, end in closed if first < end]:
-                epoch.pieces[shard] = [*kept]
-
-    def _mark_committed(self, client: str, leased: Segment, end: int) -> None:
-        self._epochs[leased.epoch].tenants[leased.shard] = client
-        committed = self._epochs[leased.epoch].committed
-        committed[leased.shard] = _insert(committed.get(leased.shard, []), leased.first_row, end)
-
-    def _return(self, leased: Segment, first: int, end: int | None) -> None:
-        if leased.end_row is not None:
-            self.rows_returned += leased.end_row - first
-        if end is not None and first >= end:
-            return
-        pieces = self._epochs[leased.epoch].pieces
-        pieces[leased.shard] = _insert_open(pieces.get(leased.shard, []), first, end)
+        """Close the open ends that free rows of this shard have in any epoch."""
+        if shard not in self.row_counts:
+            self.row_counts[shard] = count
+            self._known_rows += count
+            for epoch in self._epochs:
+                epoch.close(shard, count)
+                self._complete += epoch.committed_rows(shard) == count
 
     # -- what the books say ----------------------------------------------------------------------
 
@@ -294,29 +305,36 @@ class Ledger:
     @property
     def exhausted(self) -> bool:
         """Nothing is free: every row is committed or leased."""
-        return not any(epoch.untouched or epoch.pieces for epoch in self._epochs)
+        return not any(epoch.any_free for epoch in self._epochs)
 
-    def free_for(self, shards: Collection[int] | None) -> bool:
-        """Whether any row of `shards` is free."""
-        return any(epoch.next_shard("", shards) is not None for epoch in self._epochs)
+    def free_for(self, client: str) -> bool:
+        """Whether any row is free that `client` may be leased."""
+        disk = self._disks.of(client)[-1]
+        return any(e.any_free and e.has_free(disk.places(e)) for e in self._epochs)
+
+    @property
+    def mean_shard_rows(self) -> int:
+        """Rows of an average shard, of those whose number is known; 0 if there is none."""
+        return self._known_rows // max(1, len(self.row_counts))
 
     def committed(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """(epoch, shard) → sorted, disjoint intervals of rows that the model has seen."""
         return {
             (number, shard): list(intervals)
             for number, epoch in enumerate(self._epochs)
-            for shard, intervals in epoch.committed.items()
+            for shard, _, intervals in epoch.committed()
         }
 
     def progress(self) -> tuple[float, int, int]:
-        """(share of the data committed, 0..1; shards complete; shards of all epochs)."""
-        complete, share, total = 0, 0.0, self.num_shards * len(self._epochs)
-        for epoch in self._epochs:
-            for shard, count in self.row_counts.items():
-                rows = sum(end - first for first, end in epoch.committed.get(shard, []))
-                complete += rows == count
-                share += rows / count if count else 1.0
-        return share / total, complete, total
+        """(share of the rows committed, 0..1; shards complete; shards of all epochs).
+
+        Shards of unknown size count as average ones.
+        """
+        unknown, epochs = self.num_shards - len(self.row_counts), len(self._epochs)
+        rows = epochs * (self._known_rows + unknown * self.mean_shard_rows)
+        done = float(unknown == 0)  # if there is no row in them
+        share = min(1.0, self.rows_committed / rows) if rows else done
+        return share, self._complete, self.num_shards * epochs
 
     # -- disk ------------------------------------------------------------------------------------
 
@@ -328,8 +346,9 @@ class Ledger:
             "next_lease_id": self._next_lease_id,
             "row_counts": sorted([s, n] for s, n in self.row_counts.items()),
             "committed": sorted(
-                [epoch, shard, self._epochs[epoch].tenants[shard], [list(p) for p in intervals]]
-                for (epoch, shard), intervals in self.committed().items()
+                [number, shard, tenant, [list(interval) for interval in intervals]]
+                for number, epoch in enumerate(self._epochs)
+                for shard, tenant, intervals in epoch.committed()
             ),
         }
 
@@ -343,51 +362,28 @@ class Ledger:
         )
         ledger._next_lease_id = state["next_lease_id"]
         for shard, count in state["row_counts"]:
+            ledger._check_count(shard, count)
             ledger._learn_count(shard, count)
         for number, shard, tenant, intervals in state["committed"]:
-            ledger._restore(number, shard, [(first, end) for first, end in intervals])
-            ledger._epochs[number].tenants[shard] = tenant
+            ledger._restore(number, shard, tenant, [(first, end) for first, end in intervals])
         ledger.rows_leased = ledger.rows_committed
         return ledger
 
-    def _restore(self, number: int, shard: int, intervals: list[tuple[int, int]]) -> None:
-        epoch, count = self._epochs[number], self.row_counts.get(shard)
-        del epoch.untouched[shard]
-        free: list[tuple[int, int | None]] = []
-        position = 0
-        for first, end in intervals:
-            if first < position or end <= first or (count is not None and end > count):
-                raise LedgerError(
-                    f"committed rows {first}-{end} of shard {shard} overlap or exceed"
-                )
-            if first > position:
-                free.append((position, first))
-            position = end
-            self.rows_committed += end - first
-        if count is None or position < count:
-            free.append((position, count))
-        epoch.committed[shard] = intervals
-        if free:
-            epoch.pieces[shard] = free
+    def _restore(
+        self, number: int, shard: int, tenant: str, committed: list[tuple[int, int]]
+    ) -> None:
+        if not 0 <= number < len(self._epochs):
+            raise LedgerError(f"rows of epoch {number} are committed, but there is no such epoch")
+        epoch = self._epochs[number]
+        try:
+            epoch.restore(shard, committed, tenant)
+        except ValueError as error:
+            raise LedgerError(f"the committed rows of epoch {number} can't be: {error}") from error
+        rows = epoch.committed_rows(shard)
+        self.rows_committed += rows
+        self._complete += rows == self.row_counts.get(shard)
 
 
-def _insert(intervals: Iterable[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
-    """Add [first, end) to disjoint sorted intervals, joining neighbours; raises if it overlaps."""
-    merged: list[tuple[int, int]] = []
-    for a, b in sorted([*intervals, (first, end)]):
-        if merged and a < merged[-1][1]:
-            raise LedgerError(f"rows {a}-{min(b, merged[-1][1])} are there twice")
-        if merged and a == merged[-1][1]:
-            merged[-1] = (merged[-1][0], b)
-        else:
-            merged.append((a, b))
-    return merged
-
-
-def _insert_open(
-    intervals: Iterable[tuple[int, int | None]], first: int, end: int | None
-) -> list[tuple[int, int | None]]:
-    """As `_insert`, where an end may be open (the last interval's only)."""
-    far = 1 << 62
-    closed = _insert([(a, far if b is None else b) for a, b in intervals], first, end or far)
-    return [(a, None if b == far else b) for a, b in closed]
+def _interval(segment: Segment) -> tuple[int, int]:
+    end = UNKNOWN_END if segment.end_row is None else segment.end_row
+    return segment.first_row, end

@@ -6,6 +6,7 @@ they must agree on is what the snapshot says, or else the first answer that `min
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pilot.mailbox import Answer, Mailbox
@@ -54,6 +55,7 @@ class Roster:
     min_clients: int
     fingerprints: dict[str, str]
     closed: bool = False  # no node will come that isn't there yet
+    joined: Callable[[Site], None] = lambda site: None  # told of each site that may train
     refusals: dict[str, str] = field(default_factory=dict)  # site → sentence
     _asked: dict[str, int] = field(default_factory=dict)  # message id → node id
     _known: dict[int, float] = field(default_factory=dict)  # node → when to ask it (again)
@@ -113,6 +115,7 @@ class Roster:
                 continue
             site.remember(self._measured.get(name))
             self._accepted[name] = self._measured[name] = site
+            self.joined(site)
             self.refusals.pop(name, None)
             self.refusals.pop(f"node {site.node_id}", None)
             log.info(

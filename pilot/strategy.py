@@ -82,7 +82,13 @@ class PilotStrategy:
         self.dispatcher = Dispatcher(config, state, term, mailbox, clock, redis_url)
         hello = self.dispatcher.hello_order()
         self.roster = Roster(
-            mailbox, hello, clock, config.min_clients, state.fingerprints, closed=closed
+            mailbox,
+            hello,
+            clock,
+            config.min_clients,
+            state.fingerprints,
+            closed=closed,
+            joined=lambda site: state.ledger.register(site.name, site.hello.shards),
         )
         self._failed_rounds = 0
         self._incomplete_since_s: float | None = None
@@ -143,8 +149,7 @@ class PilotStrategy:
         """Sites that can take work now: idle, not leaving, and with rows left to train on."""
         sites = [site for site in self.roster.ready() if site.name not in self._leaving]
         if to_train:
-            ledger = self.state.ledger
-            sites = [site for site in sites if ledger.free_for(set(site.hello.shards))]
+            sites = [site for site in sites if self.state.ledger.free_for(site.name)]
         return sites
 
     # -- 1. open, 2. send ------------------------------------------------------------------------
@@ -196,7 +201,7 @@ class PilotStrategy:
 
     def _view(self, open_round: OpenRound, monitor: RoundMonitor) -> RoundView:
         new = [s for s in self._newcomers(open_round) if s.name not in open_round.used_up]
-        rows_left = self.state.ledger.free_for(None)
+        rows_left = not self.state.ledger.exhausted
         return monitor.view(self.clock.now_s(), waiting=len(new), rows_left=rows_left)
 
     def _join(self, open_round: OpenRound, monitor: RoundMonitor, rules: RoundRules) -> None:

@@ -38,7 +38,8 @@ class Server:
         self.config = RunConfig(**(defaults | values))
         ledger = Ledger(num_shards=8, epochs=1, shard_order=lambda _: range(8))
         for shard in range(8) if known_rows else ():
-            lease = ledger.lease("z", 1, shards={shard})
+            ledger.register("z", {shard})
+            lease = ledger.lease("z", 1)
             assert lease is not None
             ledger.commit(lease.lease_id, [], {shard: known_rows})
         self.state = RunState(self.config, WEIGHTS, ledger, total_tokens=1_000_000)
@@ -140,10 +141,10 @@ def test_site_of_unknown_speed_is_leased_at_least_one_step(tmp_path: Path) -> No
 
 def test_site_is_leased_shards_that_it_has_or_only_evaluates(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, 3, round_steps=1, known_rows=100)
-    server.dispatcher.send_all(
-        server.open,
-        [site(1, shards=range(2, 3)), site(2, shards=range(0)), site(3, shards=range(8, 2000))],
-    )
+    sites = [site(1, shards=range(2, 3)), site(2, shards=range(0)), site(3, shards=range(8, 2000))]
+    for one in sites:
+        server.state.ledger.register(one.name, one.hello.shards)
+    server.dispatcher.send_all(server.open, sites)
     assert {values[1] for values in server.order(1).segments} == {2}
     for node in (2, 3):
         assert server.order(node).segments == [] and server.order(node).fence.lease_id == 0
@@ -176,4 +177,10 @@ def test_last_lease_says_so(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, round_steps=4, known_rows=3)
     server.dispatcher.send_all(server.open, [site(1), site(2)])
     assert [server.order(n).last for n in (1, 2)] == [False, True]
-    assert [server.rows(n) for n in (1, 2)] == [16, 8]
+    assert [server.rows(n) for n in (1, 2)] == [12, 12]
+
+
+def test_sites_share_what_is_left_in_whole_steps(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, 3, round_steps=100, known_rows=4)
+    server.dispatcher.send_all(server.open, [site(1), site(2), site(3)])
+    assert [server.rows(n) for n in (1, 2, 3)] == [8, 12, 12]

@@ -42,7 +42,8 @@ class Round:
         self.open = OpenRound(3, self.state, self.telemetry, spool=self.spool, opened_at_s=0.0)
         self.works = {}
         for number, name in enumerate("abc"):
-            lease = ledger.lease(name, 4, shards={2 * number, 2 * number + 1})
+            ledger.register(name, {2 * number, 2 * number + 1})
+            lease = ledger.lease(name, 4)
             assert lease is not None
             fence = Fence("r", 1, 3, lease.lease_id)
             work = Work(f"m-{name}", Site(name, number, HelloReply()), fence, lease)
@@ -171,7 +172,8 @@ def test_bad_reply_is_refused_and_its_rows_go_back(
     assert one.open.taken == [] and "a" in one.open.failures and lease_id not in one.rows_open
     (told,) = one.refusals()
     assert re.search(reason, told), told
-    again = one.state.ledger.lease("d", 4, shards={0})
+    one.state.ledger.register("d", {0})
+    again = one.state.ledger.lease("d", 4)
     assert again is not None and again.segments[0].first_row == 0
 
 
@@ -214,7 +216,7 @@ def test_reply_without_a_step_gives_its_rows_back_but_its_shards_sizes_count(one
     assert one.take("a", rows=0, row_counts=[[0, 3], [1, 2]])
     assert one.open.taken == [] and one.open.failures == {} and one.refusals() == []
     assert one.state.ledger.row_counts == {0: 3, 1: 2}
-    again = one.state.ledger.lease("a", 4, shards={0, 1})
+    again = one.state.ledger.lease("a", 4)
     assert again is not None and sum(segment.rows or 0 for segment in again.segments) == 4
 
 
@@ -264,7 +266,7 @@ def test_who_has_not_answered_is_no_failure_of_its_site_but_its_rows_go_back(one
 def test_a_client_whose_lease_did_not_last_may_have_another_one_and_both_count(one: Round) -> None:
     one.take("a", 1.0, stopped_by="lease used up")
     assert one.open.used_up == {"a"} and one.open.answered == 1
-    lease = one.state.ledger.lease("a", 4, shards={0, 1})
+    lease = one.state.ledger.lease("a", 4)
     assert lease is not None
     one.works["a"] = replace(
         one.works["a"], lease=lease, fence=replace(one.works["a"].fence, lease_id=lease.lease_id)

@@ -1,0 +1,49 @@
+"""Which shards each client has: said once, when it joins, and never scanned when rows are leased."""
+
+from collections.abc import Collection
+
+from pilot.epoch_rows import EpochRows
+from pilot.intervals import PlaceSet
+
+
+class Disk:
+    """A set of shards; clients that have the same ones share it. `flags` has b"1" for each of them."""
+
+    def __init__(self, flags: bytes) -> None:
+        self.flags, self.size = flags, flags.count(b"1")
+        self._places: dict[EpochRows, PlaceSet] = {}
+
+    def places(self, epoch: EpochRows) -> PlaceSet:
+        """Where the shards stand in the epoch's order; computed once."""
+        if epoch not in self._places:
+            flags = bytes(map(self.flags.__getitem__, epoch.order))
+            self._places[epoch] = PlaceSet.from_flags(flags)
+        return self._places[epoch]
+
+
+class Disks:
+    """The disks of all clients of a run that trains on the shards 0..num_shards-1."""
+
+    def __init__(self, num_shards: int) -> None:
+        self._everything = Disk(b"1" * num_shards)
+        self._disks = {self._everything.flags: self._everything}
+        self._clients: dict[str, tuple[Disk, ...]] = {}
+
+    def register(self, client: str, shards: Collection[int], *, fetches: bool) -> None:
+        """`client` has `shards` on its disk, and no others; it can fetch those if it `fetches`."""
+        flags = bytearray(b"0" * self._everything.size)
+        for shard in shards:
+            if 0 <= shard < self._everything.size:
+                flags[shard] = ord("1")
+        disk = self._disks.setdefault(bytes(flags), Disk(bytes(flags)))
+        self._clients[client] = (disk, self._everything) if fetches else (disk,)
+        if len(self._disks) > 2 * len(self._clients) + 1:  # some are nobody's any more
+            in_use = [self._everything, *(disks[0] for disks in self._clients.values())]
+            self._disks = {disk.flags: disk for disk in in_use}
+
+    def of(self, client: str) -> tuple[Disk, ...]:
+        """Where rows for the client may come from, best first, the last one the widest.
+
+        Any shard, for a client that never said what it has.
+        """
+        return self._clients.get(client, (self._everything,))
