@@ -138,7 +138,7 @@ class EpochRows:
         rows = self._shards.get(shard)
         if rows is None:
             return 0
-        ends = [end for _, end, *_ in (*rows.committed, *rows.leased)]
+        ends = [end for _, end in rows.committed] + [end for _, end, _ in rows.leased]
         return max((end for end in ends if end != UNKNOWN_END), default=0)
 
     def committed(self) -> Iterator[tuple[int, str, list[Interval]]]:
