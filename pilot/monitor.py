@@ -5,15 +5,17 @@ verdict: the round is planned without such a client, but its reply is taken if i
 """
 
 import logging
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from pilot.messages import TrainReply
 from pilot.open_round import OpenRound, Work
 from pilot.rounds import RoundView, silence_s
 from pilot.telemetry import Telemetry
 
-Beats = Mapping[str, Mapping[str, str]]
+Beats = Mapping[str, "Beat"]
 
 # A client that was sent work and has given no sign of life for so long, and so many times as long as
 # it took before, is not coming.
@@ -21,6 +23,35 @@ _START_MIN_S = 45.0
 _START_FACTOR = 4.0
 
 log = logging.getLogger("pilot")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A client's last sign of life: how far it is, `age_s` seconds ago. Of no shard: -1."""
+
+    state: str = ""
+    step: int = 0
+    tokens: int = 0
+    loss: float = 0.0  # nats a token
+    tokens_per_s: float = 0.0
+    shard: int = -1
+    shard_row: int = 0
+    shard_rows: int = 0  # 0: not known yet
+    age_s: float = 0.0
+
+    @staticmethod
+    def of(values: Mapping[str, str]) -> "Beat":
+        """What Redis holds, which may be anything: what is no finite number counts as not said."""
+        known: dict[str, Any] = {}
+        for declared in fields(Beat):
+            text = values.get("age" if declared.name == "age_s" else declared.name)
+            try:
+                value = None if text is None else declared.type(text)  # type: ignore[operator]
+            except ValueError:
+                continue
+            if value is not None and (isinstance(value, str) or math.isfinite(value)):
+                known[declared.name] = value
+        return Beat(**known)
 
 
 @dataclass
@@ -35,9 +66,9 @@ class RoundMonitor:
     beats: Beats = field(default_factory=dict)
     _heard: set[str] = field(default_factory=set)
 
-    def look(self, beats: Beats, now_s: float) -> None:
+    def look(self, heartbeats: Mapping[str, Mapping[str, str]], now_s: float) -> None:
         """Take in the last signs of life of those that owe a reply; changes are told once."""
-        self.beats = beats
+        self.beats = beats = {name: Beat.of(values) for name, values in heartbeats.items()}
         silent = set()
         for work in self.open_round.pending.values():
             name = work.site.name
@@ -53,15 +84,15 @@ class RoundMonitor:
             self._tell("client_back", name, "is heard again")
         self.silent = silent
 
-    def _is_silent(self, work: Work, beat: Mapping[str, str] | None, now_s: float) -> bool:
+    def _is_silent(self, work: Work, beat: Beat | None, now_s: float) -> bool:
         if beat is None:
             if work.site.hello.warning:  # it can't reach Redis: nothing follows from its silence
                 return False
             patience_s = max(_START_MIN_S, _START_FACTOR * (work.site.start_s or 0.0))
             return bool(work.site.start_s) and now_s - work.sent_at_s > patience_s
-        if beat.get("state") == "sending":  # the worker is done: Flower carries its reply
+        if beat.state == "sending":  # the worker is done: Flower carries its reply
             return False
-        return float(beat.get("age", 0.0)) > silence_s(self.heartbeat_s)
+        return beat.age_s > silence_s(self.heartbeat_s)
 
     def _tell(self, kind: str, name: str, what: str) -> None:
         number = self.open_round.number
@@ -70,18 +101,18 @@ class RoundMonitor:
     def view(self, now_s: float, *, waiting: int, rows_left: bool) -> RoundView:
         """The round as the rules see it; `waiting` clients could take work, `rows_left` to lease."""
         working = {name: b for name, b in self.beats.items() if name not in self.silent}
-        trained = [beat for beat in self.beats.values() if int(beat.get("step", 0)) > 0]
-        training = [beat for beat in working.values() if int(beat.get("step", 0)) > 0]
-        tokens = sum(int(beat.get("tokens", 0)) for beat in trained)
+        training = {name: beat for name, beat in working.items() if beat.step > 0}
+        trained = {taken.work.site.name for taken in self.open_round.taken}
+        tokens = sum(beat.tokens for beat in self.beats.values())
         return RoundView(
             elapsed_s=now_s - self.open_round.opened_at_s,
             tokens=self.open_round.tokens + tokens,
-            training=len(training) + len(self.open_round.taken),
+            training=len(training.keys() | trained),
             pending=len(self.open_round.pending),
             replied=self.open_round.answered,
             silent=len(self.silent),
             waiting=waiting,
-            tokens_per_s=sum(float(beat.get("tokens_per_s", 0.0)) for beat in training),
+            tokens_per_s=sum(beat.tokens_per_s for beat in training.values()),
             rows_left=rows_left,
         )
 

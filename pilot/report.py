@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from nanochat.schedule import Schedule
 from pilot.mailbox import Answer
+from pilot.monitor import Beat
 from pilot.open_round import OpenRound
 from pilot.run_state import RoundRecord, RunState
 from pilot.sites import Site
@@ -39,30 +40,23 @@ def round_opened(
 
 
 def progress(
-    beats: Mapping[str, Mapping[str, str]],
-    told: dict[str, object],
-    *,
-    tokens: int,
-    elapsed_s: float,
+    beats: Mapping[str, Beat], told: dict[str, object], *, tokens: int, elapsed_s: float
 ) -> None:
     """One line a client, as its own progress bar would show it; `tokens` is what each may expect.
 
     `told` remembers what was said of each: a client that has not moved gets no line.
     """
     for name, beat in beats.items():
-        now = (beat.get("round"), beat.get("state"), beat.get("tokens"))
+        now = (beat.state, beat.step, beat.tokens)
         if told.get(name) == now:
             continue
         told[name] = now
-        postfix = beat.get("state", "")
-        if int(beat.get("step", 0)):
-            rows = int(beat["shard_rows"])
-            share = 100 * int(beat["shard_row"]) / rows if rows else 0.0
-            postfix = (
-                f"loss={float(beat['loss']):.4f} shard={beat['shard']} shard_progress={share:.1f}%"
-            )
+        postfix = beat.state
+        if beat.step:
+            share = 100 * beat.shard_row / beat.shard_rows if beat.shard_rows else 0.0
+            postfix = f"loss={beat.loss:.4f} shard={beat.shard} shard_progress={share:.1f}%"
         meter = tqdm.format_meter(
-            min(int(beat.get("tokens", 0)), tokens),
+            min(beat.tokens, tokens),
             tokens,
             elapsed_s,
             prefix=name,

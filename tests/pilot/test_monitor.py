@@ -12,7 +12,7 @@ from pilot.config import RunConfig
 from pilot.ledger import Ledger
 from pilot.mailbox import Answer
 from pilot.messages import Fence, HelloReply, TrainReply
-from pilot.monitor import RoundMonitor, uploads_s
+from pilot.monitor import Beat, RoundMonitor, uploads_s
 from pilot.open_round import OpenRound, Work
 from pilot.run_state import RunState
 from pilot.sites import Site
@@ -121,3 +121,16 @@ def test_what_a_round_costs_a_site_is_measured_from_its_replies(watched: Watched
         assert site.tokens_per_s == 4.0, "who had no time to train is not slow"
     assert uploads_s([work]) == [10.0]
     assert uploads_s([work, watched.works["b"]]) == [], "nobody knows how long b takes"
+
+
+def test_nonsense_in_a_heartbeat_counts_as_not_said() -> None:
+    values = {
+        "state": "training",
+        "step": "x",
+        "tokens": "12",
+        "loss": "nan",
+        "age": "inf",
+        "?": "",
+    }
+    assert Beat.of(values) == Beat(state="training", tokens=12)
+    assert Beat.of({}) == Beat()

@@ -1,0 +1,189 @@
+"""Clients that come, go, fall silent or run out of work while a round runs: real Redis, real messages."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation.scripted import FastClock, ScriptedSite, Server, scripted_config
+
+from pilot import strategy
+from pilot.coordinator import ClientCoordinator, ServerCoordinator
+from pilot.local_redis import LocalRedis
+from pilot.messages import LEASE_USED_UP, TrainOrder
+from pilot.telemetry import read_events
+
+TIMED = {"round_steps": 0, "round_min_duration": 1.0, "round_max_duration": 60.0}
+REAL_TIME = 1.0
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with LocalRedis() as server:
+        yield server.url
+
+
+@pytest.fixture
+def server(redis_url: str, tmp_path: Path) -> Any:
+    def make(sites: list[ScriptedSite], **values: Any) -> Server:
+        config = scripted_config(**{"run_name": tmp_path.name, **values})
+        return Server(config, sites, tmp_path / "run", redis_url)
+
+    return make
+
+
+def events(server: Server, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_events(server.run_dir / "events.jsonl") if e["event"] == kind]
+
+
+def beat(server: Server, order: TrainOrder, **values: Any) -> None:
+    """A sign of life, as this client's worker would give it."""
+    fence = order.fence
+    client = ClientCoordinator(
+        server.redis_url,
+        fence.run,
+        client=order.client,
+        term=fence.term,
+        round_number=fence.round_number,
+    )
+    client.beat({"state": "training", "step": 1, "tokens": 32, **values}, expiry_s=60)
+    client.close()
+
+
+def test_a_client_that_falls_silent_holds_nothing_up_and_its_late_reply_is_refused(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy, "RETURN_S", 1.0)
+    released = threading.Event()
+
+    def fall_silent(order: TrainOrder, *_: Any) -> None:
+        if order.fence.round_number == 1:
+            beat(run, order)
+            released.wait(30)
+
+    def work(order: TrainOrder, *_: Any) -> None:
+        if order.fence.round_number == 2:
+            released.set()
+
+    run = server(
+        [ScriptedSite("works", react=work), ScriptedSite("silent", react=fall_silent)],
+        num_rounds=3,
+        grace_max=25.0,
+    )
+    state = run.run(FastClock(speed=REAL_TIME))
+    assert [event["client"] for event in events(run, "client_silent")] == ["silent"]
+    assert state.history[0].clients == 1
+    assert state.history[0].duration_s < 20, "neither the grace nor Flower was waited for"
+    reasons = [event["reason"] for event in events(run, "reply_refused")]
+    assert reasons == ["its client is silent", "it answers a round that is over"]
+
+
+def test_a_client_that_used_up_its_lease_gets_another_one_in_the_same_round(server: Any) -> None:
+    def used_up(order: TrainOrder, reply: Any, _: Any) -> Any:
+        if len(run.sites[0].orders) <= 2:
+            return replace(reply, stopped_by=LEASE_USED_UP, train_s=30.0)
+        beat(run, order)
+        return None
+
+    only = ScriptedSite("only", react=used_up)
+    run = server([only], num_rounds=1, min_clients=1, epochs=9, **TIMED)
+    state = run.run(FastClock(speed=REAL_TIME))
+    orders = [order for order in run.sites[0].orders if order.segments]
+    assert [order.fence.round_number for order in orders] == [1, 1, 1]
+    assert len({order.fence.lease_id for order in orders}) == 3
+    assert state.history[0].clients == 1
+    assert state.ledger.rows_committed == 12
+    assert [event["client"] for event in events(run, "client_joined")] == ["only", "only"]
+
+
+def test_a_lone_client_goes_on_until_a_second_one_is_there(server: Any, redis_url: str) -> None:
+    def train_until_the_end(order: TrainOrder, *_: Any) -> None:
+        fence = order.fence
+        signals = ClientCoordinator(
+            redis_url,
+            fence.run,
+            client=order.client,
+            term=fence.term,
+            round_number=fence.round_number,
+        )
+        for count in range(200 if order.segments else 0):
+            beat(run, order, step=count + 1)
+            if count == 15 and fence.round_number == 1:
+                run.grid.add(200, ScriptedSite("second"))
+            if signals.round_over():
+                break
+            signals.wait(0.1)
+        signals.close()
+
+    run = server(
+        [ScriptedSite("first", react=train_until_the_end)], num_rounds=2, min_clients=1, **TIMED
+    )
+    state = run.run(FastClock(speed=REAL_TIME))
+    first, second = state.history
+    assert (first.reason, first.clients) == ("min-duration", 1)
+    assert 1.5 < first.duration_s < 30, "longer than its minimum, since nobody else was there"
+    assert second.clients == 2
+
+
+def test_a_round_of_nobody_ends_when_somebody_comes(server: Any) -> None:
+    released = threading.Event()
+
+    def vanish(order: TrainOrder, *_: Any) -> None:
+        if order.fence.round_number == 1:
+            beat(run, order)
+            timer = threading.Timer(4.0, run.grid.add, (200, ScriptedSite("comes")))
+            timer.start()
+            released.wait(30)
+
+    run = server(
+        [ScriptedSite("gone", react=vanish)],
+        num_rounds=2,
+        min_clients=1,
+        **TIMED | {"round_max_duration": 600.0},
+    )
+    state = run.run(FastClock(speed=REAL_TIME))
+    released.set()
+    assert [record.reason for record in state.history] == ["nobody-left", "all-replied"]
+    assert [record.clients for record in state.history] == [0, 1]
+    assert state.empty_rounds == 1
+
+
+def test_every_reply_that_is_on_disk_is_acknowledged_to_its_client(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    original = ServerCoordinator.acknowledge
+
+    def acknowledge(self: ServerCoordinator, client: str, fence: Any) -> None:
+        spool = run.run_dir / "spool"
+        on_disk = (spool / f"lease-{fence.lease_id:08d}.safetensors").exists()
+        if fence.lease_id:
+            told.append((client, fence.round_number if on_disk else -1))
+        original(self, client, fence)
+
+    monkeypatch.setattr(ServerCoordinator, "acknowledge", acknowledge)
+    run = server([ScriptedSite("a"), ScriptedSite("b")], num_rounds=2)
+    run.run()
+    assert sorted(told) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+
+
+def test_a_client_that_is_leaving_gets_no_work_until_it_is_back(
+    server: Any, redis_url: str
+) -> None:
+    def leave(order: TrainOrder, *_: Any) -> None:
+        if order.fence.round_number == 1:
+            signals.stop("the node is told to go", expiry_s=60)
+        if order.fence.round_number == 4:
+            signals.clear_stop("the node is told to go")
+
+    run = server([ScriptedSite("stays"), ScriptedSite("leaves", react=leave)], num_rounds=7)
+    run.sites[0].react = leave
+    signals = ClientCoordinator(
+        redis_url, run.config.run_name, client="leaves", term=1, round_number=1
+    )
+    state = run.run()
+    signals.close()
+    clients = [record.clients for record in state.history]
+    assert clients[:3] == [2, 1, 1] and clients[-1] == 2
