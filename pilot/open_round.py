@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pilot.aggregation import refusal, weighted_mean
 from pilot.codec import CodecError, decode
+from pilot.faults import fault_point
 from pilot.ledger import Lease, LedgerError, Segment
 from pilot.mailbox import Answer
 from pilot.messages import LEASE_USED_UP, Fence, TrainReply, from_header
-from pilot.run_state import RunState
+from pilot.run_state import MergedReply, RunState
 from pilot.sites import Site
 from pilot.snapshot import SnapshotError
 from pilot.telemetry import Telemetry
@@ -61,6 +62,11 @@ class Taken:
     def row_counts(self) -> dict[int, int]:
         return {int(shard): int(count) for shard, count in self.reply.row_counts}
 
+    def merged(self) -> MergedReply:
+        """What the books keep of it."""
+        reply = self.reply
+        return MergedReply(self.work.site.name, reply.fence, reply.tokens, reply.consumed)
+
 
 class OpenRound:
     """A round between its opening and its commit. `spool` is an empty directory of its own."""
@@ -78,8 +84,7 @@ class OpenRound:
         self.lost: dict[str, str] = {}  # site → why it has not answered
         self.eval_nats, self.eval_bytes, self.eval_rows = 0.0, 0, 0
         self._state, self._telemetry, self._spool = state, telemetry, spool
-        shutil.rmtree(spool, ignore_errors=True)
-        spool.mkdir(parents=True)
+        _make_empty(spool)
 
     @property
     def tokens(self) -> int:
@@ -144,7 +149,9 @@ class OpenRound:
         if rows * self._state.config.sequence_len != reply.tokens:
             raise ValueError(f"it reports {reply.tokens} tokens for {rows} rows")
         try:
+            fault_point("spill.write")
             save_file(update, taken.path)
+            fault_point("spill.written")
         except (OSError, SafetensorError) as error:
             raise SnapshotError(f"cannot write {taken.path}: {error}") from error
         return taken
@@ -228,7 +235,19 @@ class OpenRound:
         return self.eval_nats / (math.log(2) * self.eval_bytes) if self.eval_bytes else None
 
     def close(self) -> None:
+        fault_point("spool.remove")
         shutil.rmtree(self._spool, ignore_errors=True)
+
+
+def _make_empty(spool: Path) -> None:
+    """Whatever a server that died had spilled is of no use: its round is done again."""
+    try:
+        shutil.rmtree(spool, ignore_errors=True)
+        fault_point("spool.removed")
+        spool.mkdir(parents=True)
+        fault_point("spool.created")
+    except OSError as error:
+        raise SnapshotError(f"cannot make {spool}: {error}") from error
 
 
 def _reply(answer: Answer) -> TrainReply:

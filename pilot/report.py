@@ -17,6 +17,22 @@ from pilot.telemetry import Telemetry
 log = logging.getLogger("pilot")
 
 
+def run_started(state: RunState, term: int, telemetry: Telemetry) -> None:
+    """A server has begun, with a new run or where the last one stopped."""
+    run = state.config.run_name
+    telemetry.event(
+        "run_started", run=run, term=term, tokens=state.tokens, round=state.round_number
+    )
+    for change in state.config_changes:
+        if change.round_number == state.round_number:  # earlier ones were told in their time
+            telemetry.event(
+                "config_changed",
+                f"Resumed anyway: {change.key} was {change.was!r}, is {change.now!r} from round "
+                f"{change.round_number + 1} on",
+                **asdict(change),
+            )
+
+
 def round_opened(
     number: int, state: RunState, schedule: Schedule, sites: Sequence[Site], telemetry: Telemetry
 ) -> None:
@@ -103,7 +119,7 @@ def round_committed(record: RoundRecord, state: RunState, telemetry: Telemetry) 
         f"[ROUND {record.round_number}] committed: clients={record.clients} tokens={record.tokens} "
         f"train_loss={loss} total_tokens={state.tokens} ({record.duration_s:.1f} s)",
         total_tokens=state.tokens,
-        merged=[asdict(fence) for fence in state.merged],
+        merged=[asdict(reply) for reply in state.merged],
         **asdict(record),
     )
     telemetry.metrics(

@@ -7,16 +7,36 @@ from nanochat.checkpoint_manager import FINAL_MODEL_NAME, save_checkpoint, save_
 from nanochat.common import get_base_dir
 from nanochat.training_data import DataSpec
 from pilot import plan
+from pilot.config import PilotError
+from pilot.faults import fault_point
 from pilot.run_state import RunState
+from pilot.snapshot import remove_strays
+
+
+class ResultsError(PilotError):
+    """What the run leaves can't be written; the run itself is whole, in its last snapshot."""
 
 
 def write_results(state: RunState, run_dir: Path) -> tuple[Path, Path]:
-    """(final_model.pt, directory of the checkpoint). The former last: it marks the run as finished."""
+    """(final_model.pt, directory of the checkpoint). The former last: it marks the run as finished.
+
+    Raises ResultsError if the disk does not take them; a resumed run writes them anew.
+    """
     meta = _meta(state)
     checkpoint = get_base_dir() / "base_checkpoints" / state.config.run_name
-    save_checkpoint(checkpoint, state.steps, state.weights, None, meta)
     final = run_dir / FINAL_MODEL_NAME
-    save_final_model(final, state.weights, meta)
+    remove_strays(checkpoint)
+    try:
+        fault_point("results.checkpoint")
+        save_checkpoint(checkpoint, state.steps, state.weights, None, meta)
+        fault_point("results.final-model")
+        save_final_model(final, state.weights, meta)
+        fault_point("results.written")
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write the final model or {checkpoint}: {error}; once that is cured, the same "
+            "command writes them"
+        ) from error
     return final, checkpoint
 
 

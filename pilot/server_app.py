@@ -104,7 +104,7 @@ def _lead(
             run_name=config.run_name,
             wandb_id=state.wandb_id,
         ) as telemetry:
-            telemetry.event("run_started", run=config.run_name, term=term, tokens=state.tokens)
+            report.run_started(state, term, telemetry)
             clock = MonotonicClock()
             PilotStrategy(
                 config,

@@ -291,13 +291,7 @@ class PilotStrategy:
         taken = open_round.in_lease_order()
         for one in taken:
             state.ledger.commit(one.reply.fence.lease_id, one.consumed, one.row_counts)
-            fence = one.reply.fence
-            state.last_merged[one.work.site.name] = [
-                fence.term,
-                fence.round_number,
-                fence.lease_id,
-            ]
-        state.merged = [one.reply.fence for one in taken]
+        state.note_merged([one.merged() for one in taken])
         state.tokens += open_round.tokens
         state.round_number = open_round.number
         state.wandb_id = self.telemetry.wandb_id
@@ -312,7 +306,8 @@ class PilotStrategy:
         state.history.append(record)
         snapshots = self.run_dir / "snapshots"
         snapshot = state.to_snapshot(term=self.term)
-        write_snapshot(snapshots, snapshot, keep=self.config.snapshot_keep)
+        keep, keep_every = self.config.snapshot_keep, self.config.snapshot_keep_every
+        write_snapshot(snapshots, snapshot, keep=keep, keep_every=keep_every)
         open_round.close()
         report.round_committed(record, state, self.telemetry)
 

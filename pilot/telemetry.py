@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from pilot.config import redact_url
+from pilot.faults import fault_point
 
 logger = logging.getLogger("pilot")
 
@@ -134,6 +135,7 @@ class Telemetry:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         with self._lock:
             try:
+                fault_point("event.write")
                 # one write each: whole lines also when several threads record
                 with self.events_path.open("ab", buffering=0) as file:
                     file.write(line)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import filelock
@@ -55,6 +56,28 @@ def test_two_servers_in_one_process_are_two_servers() -> None:
     with open_run_dir("r"), pytest.raises(RunDirError, match="another server"):
         with open_run_dir("r"):
             pass
+
+
+def test_what_a_crash_left_half_written_is_gone_at_the_next_start(base_dir: Path) -> None:
+    run = base_dir / "runs" / "r"
+    (run / "snapshots" / ".round-000002.tmp").mkdir(parents=True)
+    (run / ".term.ab.tmp").write_text("1")
+    (run / "snapshots" / "round-000001").mkdir()
+    with open_run_dir("r") as directory:
+        left = sorted(path.name for path in directory.rglob("*"))
+    assert left == ["lock", "round-000001", "snapshots"]
+
+
+def test_disk_that_takes_no_term_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert next_term(tmp_path) == 1
+    monkeypatch.setenv("PILOT_FAULT", "term.write=enospc")
+    monkeypatch.setattr("pilot.faults._passed", Counter())
+    with pytest.raises(RunDirError, match=r"cannot write .*term: No space left"):
+        next_term(tmp_path)
+    monkeypatch.delenv("PILOT_FAULT")
+    assert next_term(tmp_path) == 2
 
 
 def test_finished_run_is_refused_and_its_lock_free_again(base_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import torch
 from torch import Tensor
 
 from pilot import snapshot as module
-from pilot.snapshot import Snapshot, SnapshotError, latest_snapshot, write_snapshot
+from pilot.snapshot import (
+    Snapshot,
+    SnapshotError,
+    latest_snapshot,
+    remove_strays,
+    write_snapshot,
+)
 
 NAN_PAYLOAD = torch.tensor([0x7FC00001, -1, 1, -(1 << 31)], dtype=torch.int32).view(torch.float32)
-FILES = ["model.safetensors", "outer.safetensors", "state.json", "manifest.json"]
+FILES = ["model.safetensors", "outer.safetensors", "merged.jsonl", "state.json", "manifest.json"]
 
 
 def make(round_number: int) -> Snapshot:
@@ -27,9 +34,9 @@ def make(round_number: int) -> Snapshot:
         "empty": torch.empty(0, 3),
     }
     outer = {"step": torch.tensor(3.0), "momentum.w": torch.randn(3, 4, generator=generator)}
-    return Snapshot(
-        round_number, model, outer, {"round": round_number, "text": "ä", "x": [1.5, None]}
-    )
+    state = {"round": round_number, "text": "ä", "x": [1.5, None]}
+    merged = [json.dumps({"round": n, "client": "ä\u2028\n"}) for n in range(round_number)]
+    return Snapshot(round_number, model, outer, state, merged)
 
 
 def same(one: Snapshot | None, other: Snapshot) -> bool:
@@ -41,6 +48,7 @@ def same(one: Snapshot | None, other: Snapshot) -> bool:
         and bits(one.model) == bits(other.model)
         and bits(one.outer) == bits(other.outer)
         and one.state == other.state
+        and list(one.merged) == list(other.merged)
     )
 
 
@@ -148,6 +156,7 @@ def no_space(*_: object, **__: object) -> None:
     [
         (module, "save_file"),
         (module, "atomic_write_json"),
+        (module, "atomic_write_text"),
         (module, "sha256_file"),
         (module, "fsync_dir"),
         (os, "fsync"),
@@ -196,6 +205,72 @@ def test_state_that_is_no_json_is_refused_before_anything_is_committed(
     with pytest.raises(SnapshotError):
         write_snapshot(tmp_path, bad, keep=1)
     assert names(tmp_path) == ["round-000001"]
+
+
+def test_every_nth_round_is_kept_for_good(tmp_path: Path) -> None:
+    for number in range(1, 12):
+        write_snapshot(tmp_path, make(number), keep=2, keep_every=4)
+    assert names(tmp_path) == [f"round-{number:06d}" for number in (4, 8, 10, 11)]
+
+
+def test_rounds_beyond_the_sixth_digit_are_still_in_order(tmp_path: Path, reports: Reports) -> None:
+    for number in (999_999, 1_000_000):
+        write_snapshot(tmp_path, make(number), keep=2)
+    assert same(latest_snapshot(tmp_path, report=reports), make(1_000_000))
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_damaged_snapshot_of_a_later_round_goes_before_a_round_that_is_done_anew(
+    tmp_path: Path, reports: Reports, keep: int
+) -> None:
+    for number in (1, 2, 3):
+        write_snapshot(tmp_path, make(number), keep=3)
+    hidden = {}  # as a disk that fails for a while would: whole again later
+    for number in (2, 3):
+        path = tmp_path / f"round-{number:06d}" / "state.json"
+        hidden[path] = path.read_bytes()
+        path.write_bytes(b"")
+    assert same(latest_snapshot(tmp_path, report=reports), make(1))
+    anew = replace(make(2), state={"done": "anew"})
+    write_snapshot(tmp_path, anew, keep=keep)
+    for path, data in hidden.items():
+        if path.parent.exists() and path.parent.name == "round-000003":
+            path.write_bytes(data)
+    assert same(latest_snapshot(tmp_path, report=reports), anew)
+    assert names(tmp_path) == ["round-000001", "round-000002"][-keep:]
+
+
+def test_snapshot_that_would_shadow_the_new_one_and_cant_be_removed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reports: Reports
+) -> None:
+    for number in (1, 2):
+        write_snapshot(tmp_path, make(number), keep=3)
+    flip(tmp_path / "round-000002" / "state.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove", no_space)
+        with pytest.raises(SnapshotError, match="cannot write snapshot"):
+            write_snapshot(tmp_path, make(2), keep=3)
+    assert same(latest_snapshot(tmp_path, report=reports), make(1))
+
+
+def test_old_snapshot_that_cant_be_removed_costs_a_warning_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_snapshot(tmp_path, make(1), keep=1)
+    monkeypatch.setattr(module, "_remove", no_space)
+    monkeypatch.setattr(module.log, "propagate", True)
+    write_snapshot(tmp_path, make(2), keep=1)
+    assert "cannot remove the old snapshot" in caplog.text
+
+
+def test_what_a_crash_left_half_written_is_removed_at_the_start(tmp_path: Path) -> None:
+    write_snapshot(tmp_path, make(1), keep=1)
+    (tmp_path / ".round-000002.tmp").mkdir()
+    (tmp_path / ".round-000002.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".term.x1.tmp").write_bytes(b"1")
+    assert remove_strays(tmp_path) == [".round-000002.tmp", ".term.x1.tmp"]
+    assert names(tmp_path) == ["round-000001"]
+    assert remove_strays(tmp_path / "missing") == []
 
 
 def test_manifest_holds_the_hash_of_every_other_file(tmp_path: Path) -> None:
