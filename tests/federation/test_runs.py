@@ -11,18 +11,14 @@ import pytest
 import torch
 from federation.micro import MICRO
 from federation.processes import (
-    BIN,
-    MARK,
-    ROOT,
     Deployment,
-    environment,
     killed_at_end,
-    marked,
     pilot_run,
     wait_until,
     write_config,
 )
 
+from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
 from nanochat.checkpoint_manager import load_checkpoint
 from pilot.snapshot import latest_snapshot
 from pilot.telemetry import read_events

@@ -14,15 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from federation.micro import MICRO
-from federation.processes import (
-    BIN,
-    MARK,
-    ROOT,
-    environment,
-    free_port,
-    marked,
-)
 
+from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, free_port, marked
 from nanochat.dataset import get_source
 from scripts.config_table import README, with_table
 

@@ -1,0 +1,103 @@
+"""`python -m benchmarks.chaos`: a disturbed run, an undisturbed one, and what they tell, as JSON.
+
+The run has as many tokens as an undisturbed run takes for 0.7 times the minutes (measured first, unless
+`--tokens` says), so that faults strike nearly to its end. The undisturbed run has the same seed and tokens.
+
+The last line is JSON. `violations` is a list of sentences; the exit code is 1 if there are any.
+`throughput_ratio` is tokens a second over those of the undisturbed run, over the share of site-seconds in
+which a site and all it depends on were there; `recovery_*` are seconds from a fault to the next commit
+that has something of the site that was hit (of anybody, if the fault hit no site).
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.chaos import faults, tour
+from benchmarks.chaos.tour import Outcome, Tour
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=20.0, help="in which faults strike")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--every", type=float, default=12.0, help="seconds a fault")
+    parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=0, help="of the run; 0: by the minutes")
+    parser.add_argument("--round-tokens", type=int, default=49152, help="that end a round")
+    parser.add_argument("--kinds", default="", help="comma-separated: only these, in this order")
+    parser.add_argument("--undisturbed", choices=("run", "skip"), default="run")
+    parser.add_argument("--dir", type=Path, help="keeps logs and runs; else a temporary one")
+    arguments = parser.parse_args()
+    if arguments.dir is not None:
+        return _compare(arguments, arguments.dir.resolve())
+    with tempfile.TemporaryDirectory(prefix="pilot-chaos-") as directory:
+        return _compare(arguments, Path(directory))
+
+
+def _compare(arguments: argparse.Namespace, directory: Path) -> int:
+    base, stamp = directory / "base", f"{int(time.time()):x}-{os.getpid()}"
+    tour.prepare(base)
+    sites = tuple(f"site-{letter}" for letter in "abcdefgh"[: arguments.sites])
+    tokens = arguments.tokens or _tokens(arguments, sites, directory, base, stamp)
+
+    def one(name: str, plan: tuple[faults.Fault, ...]) -> Outcome:
+        spec = Tour(
+            name=f"{name}-{stamp}",
+            sites=sites,
+            total_tokens=tokens,
+            round_tokens=arguments.round_tokens,
+            plan=plan,
+            timeout_s=600.0 + 60 * arguments.minutes,
+        )
+        _say(f"{name} run {spec.name}: {tokens} tokens on {len(sites)} sites")
+        outcome = tour.run(spec, directory / spec.name, base)
+        (directory / f"{spec.name}.outages.jsonl").write_text(tour.journal(outcome))
+        _say(json.dumps({name: tour.figures(outcome, None, sites=sites)}))
+        return outcome
+
+    undisturbed = one("undisturbed", ()) if arguments.undisturbed == "run" else None
+    plan = faults.plan(
+        arguments.seed,
+        duration_s=60 * arguments.minutes,
+        every_s=arguments.every,
+        sites=sites,
+        kinds=arguments.kinds.split(",") if arguments.kinds else None,
+    )
+    disturbed = one("disturbed", tuple(plan))
+    figures = tour.figures(disturbed, undisturbed, sites=sites)
+    print(json.dumps(figures), flush=True)
+    return 1 if figures["violations"] else 0
+
+
+def _tokens(
+    arguments: argparse.Namespace, sites: tuple[str, ...], directory: Path, base: Path, stamp: str
+) -> int:
+    """What an undisturbed run would train on in 0.7 times the minutes."""
+    spec = Tour(
+        name=f"rate-{stamp}",
+        sites=sites,
+        total_tokens=6 * arguments.round_tokens,
+        round_tokens=arguments.round_tokens,
+    )
+    outcome = tour.run(spec, directory / spec.name, base)
+    if not outcome.tokens:
+        sys.exit(f"the federation does not train, see {directory}: {outcome.violations}")
+    rounds = 0.7 * 60 * arguments.minutes * outcome.tokens_per_s / arguments.round_tokens
+    return max(2, round(rounds)) * arguments.round_tokens
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Loaded by every Python process of a chaos site (PYTHONPATH): lets a worker send what it should not.
+
+The injector writes a word into the file `$PILOT_CHAOS_REPLY`; the next update that a worker of the site
+encodes is spoilt in that way and the file is removed. The product knows nothing of it: `pilot.codec` and
+`pilot.messages` are wrapped as they are imported, in worker processes only.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import os
+import random
+import sys
+from pathlib import Path
+
+_FILE = os.environ.get("PILOT_CHAOS_REPLY")
+
+
+def _ordered(words):
+    """The word that the injector wrote, if it is one of `words`; it is taken away then."""
+    with contextlib.suppress(OSError):
+        path = Path(_FILE)
+        word = path.read_text(encoding="utf-8")
+        if word in words:
+            path.unlink()
+            return word
+    return None
+
+
+def _spoil_parts(encode):
+    def spoilt(tensors, *arguments, **options):
+        parts = encode(tensors, *arguments, **options)
+        word = _ordered(("nan", "corrupt", "truncate")) if parts else None
+        if word:
+            first = max(parts, key=lambda part: len(part.data))
+            data = bytes(first.data)
+            if word == "nan":  # all bits set is a NaN in every float format
+                data = b"\xff" * 4 + data[4:]
+            elif word == "truncate":
+                data = data[: len(data) // 2]
+            else:
+                data = random.Random(len(data)).randbytes(len(data))
+            parts[parts.index(first)] = type(first)(first.name, first.dtype, first.shape, data)
+        return parts
+
+    return spoilt
+
+
+def _spoil_header(to_header):
+    def spoilt(message):
+        header = to_header(message)
+        if header.get("kind") == "TrainReply" and header.get("tokens") and _ordered(("misreport",)):
+            header["tokens"] = 2 * header["tokens"]
+        return header
+
+    return spoilt
+
+
+_WRAPPED = {"pilot.codec": ("encode", _spoil_parts), "pilot.messages": ("to_header", _spoil_header)}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in _WRAPPED:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            attribute, wrap = _WRAPPED[name]
+            load = spec.loader.exec_module
+
+            def exec_module(module):
+                load(module)
+                setattr(module, attribute, wrap(getattr(module, attribute)))
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if _FILE and "PILOT_RANK" in os.environ:
+    sys.meta_path.insert(0, _Finder())

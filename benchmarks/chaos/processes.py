@@ -1,0 +1,88 @@
+"""What starting, finding and ending real processes takes; tests/federation uses it, too."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+MARK = "PILOT_TEST_SITE"  # in the environment of all that a site starts
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listening(port: int) -> bool:
+    """Whether somebody accepts connections at 127.0.0.1:`port`."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
+    """What a newcomer's shell has, and the directories of the test."""
+    return {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HOME": str(home),
+        # the Rust toolchain is the machine's, whoever's home it is installed in
+        "CARGO_HOME": os.environ.get("CARGO_HOME", str(Path.home() / ".cargo")),
+        "RUSTUP_HOME": os.environ.get("RUSTUP_HOME", str(Path.home() / ".rustup")),
+        "NANOCHAT_BASE_DIR": str(base),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def write_connection(flower_home: Path, port: int) -> None:
+    """Flower's configuration with one connection, `local-deployment`."""
+    flower_home.mkdir(parents=True)
+    text = f'[superlink.local-deployment]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    (flower_home / "config.toml").write_text(text, encoding="utf-8")
+
+
+def marked(value: str) -> list[psutil.Process]:
+    """Living processes that have MARK=value in their environment."""
+    return [process for process in _living() if _mark(process) == value]
+
+
+def marked_below(prefix: str) -> list[psutil.Process]:
+    """Living processes whose MARK begins with `prefix`."""
+    return [process for process in _living() if _mark(process).startswith(prefix)]
+
+
+def _living() -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def _mark(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error, OSError):
+        return str(process.environ().get(MARK, ""))
+    return ""
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it started."""
+    children: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    process.wait()

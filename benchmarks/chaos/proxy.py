@@ -1,0 +1,135 @@
+"""A TCP proxy whose line can be cut, held up or slowed: the network between two processes of a test."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from types import TracebackType
+
+_CHUNK_BYTES = 1 << 16
+
+
+class Line:
+    """One proxied port. Its condition is changed from any thread and holds for new connections, too:
+
+    up       bytes pass (after `delay_s`)
+    stalled  bytes wait, as when packets are lost; they pass once the line is up again
+    cut      connections are reset, new ones are reset as well
+    """
+
+    def __init__(self, network: "Network", target_port: int) -> None:
+        self._network, self._target_port = network, target_port
+        self._up = asyncio.Event()
+        self._up.set()
+        self._cut = False
+        self._delay_s = 0.0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.port = 0
+
+    def up(self) -> None:
+        """Everything passes at once."""
+        self._network.call(self._set, True, False, 0.0)
+
+    def stall(self) -> None:
+        """Hold all bytes back."""
+        self._network.call(self._set, False, False, 0.0)
+
+    def cut(self) -> None:
+        """Reset all connections, and those to come."""
+        self._network.call(self._set, True, True, 0.0)
+
+    def delay(self, delay_s: float) -> None:
+        """Let each chunk of bytes pass only after `delay_s`."""
+        self._network.call(self._set, True, False, delay_s)
+
+    def _set(self, up: bool, cut: bool, delay_s: float) -> None:
+        self._cut, self._delay_s = cut, delay_s
+        if cut:
+            for writer in self._writers:
+                _reset(writer)
+        if up:
+            self._up.set()
+        else:
+            self._up.clear()
+
+    async def serve(self) -> None:
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._cut:
+            _reset(writer)
+            return
+        try:
+            target = await asyncio.open_connection("127.0.0.1", self._target_port)
+        except OSError:  # nobody there: as if the port were closed
+            _reset(writer)
+            return
+        ends = {writer, target[1]}
+        self._writers |= ends
+        try:
+            await asyncio.gather(self._pump(reader, target[1]), self._pump(target[0], writer))
+        finally:
+            self._writers -= ends
+            for end in ends:
+                _reset(end)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(_CHUNK_BYTES):
+                await self._up.wait()
+                if self._delay_s:
+                    await asyncio.sleep(self._delay_s)
+                writer.write(data)
+                await writer.drain()
+            if writer.can_write_eof():
+                writer.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close at once, as a host does that knows nothing of the connection: the other end gets an error."""
+    with contextlib.suppress(OSError):
+        end = writer.get_extra_info("socket")
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+class Network:
+    """All lines of a test, served by one thread. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+
+    def __enter__(self) -> "Network":
+        self._thread.start()
+        return self
+
+    def line(self, target_port: int) -> Line:
+        """A new line to 127.0.0.1:`target_port`; clients connect to its `port`."""
+        line = Line(self, target_port)
+        asyncio.run_coroutine_threadsafe(line.serve(), self._loop).result(timeout=10)
+        return line
+
+    def call(self, action: object, *arguments: object) -> None:
+        """Run a function in the proxy's thread."""
+        self._loop.call_soon_threadsafe(action, *arguments)  # type: ignore[arg-type]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @staticmethod
+    async def _end() -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,340 @@
+"""A federation of real processes on this machine, each of which is started again when it has died.
+
+    Redis ── line ── ServerApp (on the SuperLink)
+      └───── line ── workers of a site
+    SuperLink ── line ── SuperNode of a site
+
+A *line* is a port of the proxy (`proxy.py`). The supervisor is a thread that does what systemd would do for
+Redis, SuperLink and SuperNodes, and what an operator would do for the run: submit it again under its name.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from benchmarks.chaos.processes import (
+    BIN,
+    MARK,
+    ROOT,
+    end_group,
+    environment,
+    free_port,
+    listening,
+    marked,
+    marked_below,
+    write_connection,
+)
+from benchmarks.chaos.proxy import Line, Network
+from pilot.local_redis import find_server
+
+SUPERVISE_S = 0.25
+RESTART_S = 1.0  # between two starts of the same service
+SUBMIT_TIMEOUT_S = 90.0
+HOOKS = Path(__file__).parent / "hooks"
+
+
+class Service:
+    """A process that shall live. `held`: it shall stay down until that is False again."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path
+    ) -> None:
+        self.name, self.held = name, False
+        self._command, self._env, self._log = list(command), dict(env), log
+        self._process: subprocess.Popen[bytes] | None = None
+        self.started_at = 0.0  # wall clock, of the last start
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def supervise(self) -> None:
+        if not self.alive and not self.held and time.time() - self.started_at >= RESTART_S:
+            self.start()
+
+    def start(self) -> None:
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=ROOT,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.started_at = time.time()
+
+    def close(self) -> None:
+        if self._process is not None:
+            end_group(self._process)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: its SuperNode, its lines, and the file that makes its next reply a bad one."""
+
+    name: str
+    mark: str
+    node: Service
+    superlink_line: Line
+    redis_line: Line
+    reply_file: Path
+
+    def processes(self, role: str) -> list[psutil.Process]:
+        """Its living processes of a role: worker (a rank), clientapp, or supernode."""
+        return [process for process in marked(self.mark) if has_role(process, role)]
+
+
+def has_role(process: psutil.Process, role: str) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        if role == "worker":
+            return "PILOT_RANK" in process.environ()
+        return any(Path(word).name == PROGRAMS[role] for word in process.cmdline()[:2])
+    return False
+
+
+PROGRAMS = {
+    "clientapp": "flwr-clientapp",
+    "supernode": "flower-supernode",
+    "serverapp": "flwr-serverapp",
+    "superlink": "flower-superlink",
+}
+
+
+class Server:
+    """The run: submitted, and submitted again with the same run-name whenever its process has gone."""
+
+    def __init__(
+        self, mark: str, port: int, config: Path, run_dir: Path, env: Mapping[str, str], log: Path
+    ) -> None:
+        self._mark, self._port, self._config, self._env, self._log = mark, port, config, env, log
+        self.run_dir = run_dir
+        self._submission: subprocess.Popen[bytes] | None = None
+        self._submitted_at = float("-inf")
+        self._seen = True  # the process of the last submission has been seen
+        self.started_at = 0.0  # wall clock, when its process was last seen for the first time
+        self._pid = 0
+        self.submissions = 0
+
+    def processes(self) -> list[psutil.Process]:
+        """The living ServerApp processes."""
+        return [process for process in marked(self._mark) if has_role(process, "serverapp")]
+
+    @property
+    def finished(self) -> bool:
+        return (self.run_dir / "final_model.pt").exists()
+
+    def supervise(self) -> None:
+        pids = [process.pid for process in self.processes()]
+        if pids:
+            if self._pid not in pids:
+                self._pid, self.started_at, self._seen = pids[-1], time.time(), True
+            return
+        now = time.monotonic()
+        if self._submission is not None and self._submission.poll() is None:
+            if now - self._submitted_at > SUBMIT_TIMEOUT_S:
+                end_group(self._submission)
+            return
+        accepted = self._submission is not None and self._submission.returncode == 0
+        if accepted and not self._seen and now - self._submitted_at < SUBMIT_TIMEOUT_S / 3:
+            return  # it will come
+        if not self.finished and listening(self._port):
+            self._submit(now)
+
+    def _submit(self, now: float) -> None:
+        command = [
+            str(BIN / "flwr"),
+            "run",
+            ".",
+            "local-deployment",
+            "--run-config",
+            str(self._config),
+        ]
+        with self._log.open("ab") as output:
+            self._submission = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=dict(self._env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._submitted_at, self._seen = now, False
+        self.submissions += 1
+
+    def close(self) -> None:
+        if self._submission is not None:
+            end_group(self._submission)
+
+
+class Federation:
+    """All of it, for one run. `directory` takes logs and Flower's files, `base` data and the run.
+
+    `threads` of a worker process is 1: a machine with two cores carries three sites.
+    """
+
+    def __init__(
+        self, directory: Path, base: Path, config: Mapping[str, Any], sites: Sequence[str]
+    ) -> None:
+        self.directory, self.config = directory, dict(config)
+        self.run_dir = base / "runs" / str(config["run-name"])
+        self._base, self._site_names = base, list(sites)
+        self._stack = contextlib.ExitStack()
+        self._stop = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> "Federation":
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # a worker's socket lives there: the path of a Unix socket has at most 107 bytes
+        self._scratch = Path(
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
+        )
+        try:
+            self._build()
+        except BaseException:
+            self._stack.close()
+            raise
+        self._supervisor.start()
+        return self
+
+    def _build(self) -> None:
+        network = self._stack.enter_context(Network())
+        redis_port, self.port = free_port(), free_port()
+        write_connection(self.directory / "flwr", self.port)
+        self.redis = self._redis(redis_port)
+        self.server_redis_line = network.line(redis_port)
+        env = self._env("superlink", self.server_redis_line)
+        command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self.port)]
+        command += ["--disable-runtime-dependency-installation"]
+        self.superlink = self._service("superlink", command, env)
+        self.sites = {name: self._site(name, network, redis_port) for name in self._site_names}
+        config = self.directory / "run.toml"
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in self.config.items()]
+        config.write_text("".join(lines), encoding="utf-8")
+        log = self.directory / "submissions.log"
+        mark = self._mark("superlink")
+        self.server = Server(mark, self.port, config, self.run_dir, env, log)
+        self._stack.callback(self.server.close)
+        self.services = [self.redis, self.superlink, *(site.node for site in self.sites.values())]
+
+    def _env(self, name: str, redis_line: Line) -> dict[str, str]:
+        return environment(
+            self._base,
+            self.directory,
+            FLWR_HOME=str(self.directory / "flwr"),
+            PILOT_REDIS_URL=f"redis://127.0.0.1:{redis_line.port}/0",
+            PILOT_SCRATCH_DIR=str(self._scratch),
+            NANOCHAT_DTYPE="float32",
+            PYTHONUNBUFFERED="1",
+            **{MARK: self._mark(name)},
+        )
+
+    def _mark(self, name: str) -> str:
+        return f"{self.directory}/{name}"
+
+    def _redis(self, port: int) -> Service:
+        """Nothing on disk: it always comes back empty."""
+        configuration = self.directory / "redis.conf"
+        lines = [
+            'save ""',
+            "appendonly no",
+            "bind 127.0.0.1",
+            f"port {port}",
+            f"dir {self.directory}",
+        ]
+        configuration.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        env = {"PATH": os.environ["PATH"], MARK: self._mark("redis")}
+        return self._service("redis", [str(find_server()), str(configuration)], env)
+
+    def _site(self, name: str, network: Network, redis_port: int) -> Site:
+        superlink_line, redis_line = network.line(self.port), network.line(redis_port)
+        reply_file = self.directory / f"{name}.reply"
+        env = self._env(name, redis_line)
+        env |= {"PYTHONPATH": str(HOOKS), "PILOT_CHAOS_REPLY": str(reply_file)}
+        command = [str(BIN / "flower-supernode"), "--insecure", "--port", str(free_port())]
+        command += ["--superlink", f"127.0.0.1:{superlink_line.port}"]
+        command += ["--node-config", f'name="{name}"']
+        node = self._service(name, command, env)
+        return Site(name, self._mark(name), node, superlink_line, redis_line, reply_file)
+
+    def _service(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Service:
+        service = Service(name, command, env, self.directory / f"{name}.log")
+        self._stack.callback(service.close)
+        return service
+
+    def _supervise(self) -> None:
+        try:
+            while not self._stop.wait(SUPERVISE_S):
+                for service in self.services:
+                    service.supervise()
+                self.server.supervise()
+        except BaseException as error:  # told where the run is waited for
+            self.error = error
+            raise
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the run is finished within `timeout_s`. Raises what the supervisor has raised."""
+        deadline = time.monotonic() + timeout_s
+        while not (self.server.finished and not self.server.processes()):
+            if self.error is not None:
+                raise self.error
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(SUPERVISE_S)
+        return True
+
+    def leave(self, timeout_s: float = 15.0) -> list[str]:
+        """End all services as their owners would (SIGTERM to each), and tell what is left of them.
+
+        The command lines of processes that live on `timeout_s` later; they are killed then.
+        """
+        self._stop.set()
+        self._supervisor.join()
+        for service in reversed(self.services):
+            if service.alive:
+                with contextlib.suppress(psutil.Error):
+                    psutil.Process(service.pid).terminate()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for service in self.services:
+                _ = service.alive  # reaps it
+            if not marked_below(f"{self.directory}/"):
+                return []
+            time.sleep(0.2)
+        left = []
+        for process in marked_below(f"{self.directory}/"):
+            with contextlib.suppress(psutil.Error):
+                left.append(" ".join(process.cmdline())[:200])
+                process.kill()
+        return left
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._supervisor.join()
+        self._stack.close()
+        for process in marked_below(f"{self.directory}/"):
+            with contextlib.suppress(psutil.Error):
+                process.kill()

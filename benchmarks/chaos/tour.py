@@ -1,0 +1,286 @@
+"""One run of a federation with faults, or without, and what came of it."""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos import checker
+from benchmarks.chaos.checker import Books, Limits, Outage
+from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.injector import Injector
+from benchmarks.chaos.processes import BIN, ROOT
+from benchmarks.chaos.topology import Federation
+from pilot.config import DEFAULTS
+from pilot.telemetry import read_events
+
+TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
+
+# The smallest run that is a real one: one layer, 64 tokens a row, on the built-in corpus.
+CONFIG: dict[str, Any] = {
+    "depth": 1,
+    "vocab-size": VOCAB_SIZE,
+    "sequence-len": 64,
+    "source": "builtin",
+    "num-shards": 8,
+    "epochs": 64,
+    "tokenizer": TOKENIZER,
+    "packing": "stream",
+    "eval-rows": 256,
+    "total-batch-size": 1024,
+    "device-batch-size": 8,
+    "weight-decay": 0.0,
+    "lr": 0.02,
+    "min-clients": 1,
+    "quorum": 1,
+    "round-min-duration": 0.0,
+    "round-max-duration": 25.0,
+    "grace-max": 20.0,
+    "clients-timeout": 180.0,
+    "outer-momentum": 0.5,
+    "cooling-time": 15.0,
+    "device": "cpu",
+    "client-processes": 1,
+    "client-threads": 1,
+    "heartbeat": 0.5,
+    "snapshot-keep": 100_000,  # the checker reads all of them
+    "wandb-mode": "disabled",
+}
+RESTART_S = 60.0  # of a ServerApp on a busy machine: submit, import, hello, first orders
+
+
+def prepare(base: Path) -> None:
+    """The built-in corpus and its tokenizer in `base`, made by a process of its own."""
+    code = (
+        "from nanochat.tokenizer import ensure_builtin_tokenizer as make, tokenizer_dir as at; "
+        f"make(at('{TOKENIZER}'), {VOCAB_SIZE})"
+    )
+    base.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
+    subprocess.run([BIN / "python", "-c", code], cwd=ROOT, env=env, check=True)
+
+
+@dataclass(frozen=True)
+class Tour:
+    """A run and the faults that were planned for it; no faults: an undisturbed run."""
+
+    name: str  # of the run
+    sites: tuple[str, ...]
+    total_tokens: int
+    round_tokens: int
+    seed: int = 0
+    plan: tuple[Fault, ...] = ()
+    timeout_s: float = 600.0  # after the last fault
+    more: Mapping[str, Any] = field(default_factory=dict)  # run-config keys that differ
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return CONFIG | {
+            "run-name": self.name,
+            "seed": self.seed,
+            "total-tokens": self.total_tokens,
+            "target-tokens": self.round_tokens,
+            **self.more,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a tour. `began` and `ended` are wall-clock seconds of first round and last commit."""
+
+    finished: bool
+    began: float
+    ended: float
+    bpb: float | None
+    books: list[Books]
+    events: list[dict[str, Any]]
+    outages: list[Outage]
+    missed: list[Fault]
+    violations: list[str]
+
+    @property
+    def tokens(self) -> int:
+        return self.books[-1].tokens if self.books else 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / max(1e-9, self.ended - self.began)
+
+
+def run(tour: Tour, directory: Path, base: Path) -> Outcome:
+    """Start everything, let the faults strike, wait for the run's end, end everything, check."""
+    with Federation(directory, base, tour.config, tour.sites) as federation:
+        for _ in range(1200):  # the first round, or the checker's word for its absence
+            if federation.error or _events(federation.run_dir, "round_opened"):
+                break
+            time.sleep(0.1)
+        injector = Injector(federation, list(tour.plan))
+        injector.run(max((fault.at_s for fault in tour.plan), default=0.0))
+        finished = federation.wait(tour.timeout_s)
+        left = federation.leave()
+    events = list(read_events(federation.run_dir / "events.jsonl"))
+    states = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((federation.run_dir / "snapshots").glob("round-*/state.json"))
+    ]
+    books = checker.read_books(states, events)
+    times = [event["time"] for event in events if event["event"] == "round_opened"]
+    commits = [event["time"] for event in events if event["event"] == "round_committed"]
+    violations = [
+        *injector.violations,
+        *([] if finished else [f"target: the run is not finished {tour.timeout_s:.0f} s later"]),
+        *check(tour, books, events, injector.outages, left),
+    ]
+    return Outcome(
+        finished=finished,
+        began=times[0] if times else 0.0,
+        ended=commits[-1] if commits else 0.0,
+        bpb=_final_bpb(events, books),
+        books=books,
+        events=events,
+        outages=injector.outages,
+        missed=injector.missed,
+        violations=violations,
+    )
+
+
+def check(
+    tour: Tour,
+    books: Sequence[Books],
+    events: Sequence[Mapping[str, Any]],
+    outages: Sequence[Outage],
+    left: Sequence[str],
+) -> list[str]:
+    """All violations but that of the final bpb, which needs a second run."""
+    config = {**DEFAULTS, **tour.config}
+    return [
+        *checker.check_rounds(books),
+        *checker.check_events(events),
+        *checker.check_fences(books, tour.name),
+        *checker.check_rows(books, int(config["sequence-len"])),
+        *checker.check_target(books, tour.total_tokens),
+        *checker.check_stalls(events, outages, Limits.of(config, restart_s=RESTART_S)),
+        *checker.check_processes(left),
+    ]
+
+
+def figures(
+    outcome: Outcome, undisturbed: Outcome | None, *, sites: Sequence[str]
+) -> dict[str, Any]:
+    """The last line of a benchmark; ratios and times that can't be had are None."""
+    violations = list(outcome.violations)
+    if undisturbed is not None:
+        violations += checker.check_bpb(outcome.bpb, undisturbed.bpb)
+        violations += [f"undisturbed run: {text}" for text in undisturbed.violations]
+    kinds = [outage.kind for outage in outcome.outages]
+    recoveries = [
+        recovery for outage in outcome.outages if (recovery := _recovery_s(outcome, outage))
+    ]
+    rate = capacity = None
+    if undisturbed is not None and undisturbed.tokens and outcome.tokens:
+        capacity = surviving_capacity(outcome, sites)
+        rate = outcome.tokens_per_s / undisturbed.tokens_per_s
+    opened = sum(event["event"] == "round_opened" for event in outcome.events)
+    useful = sum(bool(books.merged) for books in outcome.books)
+    return {
+        "faults": len(kinds),
+        "by_kind": {kind: kinds.count(kind) for kind in sorted({*kinds})},
+        "missed": len(outcome.missed),
+        "violations": violations,
+        "rounds": len(outcome.books),
+        "rounds_lost": opened - useful,
+        "rows_committed": sum(
+            end - first
+            for rows in (outcome.books[-1].committed.values() if outcome.books else ())
+            for first, end in rows
+        ),
+        "duration_s": round(outcome.ended - outcome.began, 1),
+        "tokens_per_s": round(outcome.tokens_per_s, 1),
+        "tokens_per_s_undisturbed": undisturbed and round(undisturbed.tokens_per_s, 1),
+        "throughput_ratio_raw": rate and round(rate, 3),
+        "surviving_capacity": capacity and round(capacity, 3),
+        "throughput_ratio": rate and capacity and round(rate / capacity, 3),
+        "recovery_median_s": round(statistics.median(recoveries), 1) if recoveries else None,
+        "recovery_worst_s": round(max(recoveries), 1) if recoveries else None,
+        "bpb": outcome.bpb,
+        "bpb_undisturbed": undisturbed.bpb if undisturbed else None,
+    }
+
+
+def surviving_capacity(outcome: Outcome, sites: Sequence[str]) -> float:
+    """The share of site-seconds, 0..1, in which a site could train: it and all that it depends on were there.
+
+    A fault takes from the moment at which it strikes until what it hit is back (restarted, thawed, or
+    reachable), whatever the product makes of it. A slow line, a bad reply and a killed worker take nothing, and
+    Redis away takes nothing: training goes on without it.
+    """
+    whole = len(sites) * (outcome.ended - outcome.began)
+    lost = 0.0
+    for site in sites:
+        hit = [
+            (max(outage.began, outcome.began), min(outage.ended, outcome.ended))
+            for outage in outcome.outages
+            if _takes(outage, site)
+        ]
+        at = outcome.began
+        for began, ended in sorted(hit):
+            lost += max(0.0, ended - max(at, began))
+            at = max(at, ended)
+    return 1 - lost / whole if whole > 0 else 0.0
+
+
+def _takes(outage: Outage, site: str) -> bool:
+    what, _, whom = outage.kind.partition("-")
+    if whom == "redis" or what in ("reply", "delay"):
+        return False
+    return outage.target in (site, "server")
+
+
+def _recovery_s(outcome: Outcome, outage: Outage) -> float | None:
+    """Seconds from a fault to the next commit that has something of the site that was hit.
+
+    For faults that hit no site: to the next commit that has anything. None if there was none later.
+    """
+    clients = {
+        (event["fence"]["term"], event["fence"]["lease_id"]): event["client"]
+        for event in outcome.events
+        if event["event"] == "reply"
+    }
+    for event in outcome.events:
+        if event["event"] != "round_committed" or event["time"] <= outage.began:
+            continue
+        merged = {clients.get((fence["term"], fence["lease_id"])) for fence in event["merged"]}
+        if merged and (outage.target == "server" or outage.target in merged):
+            return float(event["time"]) - outage.began
+    return None
+
+
+def _final_bpb(events: Sequence[Mapping[str, Any]], books: Sequence[Books]) -> float | None:
+    """Validation bits per byte of the last model, if all validation rows were scored."""
+    if not books:
+        return None
+    scores = [
+        event["val_bpb"]
+        for event in events
+        if event["event"] == "validation"
+        and event["round"] == books[-1].round_number
+        and event["complete"]
+    ]
+    return scores[-1] if scores else None
+
+
+def _events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    with contextlib.suppress(OSError):
+        return [event for event in read_events(run_dir / "events.jsonl") if event["event"] == kind]
+    return []
+
+
+def journal(outcome: Outcome) -> str:
+    """The faults as they struck, one JSON line each, for who looks for the reason of a violation."""
+    return "".join(json.dumps(asdict(outage)) + "\n" for outage in outcome.outages)

@@ -1,0 +1,198 @@
+"""Books made by hand: good ones pass, and each kind of bad one is found by its name."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from benchmarks.chaos import checker
+from benchmarks.chaos.checker import Books, Limits, Merged, Outage
+
+RUN, T = "run", 64
+LIMITS = Limits(round_s=40.0, gap_s=20.0, finish_s=60.0, restart_s=30.0)
+
+
+def reply(round_number: int, lease_id: int, *rows: tuple[int, int, int, int]) -> Merged:
+    """`rows`: epoch, shard, first row, end row."""
+    consumed = tuple(((epoch, shard), (first, end)) for epoch, shard, first, end in rows)
+    return Merged(RUN, 1, round_number, lease_id, consumed)
+
+
+def good() -> list[Books]:
+    """Three rounds: two sites, then nobody, then one site that goes on where the first was."""
+    first = {(0, 0): [(0, 16)], (0, 1): [(0, 8)]}
+    second = {(0, 0): [(0, 24)], (0, 1): [(0, 8)]}
+    return [
+        Books(1, 1, 24 * T, (reply(1, 1, (0, 0, 0, 16)), reply(1, 2, (0, 1, 0, 8))), first),
+        Books(2, 1, 24 * T, (), first),
+        Books(3, 2, 32 * T, (reply(3, 5, (0, 0, 16, 24)),), second),
+    ]
+
+
+def changed(number: int, **values: Any) -> list[Books]:
+    """The good books with other values in one round."""
+    books = good()
+    books[number - 1] = dataclasses.replace(books[number - 1], **values)
+    return books
+
+
+def all_of(books: Sequence[Books]) -> list[str]:
+    return [
+        *checker.check_rounds(books),
+        *checker.check_fences(books, RUN),
+        *checker.check_rows(books, T),
+    ]
+
+
+def test_good_books_have_no_violation() -> None:
+    assert all_of(good()) == []
+    assert all_of([]) == []
+
+
+@pytest.mark.parametrize(
+    ("books", "found"),
+    [
+        (good()[:1] + good()[2:], "rounds: snapshot 2 is that of round 3"),
+        (changed(1, term=3), "rounds: round 2 is of term 1, after term 3"),
+        (changed(2, tokens=8 * T), "rounds: round 2 has 512 tokens, after 1536"),
+        (
+            changed(3, merged=(reply(2, 5, (0, 0, 16, 24)),)),
+            "fences: round 3 merged ('run', 1, 2, 5)",
+        ),
+        (
+            changed(3, merged=(reply(3, 5, (0, 0, 16, 24)), reply(3, 5))),
+            "fences: round 3 merged ('run', 1, 3, 5) again",
+        ),
+        (
+            changed(
+                1,
+                merged=(
+                    reply(1, 1, (0, 0, 0, 16)),
+                    reply(1, 2, (0, 1, 0, 8), (0, 0, 12, 16)),
+                ),
+            ),
+            "rows: round 1 commits rows 12..16 of (0, 0) a second time",
+        ),
+        (
+            changed(3, merged=(reply(3, 5, (0, 0, 8, 24)),)),
+            "rows: round 3 commits rows 8..24 of (0, 0) a second time",
+        ),
+        (
+            changed(3, merged=()),
+            "rows: round 3 commits rows 16..24 of (0, 0), which no merged reply had",
+        ),
+        (
+            changed(3, committed={(0, 0): [(0, 24)]}),
+            "ledger: round 3 has lost the committed rows 0..8 of (0, 1)",
+        ),
+        (
+            changed(1, committed={(0, 0): [(0, 12)], (0, 1): [(0, 8)]}),
+            "ledger: round 1 has lost the committed rows 12..16 of (0, 0)",
+        ),
+        (
+            changed(3, committed={(0, 0): [(0, 16), (12, 24)], (0, 1): [(0, 8)]}),
+            "ledger: round 3 has rows twice in [(0, 0)]",
+        ),
+        (changed(3, tokens=31 * T), "ledger: round 3 counts 448 tokens for 8 rows of 64"),
+        (
+            changed(3, merged=(dataclasses.replace(reply(3, 5), consumed=None),)),
+            "rows: round 3 merged ('run', 1, 3, 5), and nothing tells its rows",
+        ),
+    ],
+)
+def test_each_bad_book_is_found(books: list[Books], found: str) -> None:
+    assert found in all_of(books)
+
+
+def test_a_reply_of_another_run_or_of_a_later_term_is_found() -> None:
+    strange = reply(3, 5, (0, 0, 16, 24))
+    for other in ({"run": "another"}, {"term": 3}):
+        books = changed(3, merged=(dataclasses.replace(strange, **other),))
+        assert any(text.startswith("fences: round 3 merged") for text in all_of(books))
+
+
+def test_books_are_read_from_snapshots_and_the_rows_of_a_reply_from_where_they_stand() -> None:
+    fence = {"run": RUN, "term": 1, "round_number": 1, "lease_id": 7}
+    state: dict[str, Any] = {
+        "round": 1,
+        "term": 1,
+        "tokens": 4 * T,
+        "merged": [fence],
+        "ledger": {"committed": [[0, 3, "site-a", [[0, 4]]]]},
+    }
+    event = {"event": "reply", "fence": fence, "consumed": [[0, 3, 0, 4]]}
+    expected = [Books(1, 1, 4 * T, (reply(1, 7, (0, 3, 0, 4)),), {(0, 3): [(0, 4)]})]
+    assert checker.read_books([state], [event]) == expected
+    state["merged"] = [fence | {"consumed": [[0, 3, 0, 4]]}]
+    assert checker.read_books([state], []) == expected
+    state["merged"] = [fence]
+    assert "nothing tells its rows" in all_of(checker.read_books([state], []))[0]
+
+
+def event(kind: str, time: float, **fields: Any) -> dict[str, Any]:
+    return {"event": kind, "time": time, **fields}
+
+
+def test_an_event_log_whose_terms_or_rounds_go_back_is_found() -> None:
+    log = [
+        event("run_started", 0.0, term=1),
+        event("round_opened", 1.0, round=1),
+        event("round_committed", 9.0, round_number=1),
+        event("round_opened", 10.0, round=2),
+        event("run_started", 20.0, term=2),
+        event("round_opened", 21.0, round=2),
+    ]
+    assert list(checker.check_events(log)) == []
+    again = [*log, event("run_started", 30.0, term=2)]
+    assert list(checker.check_events(again)) == ["rounds: term 2 started after term 2"]
+    for round_number in (1, 2):
+        again = [*log, event("round_opened", 30.0, round=round_number)]
+        assert list(checker.check_events(again)) == [f"rounds: round {round_number} opened after 2"]
+    again = [*log, event("round_committed", 30.0, round_number=1)]
+    assert list(checker.check_events(again)) == ["rounds: round 1 committed after 1"]
+
+
+def test_a_stall_is_found_unless_an_outage_explains_it() -> None:
+    log = [
+        event("run_started", 0.0),
+        event("round_opened", 5.0),
+        event("round_committed", 44.0),
+        event("round_opened", 63.0),
+    ]
+    assert list(checker.check_stalls(log, [], LIMITS)) == []
+    log[2]["time"], log[3]["time"] = 46.0, 65.0
+    assert list(checker.check_stalls(log, [], LIMITS)) == [
+        "stall: 41.0 s after round_opened, 40.0 s were allowed"
+    ]
+    end = [event("round_committed", 0.0), event("run_finished", 59.0)]
+    assert list(checker.check_stalls(end, [], LIMITS)) == []
+    end[1]["time"] = 61.0
+    assert len(list(checker.check_stalls(end, [], LIMITS))) == 1
+    frozen = Outage("freeze-serverapp", "server", 10.0, 12.0)
+    assert list(checker.check_stalls(log, [frozen], LIMITS)) == []
+    elsewhere = Outage("freeze-serverapp", "server", 50.0, 52.0)
+    assert len(list(checker.check_stalls(log, [elsewhere], LIMITS))) == 1
+    killed = Outage("kill-serverapp", "server", 46.5, 50.0)
+    log[3]["time"] = 46.0 + 20.0 + 3.5 + 29.0
+    assert len(list(checker.check_stalls(log, [killed], LIMITS))) == 1  # the first one
+    log[3]["time"] += 2.0
+    assert len(list(checker.check_stalls(log, [killed], LIMITS))) == 2
+
+
+def test_limits_follow_from_the_configuration() -> None:
+    limits = Limits.of({"round-max-duration": 30.0, "grace-max": 5.0}, restart_s=7.0)
+    assert limits == Limits(round_s=45.0, gap_s=22.0, finish_s=81.0, restart_s=7.0)
+
+
+def test_a_missed_target_a_process_left_and_another_bpb_are_found() -> None:
+    books = good()
+    assert list(checker.check_target(books, 32 * T)) == []
+    assert list(checker.check_target(books, 40 * T)) == ["target: the run has 2048 of 2560 tokens"]
+    assert list(checker.check_target([], 1)) == ["target: the run has 0 of 1 tokens"]
+    assert list(checker.check_processes(["python x"])) == ["processes: left behind: python x"]
+    assert list(checker.check_bpb(2.03, 2.0)) == []
+    assert list(checker.check_bpb(2.03, None)) == []
+    assert list(checker.check_bpb(None, 2.0)) == ["bpb: the final model was not scored"]
+    for bpb in (2.05, 1.95):
+        assert "more than 2% apart" in next(iter(checker.check_bpb(bpb, 2.0)))

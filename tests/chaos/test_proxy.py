@@ -1,0 +1,89 @@
+"""The line between two processes: it passes bytes, holds them, and cuts connections."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.chaos.processes import free_port
+from benchmarks.chaos.proxy import Line, Network
+
+
+@pytest.fixture
+def echo() -> Iterator[int]:
+    """A port that sends back what it gets, one connection at a time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    try:
+                        while data := connection.recv(1024):
+                            connection.sendall(data)
+                    except OSError:
+                        continue
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+@pytest.fixture
+def line(echo: int) -> Iterator[Line]:
+    with Network() as network:
+        yield network.line(echo)
+
+
+def connect(line: Line) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", line.port), timeout=10)
+
+
+def ask(connection: socket.socket, text: bytes) -> bytes:
+    connection.sendall(text)
+    return connection.recv(1024)
+
+
+def test_bytes_pass_both_ways_and_slowly_when_the_line_is_slow(line: Line) -> None:
+    with connect(line) as connection:
+        assert ask(connection, b"one") == b"one"
+        line.delay(0.05)
+        assert ask(connection, b"two") == b"two"
+
+
+def test_a_stalled_line_holds_bytes_back_until_it_is_up_again(line: Line) -> None:
+    with connect(line) as connection:
+        assert ask(connection, b"one") == b"one"
+        line.stall()
+        connection.sendall(b"two")
+        connection.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            connection.recv(1024)
+        line.up()
+        connection.settimeout(10)
+        assert connection.recv(1024) == b"two"
+
+
+def test_a_cut_line_resets_connections_and_takes_none_until_it_is_up_again(line: Line) -> None:
+    with connect(line) as connection:
+        assert ask(connection, b"one") == b"one"
+        line.cut()
+        with pytest.raises(ConnectionError):
+            _ = ask(connection, b"two") or ask(connection, b"two")
+    with pytest.raises(ConnectionError), connect(line) as connection:
+        _ = ask(connection, b"three") or ask(connection, b"three")
+    line.up()
+    with connect(line) as connection:
+        assert ask(connection, b"four") == b"four"
+
+
+def test_a_line_to_nobody_resets() -> None:
+    with Network() as network, pytest.raises(ConnectionError):
+        with connect(network.line(free_port())) as connection:
+            _ = ask(connection, b"one") or ask(connection, b"one")
