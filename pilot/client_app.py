@@ -1,15 +1,37 @@
 """The ClientApp: moves bytes between Flower and this site's worker group, and nothing else.
 
 It imports neither torch nor nanochat: a message is a new process (FLOWER.md), and what fails in a
-worker must become a reply with a reason, never an exception that Flower reports seconds later.
+worker must become a reply with a reason, never an exception that Flower reports seconds later. A site
+that is to leave takes no new work: it says so at once.
 """
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pilot.messages import Header, Part
+from pilot import in_flight
+from pilot.config import PilotError
+from pilot.coordinator import ClientCoordinator, resolve_url
+from pilot.messages import (
+    Header,
+    HelloOrder,
+    HelloReply,
+    Part,
+    TrainOrder,
+    TrainReply,
+    from_header,
+    to_header,
+)
+from pilot.notice import notice_files, noticed
 from pilot.records import from_records, to_records
 from pilot.worker.handle import WorkerError, WorkerHandle
+
+LEAVING = "leaving"  # `stopped_by` of an order that came too late
+_LEAVE_EXPIRY_S = 60.0
 
 app = ClientApp()
 
@@ -33,17 +55,76 @@ def _answer(message: Message, context: Context) -> Message:
 def answer(content: RecordDict, name: str) -> RecordDict:
     """What the site called `name` says to a message, whatever happens in its worker."""
     header, parts = from_records(content)
-    reply, update = _ask_worker(header, parts)
+    reply, update = _reply(header, parts, name)
     return to_records(reply | {"node_name": name}, update)
+
+
+def _reply(header: Header, parts: list[Part], name: str) -> tuple[Header, list[Part]]:
+    try:
+        order = from_header(header)
+    except ValueError:
+        return _ask_worker(header, parts)  # the worker says what is wrong with it
+    if isinstance(order, HelloOrder):
+        if reason := _leaving(order, name, order.run):
+            return to_header(HelloReply(error=f"this site is leaving ({reason})")), []
+        return _ask_worker(header, parts)
+    if isinstance(order, TrainOrder):
+        if _leaving(order, order.client, order.fence.run):
+            reply = TrainReply(fence=order.fence, client=order.client, stopped_by=LEAVING)
+            return to_header(reply), []
+        return _work(order, header, parts)
+    return _ask_worker(header, parts)
+
+
+def _work(order: TrainOrder, header: Header, parts: list[Part]) -> tuple[Header, list[Part]]:
+    """Let the worker train; this site's node and the server can see where the order is."""
+    in_flight.note(in_flight.of_order(order, in_flight.WORKING))
+    reply, update = _ask_worker(header, parts)
+    after = in_flight.of_order(order, in_flight.SENDING if update else in_flight.DONE)
+    in_flight.note(after)
+    if update:
+        heartbeat_s = float(order.config.get("heartbeat", 1.0))
+        in_flight.beat_while_sending(after, heartbeat_s=heartbeat_s)
+    return reply, update
+
+
+def _leaving(order: HelloOrder | TrainOrder, client: str, run: str) -> str:
+    """Why this site takes no work now, by a notice on its disk or its stop key; "" if it does."""
+    reason = noticed(notice_files(str(order.config.get("preempt-file", ""))))
+    try:
+        url = resolve_url(order.redis_url)
+    except PilotError:
+        return reason  # the worker's own hello says what is wrong with it
+    if not url:
+        return reason
+    coordinator = ClientCoordinator(url, run, client=client, term=0, round_number=0)
+    with contextlib.closing(coordinator):
+        if reason:
+            coordinator.announce_leave(reason, expiry_s=_LEAVE_EXPIRY_S)
+        return reason or coordinator.told_to_leave() or ""
 
 
 def _ask_worker(header: Header, parts: list[Part]) -> tuple[Header, list[Part]]:
     device = str(header.get("config", {}).get("device", "auto"))
     try:
         with WorkerHandle(processes=int(header.get("processes", 1)), device=device) as worker:
-            return worker.ask(header, parts)
+            with _sigterm_drains(worker):
+                return worker.ask(header, parts)
     except (WorkerError, OSError) as error:
         return _failure(header, str(error)), []
+
+
+@contextlib.contextmanager
+def _sigterm_drains(worker: WorkerHandle) -> Iterator[None]:
+    """SIGTERM makes the worker finish and reply; Flower's own handler would throw the reply away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: worker.drain())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _failure(header: Header, sentence: str) -> Header:

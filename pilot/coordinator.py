@@ -30,6 +30,7 @@ from typing import Any
 
 import redis
 
+from pilot import redis_scripts as scripts
 from pilot.config import Scalar, redact_url
 from pilot.messages import Fence
 from pilot.redis_link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
@@ -41,49 +42,6 @@ FINISHED_EXPIRY_S = 24 * 3600
 STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
 _ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
-
-# KEYS: server. ARGV: who we think holds it ("": nobody), who we are, expiry in ms. 1 if it is ours now.
-_TAKE = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return 1
-"""
-# KEYS: server, round, run. ARGV: who we are, expiry in ms, term, round, phase, reason, state. Returns 0 if
-# another server leads, 2 if nobody did (the keys are lost, or were never there), else 1.
-_TICK = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-redis.call('HSET', KEYS[2], 'term', ARGV[3], 'round', ARGV[4], 'phase', ARGV[5], 'reason', ARGV[6])
-redis.call('HSET', KEYS[3], 'term', ARGV[3], 'state', ARGV[7])
-redis.call('PERSIST', KEYS[2])
-redis.call('PERSIST', KEYS[3])
-return holder and 1 or 2
-"""
-# KEYS: server, then keys. ARGV: who we are, then (value, expiry in ms) a key; "" deletes the key.
-_NOTE = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-for i = 2, #KEYS do
-  local value, expiry = ARGV[2 * i - 2], ARGV[2 * i - 1]
-  if value == '' then redis.call('DEL', KEYS[i]) else redis.call('SET', KEYS[i], value, 'PX', expiry) end
-end
-return 1
-"""
-# KEYS: server, round, run. ARGV: who we are, seconds to keep the rest.
-_RELEASE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[1])
-redis.call('EXPIRE', KEYS[2], ARGV[2])
-redis.call('EXPIRE', KEYS[3], ARGV[2])
-return 1
-"""
-# KEYS: a string. ARGV: how it must begin to be deleted.
-_CLEAR = """
-local value = redis.call('GET', KEYS[1])
-if value and string.sub(value, 1, #ARGV[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
-"""
 
 
 def fence_text(fence: Fence) -> str:
@@ -153,7 +111,7 @@ class ServerCoordinator:
         other = json.loads(holder or "{}")
         ours = all(other.get(name) == value for name, value in self._where.items())
         if (holder and not ours) or not self._link.redis.eval(
-            _TAKE, 1, key, holder, self._identity, str(expiry_ms)
+            scripts.TAKE, 1, key, holder, self._identity, str(expiry_ms)
         ):
             raise CoordinatorError(
                 f"run {self._link.run} is already led by process {other.get('pid')} on "
@@ -180,7 +138,7 @@ class ServerCoordinator:
         Raises CoordinatorError if another server leads the run by now: two would spoil its clients.
         """
         values = [self._identity, int(SERVER_EXPIRY_S * 1000), *self._round.values(), self._state]
-        found = self._leading(_TICK, ["server", "round", "run"], values)
+        found = self._leading(scripts.TICK, ["server", "round", "run"], values)
         if found == 2 and self._notes:
             now = time.monotonic()
             self._notes = {key: note for key, note in self._notes.items() if note[1] > now}
@@ -195,7 +153,9 @@ class ServerCoordinator:
         try:
             self.end_round(self._round["reason"] or self._state)
             keys = ["server", "round", "run"]
-            self._leading(_RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False)
+            self._leading(
+                scripts.RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False
+            )
         except CoordinatorError:
             pass  # another server leads the run: these keys are its own
         self._link.close()
@@ -261,7 +221,7 @@ class ServerCoordinator:
                 self._notes[key] = (value, now + expiry_s)
             else:
                 self._notes.pop(key, None)
-        self._leading(_NOTE, ["server", *notes], values)
+        self._leading(scripts.NOTE, ["server", *notes], values)
 
     def _leading(
         self, script: str, names: list[str], values: list[Any], *, must_lead: bool = True
@@ -298,20 +258,23 @@ class ClientCoordinator:
 
     def round_over(self) -> str | None:
         """Why this round is over, by its durable key; None while it runs, or if nobody can tell."""
-        current = self._round()
-        if current is None:
-            return None
-        if current[0] > self._mine:
+        current, ended, run_over = self._look()
+        if current > self._mine:
             return "a later round"
-        return current[1] if current[0] == self._mine else None
+        return (ended or run_over) if current == self._mine else None
 
-    def superseded(self) -> bool:
-        """Whether the server works on a later round: a reply to this one is of no use any more."""
-        current = self._round()
-        return current is not None and current[0] > self._mine
+    def superseded(self) -> str | None:
+        """Why no reply to this round is taken any more; None while one is, or if nobody can tell."""
+        current, _, run_over = self._look()
+        if current > self._mine:
+            return "a later round"
+        return run_over if current == self._mine else None
 
-    def _round(self) -> tuple[tuple[int, int], str | None] | None:
-        """((term, round) of the server, why it is over or None); None if nobody can tell."""
+    def _look(self) -> tuple[tuple[int, int], str | None, str | None]:
+        """(term, round) of the server, why that round and why the run is over: None if it isn't.
+
+        (0, 0) if nobody can tell.
+        """
 
         def read() -> list[dict[str, str]]:
             with self._link.redis.pipeline(transaction=False) as pipe:
@@ -321,13 +284,10 @@ class ClientCoordinator:
 
         found, run = self._link.attempt("reading", read) or ({}, {})
         if not found:
-            return None
-        current = (int(found["term"]), int(found["round"]))
-        if found["phase"] == "ended":
-            return current, found["reason"] or "ended"
-        if run.get("term") == found["term"] and run.get("state", "running") != "running":
-            return current, run["state"]
-        return current, None
+            return (0, 0), None, None
+        ended = (found["reason"] or "ended") if found["phase"] == "ended" else None
+        over = run.get("term") == found["term"] and run.get("state", "running") != "running"
+        return (int(found["term"]), int(found["round"])), ended, run["state"] if over else None
 
     def told_to_leave(self) -> str | None:
         """Why this client is to leave, by its `stop:` key; None if it isn't, or if nobody can tell.
@@ -407,7 +367,7 @@ class ClientCoordinator:
     def clear_stop(self, reason: str) -> None:
         """Take this client's `stop:` key away if it begins with `reason`: others' stops stay."""
         key = self._link.key(f"stop:{self._client}")
-        self._link.attempt("writing", lambda: self._link.redis.eval(_CLEAR, 1, key, reason))
+        self._link.attempt("writing", lambda: self._link.redis.eval(scripts.CLEAR, 1, key, reason))
 
     def close(self) -> None:
         if self._listener is not None:

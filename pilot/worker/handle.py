@@ -7,6 +7,7 @@ and while we wait we look whether our own parent is still the one we started wit
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,7 +46,12 @@ class WorkerHandle:
         command += ["--dir", str(self._dir), "--processes", str(self._processes)]
         command += ["--device", self._device]
         # The group imports the installed package, not the bundle that Flower put first on our path.
-        self._group = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=self._dir)
+        # It is born with SIGTERM held back: one that comes before it can drain must not kill it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self._group = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=self._dir)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._connection: socket.socket | None = None
         return self
 
@@ -58,6 +64,10 @@ class WorkerHandle:
             return receive_frame(self._connection, while_waiting=self._look_at_parent)
         except WireError as error:
             raise WorkerError(self._last_words(str(error))) from error
+
+    def drain(self) -> None:
+        """Make the group finish its micro-step and answer what it was asked. For signal handlers, too."""
+        self._group.send_signal(signal.SIGTERM)
 
     def _connect(self) -> socket.socket:
         path = self._dir / SOCKET_NAME

@@ -1,0 +1,48 @@
+"""Writes to Redis that depend on what stands there, as Lua: nobody can come between look and write.
+
+`server` is the key of the lock; its value, the identity of the server that holds it, is unique to a
+process. A free lock may be taken by whoever writes: it expires while a server is stopped or cut off.
+"""
+
+# KEYS: server. ARGV: who we think holds it ("": nobody), who we are, expiry in ms. 1 if it is ours now.
+TAKE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+# KEYS: server, round, run. ARGV: who we are, expiry in ms, term, round, phase, reason, state. Returns 0 if
+# another server leads, 2 if nobody did (the keys are lost, or were never there), else 1.
+TICK = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('HSET', KEYS[2], 'term', ARGV[3], 'round', ARGV[4], 'phase', ARGV[5], 'reason', ARGV[6])
+redis.call('HSET', KEYS[3], 'term', ARGV[3], 'state', ARGV[7])
+redis.call('PERSIST', KEYS[2])
+redis.call('PERSIST', KEYS[3])
+return holder and 1 or 2
+"""
+# KEYS: server, then keys. ARGV: who we are, then (value, expiry in ms) a key; "" deletes the key.
+NOTE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+for i = 2, #KEYS do
+  local value, expiry = ARGV[2 * i - 2], ARGV[2 * i - 1]
+  if value == '' then redis.call('DEL', KEYS[i]) else redis.call('SET', KEYS[i], value, 'PX', expiry) end
+end
+return 1
+"""
+# KEYS: server, round, run. ARGV: who we are, seconds to keep the rest.
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+redis.call('EXPIRE', KEYS[3], ARGV[2])
+return 1
+"""
+# KEYS: a string. ARGV: how it must begin to be deleted.
+CLEAR = """
+local value = redis.call('GET', KEYS[1])
+if value and string.sub(value, 1, #ARGV[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+"""
