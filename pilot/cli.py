@@ -1,4 +1,5 @@
-"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, with what Flower leaves out.
+"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` flower-supernode, with what
+Flower leaves out.
 
 The run configuration is merged and checked before anything starts, the log is streamed with one
 progress bar a client, Ctrl-C stops the run and everything it started, and the exit code tells the
@@ -24,6 +25,7 @@ from pilot.config import PilotError, RunConfig, load_run_config, redact_url
 from pilot.launch import connection as connections
 from pilot.launch.connection import Connection
 from pilot.launch.flower_run import FlowerRun, Outcome
+from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
 
 PROGRESS_MARK = (
@@ -41,7 +43,12 @@ class Interrupted(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.function is node:
+        arguments.supernode = rest  # flower-supernode's own options
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         with _signals_as_exceptions():
             code: int = arguments.function(arguments)
@@ -76,6 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
     what = "was stopped" if outcome.status == "finished:stopped" else "failed"
     print(f"error: the run {what}{reason}", file=sys.stderr)
     return 1
+
+
+def node(arguments: argparse.Namespace) -> int:
+    """`pilot node`."""
+    options = NodeOptions(
+        name=arguments.name,
+        supernode=[word for word in arguments.supernode if word != "--"],
+        preempt_file=arguments.preempt_file,
+        leave_within_s=arguments.leave_within,
+    )
+    return run_node(options, say=speaker(options.name))
 
 
 def _run_locally(
@@ -197,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pilot", description="Federated pretraining of GPTs.")
     parser.add_argument("--version", action="version", version=f"pilot {version('pilot')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_node(commands)
     command = commands.add_parser(
         "run",
         help="run the federation: simulated on this machine, or deployed",
@@ -240,6 +259,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(function=run)
     return parser
+
+
+def _add_node(commands: Any) -> None:
+    command = commands.add_parser(
+        "node",
+        help="run a site's SuperNode: restarted when it ends, and leaving without losing its reply",
+        allow_abbrev=False,  # an option that isn't ours is flower-supernode's
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Run flower-supernode, whose options follow, and start it again when it ends. SIGTERM,\n"
+            "Ctrl-C or a preemption notice makes the site finish its micro-step and reply; once the\n"
+            "server has that reply on its disk (as Redis, PILOT_REDIS_URL, says) the node ends with\n"
+            "exit code 0. A second signal ends it at once."
+        ),
+        epilog=("example:\n  pilot node --name site-a --insecure --superlink 127.0.0.1:8000"),
+    )
+    command.add_argument(
+        "--name", default=default_name(), help="the site's name (default: this machine's)"
+    )
+    command.add_argument(
+        "--preempt-file",
+        default="",
+        metavar="FILE",
+        help="leave when this file appears (default: PILOT_PREEMPT_FILE, else the run's preempt-file)",
+    )
+    command.add_argument(
+        "--leave-within",
+        type=float,
+        metavar="SECONDS",
+        help="wait at most so long for the server (default: the run's drain-deadline and 60 s)",
+    )
+    command.set_defaults(function=node)
 
 
 if __name__ == "__main__":

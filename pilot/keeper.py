@@ -39,14 +39,15 @@ def start(
     *,
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
-    output: int = subprocess.DEVNULL,
+    output: int | None = subprocess.DEVNULL,
     remove: Path | None = None,
     grace_s: float = 2.0,
 ) -> "subprocess.Popen[bytes]":
     """Start `command` under a keeper that ends with this process; its exit code is the command's.
 
-    `output` takes both output streams; `remove` is a directory deleted at the end; `grace_s` passes
-    between SIGTERM for the command and SIGKILL for all of its descendants.
+    `output` takes both output streams (None: where this process's own go); `remove` is a directory
+    deleted at the end; `grace_s` passes between SIGTERM for the command and SIGKILL for all of its
+    descendants.
     """
     options = ["--parent", str(os.getpid()), "--grace", str(grace_s)]
     if remove is not None:
