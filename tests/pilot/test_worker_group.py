@@ -238,34 +238,46 @@ def test_killed_process_ends_the_group_with_a_sentence(
 HOLDER = """
 import sys, time
 from pilot.worker.handle import WorkerHandle
-with WorkerHandle(processes=2, device="cpu") as worker:
+with WorkerHandle(processes=int(sys.argv[1]), device="cpu") as worker:
     print(worker._group.pid, worker._dir, flush=True)
     time.sleep(600)
 """
+ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("how", ["holder", "supervisor"])
-def test_group_ends_within_ten_seconds_of_the_death_of(how: str, tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        text=True,
-        env={**os.environ, "PILOT_SCRATCH_DIR": str(tmp_path)},
-    )
+@pytest.mark.parametrize(
+    ("who", "signum"),
+    [
+        *(("ClientApp", signum) for signum in ENDS),
+        *(("SuperNode", signum) for signum in ENDS),
+        ("supervisor", signal.SIGKILL),
+    ],
+)
+def test_group_ends_within_ten_seconds_of_the_death_of(
+    who: str, signum: signal.Signals, tmp_path: Path
+) -> None:
+    supernode = subprocess.Popen(["sleep", "600"])
+    # a ClientApp says whom it works for as Flower's does; when that is killed, it lives on
+    command = [sys.executable, "-c", HOLDER, "2", "--parent-pid", str(supernode.pid)]
+    environment = {**os.environ, "PILOT_SCRATCH_DIR": str(tmp_path)}
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
     try:
         assert holder.stdout is not None
         pid, directory = holder.stdout.readline().split()
         assert Path(directory).parent == tmp_path
         until(lambda: len(family(int(pid))) >= 3)
         members = family(int(pid))
-        os.kill(holder.pid if how == "holder" else int(pid), signal.SIGKILL)
+        dies = {"ClientApp": holder.pid, "SuperNode": supernode.pid, "supervisor": int(pid)}
+        os.kill(dies[who], signum)
+        if who == "SuperNode":
+            supernode.wait()
         until(lambda: gone(members), limit_s=10.0)
-        if how == "holder":
+        if who != "supervisor":
             until(lambda: not Path(directory).exists())
     finally:
-        holder.kill()
-        holder.communicate()
+        for process in (holder, supernode):
+            process.kill()
+            process.communicate()
 
 
 def test_other_version_of_the_package_is_refused_with_a_sentence(
