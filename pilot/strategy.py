@@ -262,19 +262,20 @@ class PilotStrategy:
 
     # -- 5. reply --------------------------------------------------------------------------------
 
-    def _collect(self, open_round: OpenRound) -> None:
-        """Wait for the replies that are still to come, as long as they have ever taken and more."""
+    def _collect(self, open_round: OpenRound, patience_s: float | None = None) -> None:
+        """Wait for the replies that are still to come: as long as they have ever taken, and more, or
+        for `patience_s` seconds where they have more to do than to be sent."""
         monitor = self._monitor or self._follow(open_round)
-        # only who was told to stop shows what an upload takes: an evaluation is all still to come
-        told = uploads_s(monitor.awaited) if monitor.ended_at_s is not None else []
-        grace = grace_s(told, self.config.grace_max)
-        deadline_s = self.clock.now_s() + grace
+        if patience_s is None:
+            patience_s = grace_s(uploads_s(monitor.awaited), self.config.grace_max)
+        deadline_s = self.clock.now_s() + patience_s
         while monitor.awaited and self.clock.now_s() < deadline_s:
             self._tick(open_round)
             self._raise_if_interrupted()
         for message_id in open_round.pending:
             self.mailbox.abandon(message_id)
-        open_round.give_up(f"no reply within the {grace:.0f} s of grace", silent=monitor.silent)
+        reason = f"no reply within the {patience_s:.0f} s of grace"
+        open_round.give_up(reason, silent=monitor.silent)
         self._monitor = None
 
     # -- 6. outer step, then commit --------------------------------------------------------------
@@ -328,7 +329,7 @@ class PilotStrategy:
             sites = self._gather(1, to_train=False)
             open_round = self._new_round(self.state.round_number + 1)
             self.dispatcher.send_all(open_round, sites, evaluate_only=True)
-            self._collect(open_round)
+            self._collect(open_round, self.config.round_max_duration)
             self.coordinator.end_round(EndReason.ALL_REPLIED)
             open_round.close()
             if open_round.eval_rows == self.config.eval_rows:
