@@ -30,6 +30,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from nanochat.batch_encoder import BatchEncoder
 from nanochat.common import UserError, run_command_line
 from nanochat.dataset import iter_texts
 from nanochat.files import atomic_write_json, file_lock, fsync_dir
@@ -115,7 +116,8 @@ def pack(job: PackJob, *, num_threads: int = 1) -> PackStats:
         dtype=job.dtype,
         state=state,
     )
-    documents = _documents(job, tokenizer, state, num_threads)
+    encoder = BatchEncoder(tokenizer, dtype=job.dtype, num_threads=num_threads)
+    documents = _documents(job, encoder, state)
     partial = job.path("partial")
     with open(partial, "r+b" if state.rows else "wb", buffering=0) as file:
         file.truncate(state.rows * job.row_bytes)
@@ -149,18 +151,16 @@ def _saved_state(job: PackJob) -> PackState:
     return state if job.partial_rows() >= state.rows else PackState()
 
 
-def _documents(
-    job: PackJob, tokenizer: RustBPETokenizer, state: PackState, num_threads: int
-) -> Iterator[Document]:
+def _documents(job: PackJob, encoder: BatchEncoder, state: PackState) -> Iterator[Document]:
     """The documents that `state` wants, tokenized; one without text has no tokens."""
     number = 0
     for batch in iter_texts(Path(job.shard_path)):
         numbered = [(number + i, text or "") for i, text in enumerate(batch)]
         number += len(batch)
         wanted = [(n, text) for n, text in numbered if state.wants(n)]
-        ids = tokenizer.encode([text for _, text in wanted], num_threads=num_threads)
+        ids = encoder.encode([text for _, text in wanted])
         for (n, _), tokens in zip(wanted, ids, strict=True):
-            yield n, np.array(tokens, dtype=job.dtype)
+            yield n, tokens
 
 
 def _end_with_parent(parent_pid: int) -> None:

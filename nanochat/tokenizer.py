@@ -189,22 +189,31 @@ class RustBPETokenizer:
         ]
 
     def _encode_text(self, text: str) -> list[int]:
-        if len(text) <= _LONGEST_SPACE or not _LONG_SPACE.search(text):
+        if not has_long_space(text):
             return self.enc.encode_ordinary(text)
         pieces = _LONG_SPACE.split(text)
         return [id for piece in pieces for id in self.enc.encode_ordinary(piece)]
+
+    @property
+    def split_pattern(self) -> str:
+        """Of the pieces that no merge crosses."""
+        return self.enc._pat_str
+
+    def mergeable_tokens(self) -> list[bytes]:
+        """The bytes of every token but the special ones, in the order of their ids."""
+        ranks = self.enc._mergeable_ranks
+        return sorted(ranks, key=ranks.__getitem__)
 
     def _special_id(self, token: int | str) -> int:
         return token if isinstance(token, int) else self.encode_special(token)
 
     def _to_json(self) -> bytes:
-        by_rank = sorted(self.enc._mergeable_ranks.items(), key=lambda item: item[1])
         special = sorted(self.enc._special_tokens.items(), key=lambda item: item[1])
         entry = {
             "format": _FORMAT,
-            "pattern": self.enc._pat_str,
+            "pattern": self.split_pattern,
             "special": [name for name, _ in special],
-            "mergeable": [base64.b64encode(token).decode("ascii") for token, _ in by_rank],
+            "mergeable": [base64.b64encode(token).decode("ascii") for token in self.mergeable_tokens()],
         }
         return (json.dumps(entry, indent=0, ensure_ascii=False) + "\n").encode("utf-8")
 
@@ -290,6 +299,11 @@ def check_vocab_size(vocab_size: int) -> None:
 def check_trainable() -> None:
     """Raise UserError if the training extension is not built."""
     _rustbpe()
+
+
+def has_long_space(text: str) -> bool:
+    """Whether a run of white space in `text` is longer than tiktoken's engine can take."""
+    return len(text) > _LONGEST_SPACE and _LONG_SPACE.search(text) is not None
 
 
 def cropped(batches: Iterable[Sequence[str]], *, max_chars: int, doc_cap: int) -> Iterator[str]:

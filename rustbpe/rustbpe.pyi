@@ -10,6 +10,8 @@ DEFAULT_PATTERN: str
 @final
 class Tokenizer:
     def __new__(cls) -> Tokenizer: ...
+    @staticmethod
+    def from_ranks(tokens: Sequence[bytes], pattern: str | None = None) -> Tokenizer: ...
     @property
     def training_stats(self) -> dict[str, float]:
         """`counting_s`, `merging_s`, `distinct_words` of the last training; empty before."""
@@ -30,4 +32,7 @@ class Tokenizer:
     def batch_encode(
         self, texts: Sequence[str], *, num_threads: int | None = None
     ) -> list[list[int]]: ...
+    def batch_encode_bytes(
+        self, texts: Sequence[str], *, id_bytes: int, num_threads: int | None = None
+    ) -> list[bytes]: ...
     def decode(self, ids: Sequence[int]) -> str: ...

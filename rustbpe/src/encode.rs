@@ -2,10 +2,12 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustc_hash::FxHashMap;
 
 use crate::merge::{Pair, NUM_BYTES};
+use crate::piece_cache::PieceCache;
 use crate::poll::Poller;
 use crate::split::{SplitError, Splitter};
 
@@ -19,12 +21,13 @@ pub enum EncodeError<E> {
     Split(SplitError),
 }
 
-/// A split pattern with the tokens that were trained on it. Never changes once made.
+/// A split pattern with the tokens that were trained on it. What it computes never changes once made.
 pub struct Model {
     splitter: Splitter,
     tokens: Vec<Box<[u8]>>, // bytes of each id
     merges: FxHashMap<Pair, u32>,
     ids: FxHashMap<Box<[u8]>, u32>, // whole pieces that are one token
+    caches: Mutex<Vec<PieceCache>>, // one for each thread that encodes at the same time
 }
 
 impl Model {
@@ -40,7 +43,37 @@ impl Model {
             merges: merges.iter().copied().zip(first..).collect(),
             ids: tokens.iter().cloned().zip(0..).collect(),
             tokens,
+            caches: Mutex::default(),
         }
+    }
+
+    /// With the tokens of another training, by rank; None unless they begin with the 256 single bytes in order, none is empty
+    /// and all differ.
+    ///
+    /// As in tiktoken, any two neighbours merge whose bytes together are a token.
+    pub fn from_ranks(splitter: Splitter, tokens: Vec<Box<[u8]>>) -> Option<Self> {
+        let bytes_first =
+            tokens.len() >= NUM_BYTES && (0..NUM_BYTES).all(|byte| *tokens[byte] == [byte as u8]);
+        let ids: FxHashMap<Box<[u8]>, u32> = tokens.iter().cloned().zip(0..).collect();
+        if !bytes_first || ids.len() < tokens.len() || tokens.iter().any(|token| token.is_empty()) {
+            return None;
+        }
+        let mut merges = FxHashMap::default();
+        for (token, id) in tokens.iter().zip(0..) {
+            for middle in 1..token.len() {
+                let (left, right) = token.split_at(middle);
+                if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
+                    merges.insert((left, right), id);
+                }
+            }
+        }
+        Some(Self {
+            splitter,
+            tokens,
+            merges,
+            ids,
+            caches: Mutex::default(),
+        })
     }
 
     pub fn pattern(&self) -> &str {
@@ -59,13 +92,31 @@ impl Model {
         ids: &mut Vec<u32>,
         poller: &mut Poller<F>,
     ) -> Result<(), EncodeError<E>> {
-        let mut encoded = Ok(());
+        let mut cache = self.caches().pop().unwrap_or_default();
+        let (bytes, mut encoded) = (text.as_bytes(), Ok(()));
         let split = self.splitter.for_each_piece(text, |start, end| {
-            encoded = self.encode_piece(&text.as_bytes()[start..end], ids, poller);
+            encoded = poller.step();
+            if encoded.is_err() {
+                return false;
+            }
+            let key = PieceCache::key(bytes, start, end);
+            if key.is_some_and(|key| cache.append(key, ids)) {
+                return true;
+            }
+            let first = ids.len();
+            encoded = self.encode_piece(&bytes[start..end], ids, poller);
+            if let (Some(key), true) = (key, encoded.is_ok()) {
+                cache.keep(key, &ids[first..]);
+            }
             encoded.is_ok()
         });
+        self.caches().push(cache);
         encoded.map_err(EncodeError::Caller)?;
         split.map_err(EncodeError::Split)
+    }
+
+    fn caches(&self) -> MutexGuard<'_, Vec<PieceCache>> {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn encode_piece<E, F: FnMut() -> Result<(), E>>(
@@ -74,7 +125,6 @@ impl Model {
         ids: &mut Vec<u32>,
         poller: &mut Poller<F>,
     ) -> Result<(), E> {
-        poller.step()?;
         if let Some(&id) = self.ids.get(piece) {
             ids.push(id);
         } else if piece.len() <= SMALL_PIECE_BYTES {
@@ -213,6 +263,42 @@ mod tests {
         };
         let polls = (0..).find(|&polls| !fails_after(polls)).unwrap();
         assert!(polls > 40, "{polls} only, in one piece of 2,000 bytes");
+    }
+
+    #[test]
+    fn ranks_alone_give_the_same_ids() {
+        let trained = model(&[b"banana bandana".to_vec(), b"aaaaaaa".to_vec()], 99);
+        let splitter = Splitter::new(".+").unwrap();
+        let read = Model::from_ranks(splitter, trained.tokens().to_vec()).unwrap();
+        for text in [
+            "banana",
+            "bandanabanana aaa",
+            "",
+            "x",
+            "aaaaaaaaaaaaaaaaaaaaaaa",
+        ] {
+            for _ in 0..2 {
+                let (mut ids, mut others) = (Vec::new(), Vec::new());
+                let mut poller = Poller::new(|| Ok::<(), ()>(()));
+                trained.encode(text, &mut ids, &mut poller).unwrap();
+                read.encode(text, &mut others, &mut poller).unwrap();
+                assert_eq!(ids, others);
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_that_are_not_bytes_first_and_all_different_are_refused() {
+        let bytes = || (0..=255u8).map(|byte| Box::from([byte]));
+        let read = |tokens: Vec<Box<[u8]>>| {
+            Model::from_ranks(Splitter::new(".+").unwrap(), tokens).is_some()
+        };
+        assert!(read(bytes().collect()));
+        assert!(!read(bytes().skip(1).collect()));
+        assert!(!read(bytes().rev().collect()));
+        for wrong in [&b"a"[..], b""] {
+            assert!(!read(bytes().chain([Box::from(wrong)]).collect()));
+        }
     }
 
     #[test]

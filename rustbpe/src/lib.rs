@@ -2,7 +2,8 @@
 //!
 //! One file a step: [`split`] cuts text into pieces ([`scanner`] is its fast path for the default pattern), [`count`]
 //! counts the distinct ones on all threads (in the tables of [`words`]), [`merge`] finds the merges (in the array of [`layout`]),
-//! [`encode`] applies them. Only `python` knows of Python, so that everything else is tested by
+//! [`encode`] applies them
+//! (`piece_cache` remembers what it did lately). Only `python` knows of Python, so that everything else is tested by
 //! `cargo test --no-default-features`.
 
 #![deny(unsafe_code)]
@@ -12,6 +13,7 @@ pub mod encode;
 pub mod layout;
 pub mod merge;
 mod neighbours;
+mod piece_cache;
 pub mod poll;
 pub mod scanner;
 pub mod split;

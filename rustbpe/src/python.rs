@@ -149,6 +149,22 @@ impl Tokenizer {
         Ok(Self { trained })
     }
 
+    /// One with the tokens of another training, in the order of their ranks: the 256 single bytes first, all different.
+    ///
+    /// It encodes as tiktoken does with the same ranks, whatever training they come from.
+    #[staticmethod]
+    #[pyo3(signature = (tokens, pattern=None))]
+    fn from_ranks(tokens: Vec<Vec<u8>>, pattern: Option<&str>) -> PyResult<Self> {
+        let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))?;
+        let tokens = tokens.into_iter().map(Vec::into_boxed_slice).collect();
+        let Some(model) = Model::from_ranks(splitter, tokens) else {
+            let message = "the tokens must begin with the 256 single bytes, and all differ";
+            return Err(PyValueError::new_err(message));
+        };
+        let trained = RwLock::new((Arc::new(model), None));
+        Ok(Self { trained })
+    }
+
     /// Learns a vocabulary of at most `vocab_size` tokens from an iterable of documents.
     ///
     /// The merges are those of the naive algorithm, ties in pair counts broken towards the smaller pair of ids, for any
@@ -265,6 +281,37 @@ impl Tokenizer {
     ) -> PyResult<Vec<Vec<u32>>> {
         let (model, num_threads) = (self.model(), threads_or_all(num_threads)?);
         detached(py, || encode_all(&model, &texts, num_threads))
+    }
+
+    /// `batch_encode` as bytes: each id is a little-endian number of `id_bytes` (2 or 4) bytes.
+    #[pyo3(signature = (texts, *, id_bytes, num_threads=None))]
+    fn batch_encode_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<PyBackedStr>,
+        id_bytes: usize,
+        num_threads: Option<usize>,
+    ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+        let (model, num_threads) = (self.model(), threads_or_all(num_threads)?);
+        let most_tokens = match id_bytes {
+            2 => 1 << 16,
+            4 => u64::from(u32::MAX),
+            _ => return Err(PyValueError::new_err("id_bytes must be 2 or 4")),
+        };
+        if model.tokens().len() as u64 > most_tokens {
+            let message = format!("{} ids do not fit {id_bytes} bytes", model.tokens().len());
+            return Err(PyValueError::new_err(message));
+        }
+        let encoded = detached(py, || encode_all(&model, &texts, num_threads))?;
+        let to_bytes = |ids: Vec<u32>| {
+            PyBytes::new_with(py, ids.len() * id_bytes, |bytes| {
+                for (id, place) in ids.iter().zip(bytes.chunks_exact_mut(id_bytes)) {
+                    place.copy_from_slice(&id.to_le_bytes()[..id_bytes]);
+                }
+                Ok(())
+            })
+        };
+        encoded.into_iter().map(to_bytes).collect()
     }
 
     /// The text of `ids`; bytes that are not UTF-8 become U+FFFD.
