@@ -6,7 +6,6 @@ wait for the next ones. If the packer dies, one of its readers starts another, w
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ import numpy as np
 import nanochat
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import Source
-from nanochat.files import file_lock, sha256_file
+from nanochat.files import file_lock, remembered_sha256
 from nanochat.packing import PACKING_VERSION, PACKINGS, row_dtype
 from nanochat.row_packer import PackJob, PackStats
 from nanochat.tokenizer import RustBPETokenizer
@@ -98,8 +97,8 @@ class RowCache:
         if shard not in self._shards:
             self.source.ensure([shard])
             path = self.source.shard_path(shard)
-            names = f"{_shard_sha256(path)} {self.fingerprint()}"
             self.directory.mkdir(parents=True, exist_ok=True)
+            names = f"{remembered_sha256(path, self.directory)} {self.fingerprint()}"
             job = PackJob(
                 shard_path=str(path.resolve()),
                 tokenizer_dir=self._tokenizer_dir,
@@ -135,7 +134,7 @@ class ShardRows:
     """The rows of one shard, (T+1,) each, uint16 or uint32."""
 
     def __init__(self, job: PackJob) -> None:
-        self._job = job
+        self.job = job
         self._stats: PackStats | None = None
         self._mapped: np.ndarray | None = None
         self._packer: _PackerProcess | None = None
@@ -148,13 +147,13 @@ class ShardRows:
     def stats(self) -> PackStats | None:
         """Rows, documents, tokens and the share discarded; None while it is being packed."""
         if self._stats is None:
-            self._stats = self._job.complete()
+            self._stats = self.job.complete()
             if self._stats is not None:
                 _LOG.info(
                     "%s packed (%s, T = %d): %d rows, %.1f %% of %d tokens discarded",
-                    Path(self._job.shard_path).name,
-                    self._job.packing,
-                    self._job.sequence_len,
+                    Path(self.job.shard_path).name,
+                    self.job.packing,
+                    self.job.sequence_len,
                     self._stats.rows,
                     100 * self._stats.discarded_share,
                     self._stats.tokens,
@@ -169,7 +168,7 @@ class ShardRows:
     @property
     def rows_so_far(self) -> int:
         """Rows that are packed by now."""
-        return self._job.partial_rows() if self.stats is None else self.stats.rows
+        return self.job.partial_rows() if self.stats is None else self.stats.rows
 
     def keep_packing(self) -> bool:
         """See to it that somebody packs this shard; whether it is packed. Raises as `read` does."""
@@ -188,7 +187,7 @@ class ShardRows:
         if not 0 <= first_row <= end_row:
             raise ValueError(f"no such rows: {first_row}..{end_row}")
         while self.stats is None and first_row < end_row:
-            if self._job.partial_rows() >= end_row:
+            if self.job.partial_rows() >= end_row:
                 rows = self._read_partial(first_row, end_row)
                 if rows is not None:
                     return rows
@@ -206,15 +205,15 @@ class ShardRows:
             self._packer = None
 
     def _no_rows(self) -> np.ndarray:
-        return np.empty((0, self._job.sequence_len + 1), dtype=self._job.dtype)
+        return np.empty((0, self.job.sequence_len + 1), dtype=self.job.dtype)
 
     def _all_rows(self) -> np.ndarray:
         if self._mapped is None:
             assert self._stats is not None
             if self._stats.rows:
-                shape = (self._stats.rows, self._job.sequence_len + 1)
+                shape = (self._stats.rows, self.job.sequence_len + 1)
                 self._mapped = np.memmap(
-                    self._job.path("rows"), dtype=self._job.dtype, mode="r", shape=shape
+                    self.job.path("rows"), dtype=self.job.dtype, mode="r", shape=shape
                 )
             else:  # a shard shorter than a row; an empty file cannot be mapped
                 self._mapped = self._no_rows()
@@ -226,16 +225,16 @@ class ShardRows:
 
         Read, not mapped: a mapping of a file that gets shorter is a SIGBUS.
         """
-        size_bytes = (end_row - first_row) * self._job.row_bytes
+        size_bytes = (end_row - first_row) * self.job.row_bytes
         try:
-            with open(self._job.path("partial"), "rb") as file:
-                data = os.pread(file.fileno(), size_bytes, first_row * self._job.row_bytes)
+            with open(self.job.path("partial"), "rb") as file:
+                data = os.pread(file.fileno(), size_bytes, first_row * self.job.row_bytes)
         except FileNotFoundError:
             return None
         if len(data) < size_bytes:
             return None
-        return np.frombuffer(bytearray(data), dtype=self._job.dtype).reshape(
-            end_row - first_row, self._job.sequence_len + 1
+        return np.frombuffer(bytearray(data), dtype=self.job.dtype).reshape(
+            end_row - first_row, self.job.sequence_len + 1
         )
 
     def _keep_packing(self) -> None:
@@ -255,12 +254,12 @@ class ShardRows:
                 self._deaths += 1
             if self._deaths >= _PACKER_DEATHS:
                 raise UserError(
-                    f"packing {self._job.shard_path} died {self._deaths} times, "
+                    f"packing {self.job.shard_path} died {self._deaths} times, "
                     f"the last time with exit code {code} ({message or 'no message'}): "
                     "look for a lack of memory or disk, and start again"
                 )
-        if self.stats is None and _is_free(self._job.path("lock")):
-            self._packer = _PackerProcess(self._job)
+        if self.stats is None and _is_free(self.job.path("lock")):
+            self._packer = _PackerProcess(self.job)
 
 
 class _PackerProcess:
@@ -380,14 +379,3 @@ def _is_free(lock: Path) -> bool:
             return True
     except filelock.Timeout:
         return False
-
-
-def _shard_sha256(path: Path) -> str:
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256_of(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """Size and time are part of the key only: a shard that was replaced is hashed again."""
-    return sha256_file(path)

@@ -17,6 +17,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 _HASH_CHUNK_BYTES = 1 << 20
+_SHA256_CHARS = 64
 
 
 def fsync_dir(directory: Path) -> None:
@@ -91,6 +92,26 @@ def sha256_file(path: Path | str) -> str:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def remembered_sha256(path: Path, directory: Path) -> str:
+    """`sha256_file`, kept in `directory` for as long as nothing has touched the file.
+
+    A shard has some 100 MB: a resumed run would wait longer for its hash than for its rows.
+    """
+    stat = path.stat()
+    # a change of content moves ctime, too, which no program can set back
+    touched = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    name = hashlib.sha256(json.dumps([str(path.resolve()), *touched]).encode()).hexdigest()[:32]
+    remembered = directory / f"{name}.sha256"
+    with contextlib.suppress(OSError, ValueError):
+        sha256 = remembered.read_text(encoding="ascii").strip()
+        if len(sha256) == _SHA256_CHARS:
+            return sha256
+    sha256 = sha256_file(path)
+    with contextlib.suppress(OSError):  # a full disk: it is hashed again next time
+        atomic_write_text(remembered, sha256 + "\n")
+    return sha256
 
 
 @contextlib.contextmanager

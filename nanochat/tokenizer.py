@@ -64,6 +64,7 @@ class RustBPETokenizer:
         self.enc = encoding
         self.directory = directory
         self.bos_token_id = self.encode_special("<|bos|>")
+        self._fingerprint: str | None = None  # some 30 ms, and asked for often
 
     @classmethod
     def train_from_iterator(
@@ -128,7 +129,9 @@ class RustBPETokenizer:
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of `tokenizer.json`; equal tokenizers have equal ones."""
-        return hashlib.sha256(self._to_json()).hexdigest()
+        if self._fingerprint is None:
+            self._fingerprint = hashlib.sha256(self._to_json()).hexdigest()
+        return self._fingerprint
 
     def get_vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
@@ -213,7 +216,9 @@ class RustBPETokenizer:
             "format": _FORMAT,
             "pattern": self.split_pattern,
             "special": [name for name, _ in special],
-            "mergeable": [base64.b64encode(token).decode("ascii") for token in self.mergeable_tokens()],
+            "mergeable": [
+                base64.b64encode(token).decode("ascii") for token in self.mergeable_tokens()
+            ],
         }
         return (json.dumps(entry, indent=0, ensure_ascii=False) + "\n").encode("utf-8")
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataloader
+from nanochat import dataloader, files
 from nanochat.common import UserError
 from nanochat.dataloader import RowCache, RowStream, Segment, shard_order
 from nanochat.dataset import get_source
@@ -53,14 +53,17 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path / "mine"
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """Shard 0 takes much longer to pack than any test lasts (80 MB of text, a small file)."""
-    write_shard(tmp_path / "large", 1, texts(5, seed=1))
-    documents = pa.array(["pack my box with five dozen liquor jugs " * 10] * 200_000)
-    path = tmp_path / "large" / "shard_00000.parquet"
-    pq.write_table(pa.table({"text": documents}), path, row_group_size=1000)
-    return tmp_path / "large"
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shard 0 takes much longer to pack than any test lasts (800 MB of text, a small file)."""
+    directory = tmp_path_factory.mktemp("large")
+    write_shard(directory, 1, texts(5, seed=1))
+    documents = pa.array(["pack my box with five dozen liquor jugs " * 10] * 20_000)
+    table = pa.table({"text": documents})
+    with pq.ParquetWriter(directory / "shard_00000.parquet", table.schema) as writer:
+        for _ in range(100):
+            writer.write_table(table, row_group_size=1000)
+    return directory
 
 
 @pytest.fixture
@@ -184,6 +187,24 @@ def test_a_damaged_cache_file_is_packed_again(make_cache, base_dir, damage):
     np.testing.assert_array_equal(make_cache().rows(0).read(0, 10**9), first)
 
 
+def test_a_shards_hash_is_remembered_until_the_file_is_touched(mine, tmp_path, monkeypatch):
+    path, directory = mine / "shard_00000.parquet", tmp_path / "rows"
+    directory.mkdir()
+    first = files.remembered_sha256(path, directory)
+    assert first == hashlib.sha256(path.read_bytes()).hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256_file", lambda path: pytest.fail("it was hashed again"))
+        assert files.remembered_sha256(path, directory) == first
+    stat = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"!")  # as long, and no older by its mtime
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    changed = files.remembered_sha256(path, directory)
+    assert changed == hashlib.sha256(path.read_bytes()).hexdigest() != first
+    for remembered in directory.iterdir():
+        remembered.write_text("")  # cut short
+    assert files.remembered_sha256(path, directory) == changed
+
+
 def test_another_shard_tokenizer_length_or_packing_is_another_file(
     make_cache, mine, base_dir, tmp_path
 ):
@@ -242,18 +263,18 @@ def test_a_killed_packer_is_taken_over_where_it_stopped(make_cache, mine, tokeni
     write_shard(mine, 0, documents)
     rows = make_cache(packing=packing).rows(0)
     packer = packer_of(rows)
-    state = rows._job.path("state")
+    state = rows.job.path("state")
     wait_for(state.exists)
     packer.send_signal(signal.SIGKILL)
     packer.wait()
     assert rows.num_rows is None, "the packer was done before it could be killed"
     durable = json.loads(state.read_text())["rows"]
-    partial = rows._job.path("partial")
+    partial = rows.job.path("partial")
     again = make_cache(packing=packing).rows(0)
     sizes = [durable]
     while again.num_rows is None:
         with contextlib.suppress(FileNotFoundError):  # it has its final name
-            sizes.append(partial.stat().st_size // again._job.row_bytes)
+            sizes.append(partial.stat().st_size // again.job.row_bytes)
     everything = again.read(0, 10**9)
     np.testing.assert_array_equal(everything, reference(tokenizer, documents, packing))
     np.testing.assert_array_equal(rows.read(0, 10**9), everything)
@@ -267,14 +288,14 @@ def test_a_packer_of_another_process_is_waited_for_and_taken_over(make_cache, la
     )
     assert other.stdout is not None
     packer = psutil.Process(int(other.stdout.readline()))
-    wait_for((rows := make_cache(large).rows(0))._job.partial_rows)
+    wait_for((rows := make_cache(large).rows(0)).job.partial_rows)
     rows.read(0, 50)
     assert psutil.pid_exists(packer.pid)
     other.kill()
     other.communicate()
     wait_for(lambda: not packer.is_running())  # a packer dies with its parent
     assert rows.num_rows is None
-    beyond = rows._job.partial_rows() + 1000
+    beyond = rows.job.partial_rows() + 1000
     assert len(rows.read(beyond - 1, beyond)) == 1  # ours continued
     assert packer_of(rows).pid != packer.pid
 
