@@ -105,7 +105,7 @@ def make_job(shard: Path, tokenizer: RustBPETokenizer, directory: Path, seq_len:
 def reference_rows(
     shard: Path, tokenizer: RustBPETokenizer, seq_len: int, batch_rows: int = 8
 ) -> Iterator[torch.Tensor]:
-    """Upstream's loader as it is described: (B, T+1) of int64, for as long as its list is full."""
+    """Upstream's loader as it is described: (B, T+1) of int64. Ends with the shard, as ours does."""
     bos, capacity = tokenizer.get_bos_token_id(), seq_len + 1
     documents: list[list[int]] = []
 
@@ -122,11 +122,10 @@ def reference_rows(
         for row in rows:
             filled = 0
             while filled < capacity:
-                while len(documents) < BUFFER_DOCUMENTS:
-                    texts = next(source, None)
-                    if texts is None:
-                        return
+                while len(documents) < BUFFER_DOCUMENTS and (texts := next(source, None)):
                     documents.extend(tokenizer.encode(texts, prepend=bos, num_threads=1))
+                if not documents:
+                    return
                 room, best, best_length = capacity - filled, -1, 0
                 for i, document in enumerate(documents):
                     if best_length < len(document) <= room:

@@ -1,11 +1,14 @@
 """Rotary position embedding and causal attention with a sliding window.
 
-The one place where an attention kernel is chosen. `scaled_dot_product_attention` has a fused causal
-kernel on CPU, CUDA and MPS, and takes an explicit T x T mask for a window shorter than the sequence:
-exact everywhere, but twice the work of a windowed kernel at T = 2048. On CPUs windows have a kernel of
-their own (2.3-2.9 times as fast as the mask at windows of a quarter).
+The one place where an attention kernel is chosen: `choose_kernel`. `scaled_dot_product_attention` has a
+fused causal kernel on CPU, CUDA and MPS, and takes an explicit T x T mask for a window shorter than the
+sequence: exact everywhere, but twice the work of a windowed kernel at T = 2048. On CPUs windows have a
+kernel of their own (2.3-2.9 times as fast as the mask at windows of a quarter), on Hopper GPUs
+FlashAttention-3 takes all of them. There is no fp8: matmuls are in bf16 at the least, as the weights'
+updates were tuned for.
 """
 
+from enum import Enum
 from functools import lru_cache
 
 import torch
@@ -13,9 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.blocked_attention import blocked_attention
+from nanochat.flash3 import flash3_attention, flash3_for
 
 _WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
 _SHORT_WINDOW_DIVISOR = 4
+
+
+class Kernel(Enum):
+    FLASH3 = "FlashAttention-3"
+    CAUSAL = "torch's fused causal attention"
+    BLOCKED = "blocks of queries"
+    MASK = "torch's attention with a mask"
+
+
+def choose_kernel(
+    *, device_type: str, dtype: torch.dtype, length: int, window: int, has_flash3: bool
+) -> Kernel:
+    """What computes attention of `length` positions to `window` positions before each."""
+    if has_flash3 and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return Kernel.FLASH3
+    if window >= length - 1:  # the first position is visible from the last
+        return Kernel.CAUSAL
+    return Kernel.BLOCKED if device_type == "cpu" else Kernel.MASK
 
 
 def rotary_tables(
@@ -57,16 +79,33 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
     q: (B, T, H, D); k, v: (B, T, H_kv, D) with H a multiple of H_kv; returns (B, T, H, D). Queries
     and keys have been normed: each has a norm of the order of sqrt(D).
     """
-    T = q.size(1)
-    if q.device.type == "cpu" and window < T - 1:
+    kernel = choose_kernel(
+        device_type=q.device.type,
+        dtype=q.dtype,
+        length=q.size(1),
+        window=window,
+        has_flash3=flash3_for(q.device) is not None,
+    )
+    return attention_by(kernel, q, k, v, window=window)
+
+
+def attention_by(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """`causal_attention` by a kernel that can compute it."""
+    if kernel is Kernel.FLASH3:
+        flash3 = flash3_for(q.device)
+        assert flash3 is not None
+        return flash3_attention(flash3, q, k, v, window=window)
+    if kernel is Kernel.BLOCKED:
         return blocked_attention(q, k, v, window=window)
-    grouped = q.size(2) != k.size(2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if window >= T - 1:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    else:
-        mask = _window_mask(T, window, q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    mask = _window_mask(q.size(1), window, q.device) if kernel is Kernel.MASK else None
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.size(2) != k.size(2),
+    )
     return y.transpose(1, 2)
 
 

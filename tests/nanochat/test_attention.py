@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.attention import apply_rotary, causal_attention, layer_windows, rotary_tables
+from nanochat import flash3
+from nanochat.attention import (
+    Kernel,
+    apply_rotary,
+    attention_by,
+    cached_attention,
+    causal_attention,
+    choose_kernel,
+    layer_windows,
+    rotary_tables,
+)
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -32,6 +42,115 @@ def test_attention_sees_itself_and_its_window(window: int, kv_heads: int) -> Non
     k = torch.randn(2, 24, kv_heads, 8, generator=generator)
     v = torch.randn(2, 24, kv_heads, 8, generator=generator)
     y = causal_attention(q, k, v, window=window)
+    torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "window", "has_flash3", "kernel"),
+    [
+        ("cpu", torch.float32, 127, False, Kernel.CAUSAL),  # all of 128 positions
+        ("cpu", torch.bfloat16, 126, False, Kernel.BLOCKED),
+        ("cuda", torch.bfloat16, 2048, False, Kernel.CAUSAL),
+        ("cuda", torch.bfloat16, 32, False, Kernel.MASK),
+        ("mps", torch.float32, 32, False, Kernel.MASK),
+        ("cuda", torch.bfloat16, 32, True, Kernel.FLASH3),
+        ("cuda", torch.float16, 2048, True, Kernel.FLASH3),
+        ("cuda", torch.float32, 32, True, Kernel.MASK),  # it has no fp32
+        ("cuda", torch.float32, 2048, True, Kernel.CAUSAL),
+        ("cpu", torch.bfloat16, 32, True, Kernel.BLOCKED),
+    ],
+)
+def test_the_kernel_follows_from_device_dtype_and_window(
+    device_type: str, dtype: torch.dtype, window: int, has_flash3: bool, kernel: Kernel
+) -> None:
+    chosen = choose_kernel(
+        device_type=device_type, dtype=dtype, length=128, window=window, has_flash3=has_flash3
+    )
+    assert chosen is kernel
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 22])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kernel", [Kernel.MASK, Kernel.BLOCKED])
+def test_every_kernel_for_windows_computes_the_same(
+    kernel: Kernel, kv_heads: int, window: int
+) -> None:
+    generator = torch.Generator().manual_seed(window)
+    q, k, v = (torch.randn(2, 24, h, 8, generator=generator) for h in (4, kv_heads, kv_heads))
+    y = attention_by(kernel, q, k, v, window=window)
+    torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_flash_attention_3_is_asked_for_a_causal_window_of_keys_before(
+    with_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash_attn_func(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> object:
+        """Its signature: (B, T, H, D), a window of keys before and after each query."""
+        assert causal and window_size[1] == 0 and softmax_scale is None
+        y = _reference(q, k, v, window_size[0]).float()
+        return (y, None) if with_lse else y
+
+    monkeypatch.setattr("nanochat.attention.flash3_for", lambda device: flash_attn_func)
+    q, k = torch.randn(1, 12, 4, 8), torch.randn(1, 12, 2, 8)
+    for window in (3, 12):
+        y = attention_by(Kernel.FLASH3, q, k, k, window=window)
+        torch.testing.assert_close(y.double(), _reference(q, k, k, window), atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_3_is_for_hopper_with_the_package_and_its_absence_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hopper, others = (9, 0), [(8, 0), (8, 9), (10, 0), (12, 0)]
+    asked: list[str] = []
+
+    class Kernels:
+        flash_attn_func = staticmethod(lambda q, k, v: None)
+
+        @classmethod
+        def get_kernel(cls, repository: str, *, version: int) -> object:
+            asked.append(repository)
+            return cls
+
+    monkeypatch.setattr(flash3.importlib.util, "find_spec", lambda name: None)
+    assert flash3.load_flash3(hopper) is None
+    monkeypatch.setattr(flash3.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(flash3.importlib, "import_module", lambda name: Kernels)
+    assert [flash3.load_flash3(capability) for capability in others] == [None] * 4 and not asked
+    assert flash3.load_flash3(hopper) is Kernels.flash_attn_func
+
+    def offline(*args: object, **options: object) -> object:
+        raise OSError("offline\nas ever")
+
+    monkeypatch.setattr(Kernels, "get_kernel", offline)
+    assert flash3.load_flash3(hopper) is None
+    assert caplog.messages[-1].endswith("uses torch's kernels (offline)")
+    assert flash3.flash3_for(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("window", [0, 3, 9, 40])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("piece", [1, 2, 5, 24])
+def test_cached_attention_in_pieces_is_that_of_the_whole(
+    piece: int, kv_heads: int, window: int
+) -> None:
+    generator = torch.Generator().manual_seed(piece)
+    q, k, v = (torch.randn(2, 24, h, 8, generator=generator) for h in (4, kv_heads, kv_heads))
+    keys, values = (torch.full((2, 30, kv_heads, 8), float("nan")) for _ in range(2))
+    parts = [
+        cached_attention(
+            *(x[:, pos : pos + piece] for x in (q, k, v)), keys, values, pos=pos, window=window
+        )
+        for pos in range(0, 24, piece)
+    ]
+    y = torch.cat(parts, dim=1)
     torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
 
 
@@ -63,12 +182,13 @@ def test_windowed_attention_and_its_gradients_are_those_of_a_mask(
 
 
 def test_a_mask_made_in_an_evaluation_serves_in_training() -> None:
-    q = torch.randn(1, 37, 2, 8)
-    with torch.inference_mode():
-        causal_attention(q, q, q, window=5)
-    q.requires_grad_()
-    causal_attention(q, q, q, window=5).sum().backward()
-    assert q.grad is not None
+    for kernel in (Kernel.MASK, Kernel.BLOCKED):
+        q = torch.randn(1, 37, 2, 8)
+        with torch.inference_mode():
+            attention_by(kernel, q, q, q, window=5)
+        q.requires_grad_()
+        attention_by(kernel, q, q, q, window=5).sum().backward()
+        assert q.grad is not None
 
 
 def test_windows_tile_the_pattern_and_the_last_layer_sees_all() -> None:
