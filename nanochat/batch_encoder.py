@@ -9,18 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-import rustbpe
-from nanochat.tokenizer import RustBPETokenizer, has_long_space
+from nanochat.tokenizer import RustBPETokenizer, has_long_space, load_rustbpe
 
 
 class BatchEncoder:
-    """Encodes as `tokenizer` does, to arrays of `dtype` (uint16 or uint32)."""
+    """Encodes as `tokenizer` does, to arrays of `dtype` (uint16 or uint32).
+
+    Raises UserError where rustbpe is not built.
+    """
 
     def __init__(
         self, tokenizer: RustBPETokenizer, *, dtype: np.dtype, num_threads: int = 1
     ) -> None:
         self._tokenizer, self._dtype, self._num_threads = tokenizer, dtype, num_threads
-        self._fast = rustbpe.Tokenizer.from_ranks(
+        self._fast = load_rustbpe().Tokenizer.from_ranks(
             tokenizer.mergeable_tokens(), tokenizer.split_pattern
         )
 

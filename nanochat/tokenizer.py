@@ -76,7 +76,7 @@ class RustBPETokenizer:
         if `vocab_size` is out of range, or larger than the text can fill.
         """
         check_vocab_size(vocab_size)
-        trainer = _rustbpe().Tokenizer()
+        trainer = load_rustbpe().Tokenizer()
         num_mergeable = vocab_size - len(SPECIAL_TOKENS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of too little text: an error below
@@ -303,7 +303,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 def check_trainable() -> None:
     """Raise UserError if the training extension is not built."""
-    _rustbpe()
+    load_rustbpe()
 
 
 def has_long_space(text: str) -> bool:
@@ -347,15 +347,15 @@ def _missing(directory: Path) -> str:
     return f"there is no tokenizer in {directory}: make one with `{train}`"
 
 
-def _rustbpe() -> Any:
-    """The extension module. Unbuilt, `rustbpe/` of the repository imports as an empty namespace."""
+def load_rustbpe() -> Any:
+    """The extension module; UserError without it. Unbuilt, `rustbpe/` of the repository imports as an empty namespace."""
     try:
         module: Any = importlib.import_module("rustbpe")
     except ImportError:
         module = None
-    if not hasattr(module, "Tokenizer"):
+    if not hasattr(module, "Tokenizer") or not hasattr(module.Tokenizer, "from_ranks"):
         raise UserError(
-            "rustbpe is not built: run `uv sync`, "
+            "rustbpe is not built, or older than this program: run `uv sync`, "
             "or `maturin develop --release --manifest-path rustbpe/Cargo.toml`"
         )
     return module

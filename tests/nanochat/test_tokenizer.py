@@ -13,6 +13,7 @@ import torch
 
 from nanochat import builtin_corpus
 from nanochat import tokenizer as module
+from nanochat.batch_encoder import BatchEncoder
 from nanochat.common import UserError
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
@@ -171,10 +172,15 @@ def test_the_smallest_vocabulary_is_bytes_and_special_tokens():
     assert tokenizer.encode("any") == list(b"any")
 
 
-def test_an_unbuilt_rustbpe_is_a_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rustbpe", types.ModuleType("rustbpe"))
-    with pytest.raises(UserError, match=r"rustbpe is not built: run `uv sync`"):
+@pytest.mark.parametrize("content", [{}, {"Tokenizer": type("OfAnOlderCheckout", (), {})}])
+def test_an_unbuilt_or_old_rustbpe_is_a_sentence(trained, monkeypatch, content):
+    module = types.ModuleType("rustbpe")
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, "rustbpe", module)
+    with pytest.raises(UserError, match=r"rustbpe is not built, or older .*: run `uv sync`"):
         RustBPETokenizer.train_from_iterator(["text"], 300)
+    with pytest.raises(UserError, match=r"rustbpe is not built, or older .*: run `uv sync`"):
+        BatchEncoder(trained, dtype=np.dtype("<u2"))
 
 
 def test_a_name_is_under_the_base_directory_and_a_path_is_a_path(base_dir, tmp_path):
