@@ -348,7 +348,10 @@ def _missing(directory: Path) -> str:
 
 
 def load_rustbpe() -> Any:
-    """The extension module; UserError without it. Unbuilt, `rustbpe/` of the repository imports as an empty namespace."""
+    """The extension module; UserError without it.
+
+    Unbuilt, `rustbpe/` of the repository imports as an empty namespace.
+    """
     try:
         module: Any = importlib.import_module("rustbpe")
     except ImportError:
