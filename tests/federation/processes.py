@@ -65,6 +65,12 @@ class Deployment:
         command += ["--port", str(free_port()), "--node-config", f'name="{name}"']
         self.nodes[name] = self._start(command, self.env | {MARK: self.mark(name)}, name)
 
+    def start_pilot_node(self, name: str) -> None:
+        """The same by `pilot node`, which chooses its port."""
+        command = ["pilot", "node", "--name", name, "--insecure"]
+        command += ["--superlink", f"127.0.0.1:{self.port}"]
+        self.nodes[name] = self._start(command, self.env | {MARK: self.mark(name)}, name)
+
     def mark(self, name: str) -> str:
         return f"{self.directory}/{name}"
 
