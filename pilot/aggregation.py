@@ -1,35 +1,57 @@
-"""What may enter the mean, and the mean.
+"""What becomes of the pseudo-gradients of a round: their mean, or something that one outlier can't move.
 
-A reply reaches the model only through `refusal`: tensors of the right names, shapes and dtype, all
-finite, with tokens behind them. The mean is folded in the order it is given (lease order), one reply at
-a time: memory is one model, not one a client, and the result doesn't depend on who arrived first.
+`mean` weights each reply by its tokens and folds them in the order given (lease order), one at a time:
+memory is one model, not one a client, and the result doesn't depend on who arrived first.
+
+`trimmed-mean` and `median` work coordinate by coordinate (Yin et al., arXiv 1803.01498) and tensor by
+tensor over the files on disk: memory is one tensor times clients. There every client has one vote,
+whatever its tokens: weights that a client reports itself would be a way to outvote the others. The
+replies of one client in one round are first folded into its vote, weighted by tokens. A single outlier
+can be told only where three vote: with fewer clients both are the mean.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+MIN_VOTES = 3
+_CHUNK = 1 << 20  # coordinates that are sorted at once
 
-def refusal(
-    update: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, tokens: int
-) -> str | None:
-    """Why `update` (a pseudo-gradient) may not be merged into `weights`, or None: it may."""
-    if tokens <= 0:
-        return f"it reports {tokens} tokens"
-    if update.keys() != weights.keys():
-        strange = sorted(update.keys() ^ weights.keys())
-        return f"its tensors are not the model's (first difference: {strange[0]})"
-    for name, tensor in update.items():
-        if tensor.shape != weights[name].shape:
-            expected = tuple(weights[name].shape)
-            return f"{name} has shape {tuple(tensor.shape)}, not {expected}"
-        if not tensor.is_floating_point():
-            return f"{name} has dtype {tensor.dtype}"
-        # a sum is finite unless a term isn't (or it overflows: also no update that one wants)
-        if not bool(torch.isfinite(tensor.float().sum())):
-            return f"{name} is not finite"
-    return None
+log = logging.getLogger("pilot")
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """A pseudo-gradient on disk (safetensors, fp32), made from `tokens` tokens of `client`."""
+
+    client: str
+    tokens: int
+    path: Path
+
+
+def aggregate(
+    replies: Sequence[Spilled], *, method: str, trim_fraction: float = 0.0
+) -> dict[str, Tensor] | None:
+    """The pseudo-gradient of a round, fp32; None if there are no replies.
+
+    `method`: "mean", "trimmed-mean" (of n votes, floor(trim_fraction * n) are cut at each end, but at least
+    one, unless the fraction is 0) or "median" (of an even number: the mean of the two in the middle).
+    Replies in lease order. Raises ValueError for tokens that aren't positive.
+    """
+    votes = len({reply.client for reply in replies})
+    if method != "mean" and votes >= MIN_VOTES:
+        return _robust(replies, _cut(votes, method, trim_fraction))
+    if method != "mean" and replies:
+        log.info("%d clients are too few for a %s: their mean is taken", votes, method)
+    return weighted_mean((float(reply.tokens), load_file(reply.path)) for reply in replies)
 
 
 def weighted_mean(
@@ -55,3 +77,47 @@ def weighted_mean(
     for tensor in total.values():
         tensor.div_(total_weight)
     return total
+
+
+# -- robust ------------------------------------------------------------------------------------------
+
+
+def _cut(votes: int, method: str, trim_fraction: float) -> int:
+    """How many of the sorted votes are left out at each end; at least one always stays."""
+    most = (votes - 1) // 2
+    if method == "median":
+        return most
+    wanted = max(1, int(trim_fraction * votes)) if trim_fraction > 0 else 0
+    return min(wanted, most)
+
+
+def _robust(replies: Sequence[Spilled], cut: int) -> dict[str, Tensor]:
+    with contextlib.ExitStack() as stack:
+        by_client: dict[str, list[tuple[float, Any]]] = {}
+        for reply in replies:
+            file = stack.enter_context(safe_open(reply.path, framework="pt"))
+            by_client.setdefault(reply.client, []).append((float(reply.tokens), file))
+        names = next(iter(by_client.values()))[0][1].keys()
+        return {name: _middle(list(_votes(by_client, name)), cut) for name in names}
+
+
+def _votes(by_client: Mapping[str, Sequence[tuple[float, Any]]], name: str) -> Iterator[Tensor]:
+    """Each client's tensor of that name."""
+    for files in by_client.values():
+        if len(files) == 1:
+            yield files[0][1].get_tensor(name)
+            continue
+        mean = weighted_mean((tokens, {name: file.get_tensor(name)}) for tokens, file in files)
+        assert mean is not None
+        yield mean[name]
+
+
+def _middle(votes: Sequence[Tensor], cut: int) -> Tensor:
+    """The mean of what is left of each coordinate's sorted votes without `cut` at each end."""
+    flat = [vote.reshape(-1) for vote in votes]
+    middle = torch.empty_like(flat[0], dtype=torch.float32)
+    for first in range(0, len(middle), _CHUNK):
+        block = torch.stack([vote[first : first + _CHUNK].float() for vote in flat])
+        kept = block.sort(dim=0).values[cut : len(flat) - cut]
+        middle[first : first + _CHUNK] = kept.mean(dim=0)
+    return middle.reshape(votes[0].shape)

@@ -7,20 +7,22 @@ is refused with a reason, and its rows go back.
 
 import math
 import shutil
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pilot.aggregation import refusal, weighted_mean
+from pilot.admission import REFUSALS_IN_A_ROW, norm_refusal, refusal, token_refusal, update_norm
+from pilot.aggregation import Spilled, aggregate
 from pilot.codec import CodecError, decode
 from pilot.faults import fault_point
 from pilot.ledger import Lease, LedgerError, Segment
 from pilot.mailbox import Answer
-from pilot.messages import LEASE_USED_UP, Fence, TrainReply, from_header
+from pilot.messages import LEASE_USED_UP, Fence, Part, TrainReply, from_header
+from pilot.quarantine import keep_refused
 from pilot.run_state import MergedReply, RunState
 from pilot.sites import Site
 from pilot.snapshot import SnapshotError
@@ -48,11 +50,12 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Taken:
-    """A reply that will be merged; its pseudo-gradient lies at `path`."""
+    """A reply that will be merged; its pseudo-gradient, of L2 norm `norm`, lies at `path`."""
 
     work: Work
     reply: TrainReply
     path: Path
+    norm: float = 0.0
 
     @property
     def consumed(self) -> list[Segment]:
@@ -61,6 +64,10 @@ class Taken:
     @property
     def row_counts(self) -> dict[int, int]:
         return {int(shard): int(count) for shard, count in self.reply.row_counts}
+
+    @property
+    def spilled(self) -> Spilled:
+        return Spilled(self.work.site.name, self.reply.tokens, self.path)
 
     def merged(self) -> MergedReply:
         """What the books keep of it."""
@@ -80,6 +87,7 @@ class OpenRound:
         self.taken: list[Taken] = []
         self.answered = 0  # replies that were not refused, with work or without
         self.used_up: set[str] = set()  # sites whose lease did not last: they may have another one
+        self.rejected = 0  # replies whose content may not be merged
         self.failures: dict[str, str] = {}  # site → what it answered that can't be used
         self.lost: dict[str, str] = {}  # site → why it has not answered
         self.eval_nats, self.eval_bytes, self.eval_rows = 0.0, 0, 0
@@ -103,17 +111,18 @@ class OpenRound:
             self._lose(work, answer.error)
             return Receipt(work, None)
         try:
-            reply = _reply(answer)
-            if reply.fence != work.fence:
-                raise ValueError(f"its fence is {reply.fence}, not {work.fence}")
-            if reply.error:
-                raise ValueError(reply.error)
-            self._add_evaluation(reply)
-            taken = self._spill(work, reply, answer)
-        except (ValueError, TypeError, LedgerError, CodecError) as error:
+            reply = _reply(answer, work.fence)
+        except ValueError as error:
             self._refuse(work, str(error))
             return Receipt(work, None)
+        self._add_evaluation(reply)
+        try:
+            taken = self._spill(work, reply, answer.parts)
+        except (ValueError, TypeError, LedgerError, CodecError) as error:
+            self._reject(work, reply, answer.parts, str(error))
+            return Receipt(work, None)
         if taken is not None:
+            self._state.admission.accepted(work.site.name)
             self.taken.append(taken)
         self.answered += 1
         if reply.stopped_by == LEASE_USED_UP:
@@ -127,7 +136,7 @@ class OpenRound:
             self.eval_bytes += reply.eval_bytes
             self.eval_rows += reply.eval_rows
 
-    def _spill(self, work: Work, reply: TrainReply, answer: Answer) -> Taken | None:
+    def _spill(self, work: Work, reply: TrainReply, parts: Sequence[Part]) -> Taken | None:
         """Write the pseudo-gradient down if it may be merged; None if there is none.
 
         Raises ValueError with the reason if it may not.
@@ -141,20 +150,37 @@ class OpenRound:
             # what it learnt of its shards counts: they may have been too small for a single step
             ledger.commit(lease_id, [], taken.row_counts)
             return None
-        update = decode(answer.parts)
-        if reason := refusal(update, self._state.weights, tokens=reply.tokens):
-            raise ValueError(reason)
-        ledger.check(lease_id, taken.consumed, taken.row_counts)
-        rows = sum(segment.rows or 0 for segment in taken.consumed)
-        if rows * self._state.config.sequence_len != reply.tokens:
-            raise ValueError(f"it reports {reply.tokens} tokens for {rows} rows")
+        update, norm = self._admit(work.lease, taken, parts)
         try:
             fault_point("spill.write")
             save_file(update, taken.path)
             fault_point("spill.written")
         except (OSError, SafetensorError) as error:
             raise SnapshotError(f"cannot write {taken.path}: {error}") from error
-        return taken
+        return replace(taken, norm=norm)
+
+    def _admit(
+        self, lease: Lease, taken: Taken, parts: Sequence[Part]
+    ) -> tuple[dict[str, Tensor], float]:
+        """The update of a reply that may be merged, and its norm; raises ValueError with the reason if
+        it may not."""
+        config, tokens = self._state.config, taken.reply.tokens
+        if strange := {part.dtype for part in parts} - {config.wire_dtype}:
+            raise ValueError(f"its tensors came as {strange.pop()}, not {config.wire_dtype}")
+        update = decode(parts)
+        if reason := refusal(update, self._state.weights, tokens=tokens):
+            raise ValueError(reason)
+        self._state.ledger.check(lease.lease_id, taken.consumed, taken.row_counts)
+        leased = [segment.rows for segment in lease.segments]
+        rows = sum(segment.rows or 0 for segment in taken.consumed)
+        leased_rows = None if None in leased else sum(count or 0 for count in leased)
+        norm, earlier = update_norm(update), self._state.admission.norms
+        reason = token_refusal(
+            tokens, rows=rows, leased_rows=leased_rows, row_tokens=config.sequence_len
+        ) or norm_refusal(norm, earlier, max_ratio=config.max_update_norm_ratio)
+        if reason:
+            raise ValueError(reason)
+        return update, norm
 
     def _check_sizes(self, new: Taken) -> None:
         """Raise LedgerError if a reply contradicts one that was taken before: each alone would do."""
@@ -173,6 +199,25 @@ class OpenRound:
         """The site has answered, and with something that can't be used."""
         self.failures[work.site.name] = reason
         self._give_back(work, reason)
+
+    def _reject(self, work: Work, reply: TrainReply, parts: Sequence[Part], reason: str) -> None:
+        """The site has answered in form, and its content may not be merged: that is counted."""
+        self.rejected += 1
+        self._state.admission.refused(work.site.name)
+        if self._state.config.quarantine:
+            directory = self._spool.parent / "quarantine"
+            keep_refused(directory, reply, work.site.name, _whatever(parts), reason)
+        self._refuse(work, reason)
+        in_a_row = self._state.admission.in_a_row[work.site.name]
+        if in_a_row >= REFUSALS_IN_A_ROW:
+            self._telemetry.event(
+                "client_cooling",
+                f"Node {work.site.name} gets no work for {self._state.config.cooling_time:g} s: its last "
+                f"{in_a_row} replies were refused",
+                round=self.number,
+                client=work.site.name,
+                refused=in_a_row,
+            )
 
     def _lose(self, work: Work, reason: str) -> None:
         """The site has not answered, which says nothing of its work."""
@@ -210,12 +255,11 @@ class OpenRound:
     # -- the close -------------------------------------------------------------------------------
 
     def mean(self) -> dict[str, Tensor] | None:
-        """The mean pseudo-gradient, weighted by tokens, folded in lease order; None without replies."""
-        return weighted_mean(self._updates())
-
-    def _updates(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        for taken in self.in_lease_order():
-            yield float(taken.reply.tokens), load_file(taken.path)
+        """The round's pseudo-gradient, from its replies in lease order; None without replies."""
+        config = self._state.config
+        spilled = [taken.spilled for taken in self.in_lease_order()]
+        method, trim_fraction = config.aggregation, config.trim_fraction
+        return aggregate(spilled, method=method, trim_fraction=trim_fraction)
 
     def in_lease_order(self) -> list[Taken]:
         def lease_id(taken: Taken) -> int:
@@ -250,10 +294,23 @@ def _make_empty(spool: Path) -> None:
         raise SnapshotError(f"cannot make {spool}: {error}") from error
 
 
-def _reply(answer: Answer) -> TrainReply:
+def _whatever(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of a refused reply, if they are any."""
+    try:
+        return decode(parts)
+    except CodecError:
+        return {}
+
+
+def _reply(answer: Answer, fence: Fence) -> TrainReply:
+    """The reply in an answer; raises ValueError if there is none, or it is not the one asked for."""
     if answer.error:
         raise ValueError(answer.error)
     message = from_header(answer.header)
     if not isinstance(message, TrainReply):
         raise ValueError(f"answered an order with {type(message).__name__}")
+    if message.fence != fence:
+        raise ValueError(f"its fence is {message.fence}, not {fence}")
+    if message.error:
+        raise ValueError(message.error)
     return message

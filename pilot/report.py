@@ -114,10 +114,11 @@ def round_ended(number: int, reason: str, telemetry: Telemetry) -> None:
 
 def round_committed(record: RoundRecord, state: RunState, telemetry: Telemetry) -> None:
     loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+    refused = f" refused={record.refused}" if record.refused else ""
     telemetry.event(
         "round_committed",
         f"[ROUND {record.round_number}] committed: clients={record.clients} tokens={record.tokens} "
-        f"train_loss={loss} total_tokens={state.tokens} ({record.duration_s:.1f} s)",
+        f"train_loss={loss} total_tokens={state.tokens}{refused} ({record.duration_s:.1f} s)",
         total_tokens=state.tokens,
         merged=[asdict(reply) for reply in state.merged],
         **asdict(record),
@@ -127,6 +128,7 @@ def round_committed(record: RoundRecord, state: RunState, telemetry: Telemetry) 
         train_loss=record.train_loss,
         tokens=state.tokens,
         clients=record.clients,
+        refused=record.refused,
     )
 
 
@@ -155,8 +157,9 @@ def table(state: RunState) -> str:
     for record in state.history:
         loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
         bpb = "-" if record.val_bpb is None else f"{record.val_bpb:.4f}"
+        refused = f" ({record.refused} refused)" if record.refused else ""
         lines.append(
             f"{record.round_number:5d}  {record.clients:7d}  {record.tokens:10,d}  {loss:>10}  "
-            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}"
+            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}{refused}"
         )
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pilot import plan
+from pilot.admission import AdmissionBooks
 from pilot.config import PilotError, RunConfig, Scalar
 from pilot.ledger import Ledger
 from pilot.messages import Fence
@@ -84,6 +85,7 @@ class RoundRecord:
     train_loss: float | None
     val_bpb: float | None = None
     eval_rows: int = 0
+    refused: int = 0  # replies whose content was
 
 
 @dataclass
@@ -106,6 +108,7 @@ class RunState:
     fingerprints: dict[str, str] = field(default_factory=dict)
     wandb_id: str | None = None
     config_changes: list[ConfigChange] = field(default_factory=list)
+    admission: AdmissionBooks = field(default_factory=AdmissionBooks)
 
     @property
     def finished(self) -> bool:
@@ -147,6 +150,7 @@ class RunState:
             "config": self.config.to_mapping(),
             "config_hash": self.config.training_hash(),
             "config_changes": [asdict(change) for change in self.config_changes],
+            "admission": asdict(self.admission),
             "schedule": self._schedule_position(),
             "versions": versions(),
             "ledger": self.ledger.to_state(),
@@ -194,6 +198,7 @@ class RunState:
             fingerprints=state["fingerprints"],
             wandb_id=state["wandb_id"],
             config_changes=[ConfigChange(**change) for change in state["config_changes"]],
+            admission=AdmissionBooks(**state["admission"]),
         )
         if changes:
             resumed._change(changes)
@@ -202,6 +207,7 @@ class RunState:
     def _change(self, changes: list[ConfigChange]) -> None:
         """Let go of what another configuration can't go on with."""
         self.config_changes += changes
+        self.admission.norms = []
         keys = {change.key for change in changes}
         if "outer-optimizer" in keys:  # momenta of another optimizer mean something else
             self.outer = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pilot import plan, report
+from pilot.admission import Cooling
 from pilot.config import PilotError, RunConfig, without_credentials
 from pilot.coordinator import ServerCoordinator
 from pilot.dispatch import Dispatcher
@@ -90,6 +91,7 @@ class PilotStrategy:
             closed=closed,
             joined=lambda site: state.ledger.register(site.name, site.hello.shards),
         )
+        self.cooling = Cooling(state.admission, clock, config.cooling_time)
         self._failed_rounds = 0
         self._incomplete_since_s: float | None = None
         self._monitor: RoundMonitor | None = None
@@ -146,10 +148,11 @@ class PilotStrategy:
         return there >= wanted and waited_s >= RETURN_S
 
     def _available(self, *, to_train: bool) -> list[Site]:
-        """Sites that can take work now: idle, not leaving, and with rows left to train on."""
+        """Sites that can take work now: idle, not leaving, not cooling, and with rows left to train on."""
         sites = [site for site in self.roster.ready() if site.name not in self._leaving]
         if to_train:
             sites = [site for site in sites if self.state.ledger.free_for(site.name)]
+            sites = [site for site in sites if self.cooling.ready(site.name)]
         return sites
 
     # -- 1. open, 2. send ------------------------------------------------------------------------
@@ -293,6 +296,7 @@ class PilotStrategy:
         for one in taken:
             state.ledger.commit(one.reply.fence.lease_id, one.consumed, one.row_counts)
         state.note_merged([one.merged() for one in taken])
+        state.admission.merged(one.norm for one in taken)
         state.tokens += open_round.tokens
         state.round_number = open_round.number
         state.wandb_id = self.telemetry.wandb_id
@@ -303,6 +307,7 @@ class PilotStrategy:
             tokens=open_round.tokens,
             duration_s=round(self.clock.now_s() - open_round.opened_at_s, 3),
             train_loss=open_round.train_loss,
+            refused=open_round.rejected,
         )
         state.history.append(record)
         snapshots = self.run_dir / "snapshots"

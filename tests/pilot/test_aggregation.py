@@ -1,13 +1,19 @@
-"""What may enter the mean, and the mean."""
+"""What becomes of a round's pseudo-gradients, against plain float64."""
 
 import itertools
 import math
+import random
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pilot.aggregation import refusal, weighted_mean
+from pilot import aggregation as module
+from pilot.aggregation import Spilled, aggregate, weighted_mean
 
 SHAPES = {"a": (4, 3), "b": (5,), "scalar": ()}
 
@@ -15,53 +21,6 @@ SHAPES = {"a": (4, 3), "b": (5,), "scalar": ()}
 def update(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-WEIGHTS = update(0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_finite_update_of_the_right_shapes_is_taken(dtype: torch.dtype) -> None:
-    good = {name: tensor.to(dtype) for name, tensor in update(1).items()}
-    assert refusal(good, WEIGHTS, tokens=1) is None
-    assert refusal({k: torch.zeros_like(v) for k, v in good.items()}, WEIGHTS, tokens=1) is None
-
-
-@pytest.mark.parametrize("tokens", [0, -5])
-def test_update_without_tokens_is_refused(tokens: int) -> None:
-    assert str(tokens) in (refusal(update(1), WEIGHTS, tokens=tokens) or "")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", SHAPES)
-def test_update_that_is_not_finite_is_refused(name: str, value: float) -> None:
-    bad = update(1)
-    bad[name].view(-1)[-1] = value
-    assert refusal(bad, WEIGHTS, tokens=1) == f"{name} is not finite"
-
-
-def test_infinities_that_cancel_are_refused() -> None:
-    bad = update(1)
-    bad["a"][0, 0], bad["a"][0, 1] = math.inf, -math.inf
-    assert refusal(bad, WEIGHTS, tokens=1) == "a is not finite"
-
-
-def test_missing_and_strange_tensors_are_refused_by_name() -> None:
-    missing, strange = update(1), update(1) | {"zz": torch.zeros(1)}
-    del missing["b"]
-    assert "b" in (refusal(missing, WEIGHTS, tokens=1) or "")
-    assert "zz" in (refusal(strange, WEIGHTS, tokens=1) or "")
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (12,), (4, 3, 1), (0,)])
-def test_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    reason = refusal(update(1) | {"a": torch.zeros(shape)}, WEIGHTS, tokens=1)
-    assert reason == f"a has shape {shape}, not (4, 3)"
-
-
-def test_update_of_integers_is_refused() -> None:
-    bad = update(1) | {"b": torch.zeros(5, dtype=torch.int32)}
-    assert refusal(bad, WEIGHTS, tokens=1) == "b has dtype torch.int32"
 
 
 def test_mean_is_weighted_as_in_float64() -> None:
@@ -104,3 +63,143 @@ def test_no_updates_have_no_mean() -> None:
 def test_weight_that_is_not_positive_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match="positive"):
         weighted_mean([(weight, update(1))])
+
+
+# -- from disk, robust or not ------------------------------------------------------------------------
+
+
+def spill(directory: Path, updates: list[tuple[str, int, dict[str, Tensor]]]) -> list[Spilled]:
+    spilled = []
+    for number, (client, tokens, tensors) in enumerate(updates):
+        path = directory / f"{number}.safetensors"
+        save_file(tensors, path)
+        spilled.append(Spilled(client, tokens, path))
+    return spilled
+
+
+def some(clients: int, *, seed: int = 0) -> list[tuple[str, int, dict[str, Tensor]]]:
+    chance = random.Random(seed)
+    return [
+        (f"c{i}", chance.randrange(1, 10_000), update(100 * seed + i, scale=10.0 ** (i % 3)))
+        for i in range(clients)
+    ]
+
+
+def reference(method: str, updates: Any, name: str, trim_fraction: float) -> Any:
+    """In numpy and float64, written without a look at the code."""
+    stack = np.stack([tensors[name].double().numpy() for _, _, tensors in updates])
+    if method == "median":
+        return np.median(stack, axis=0)
+    cut = max(1, math.floor(trim_fraction * len(updates)))
+    return np.sort(stack, axis=0)[cut : len(updates) - cut].mean(axis=0)
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
+@pytest.mark.parametrize(("clients", "trim_fraction"), [(3, 0.2), (4, 0.2), (7, 0.3), (11, 0.2)])
+def test_robust_aggregates_are_those_of_numpy_in_float64(
+    tmp_path: Path, method: str, clients: int, trim_fraction: float
+) -> None:
+    updates = some(clients, seed=clients)
+    found = aggregate(spill(tmp_path, updates), method=method, trim_fraction=trim_fraction)
+    assert found is not None and found.keys() == SHAPES.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32 and tensor.shape == SHAPES[name]
+        expected = reference(method, updates, name, trim_fraction)
+        np.testing.assert_allclose(tensor.double().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mean_from_disk_is_the_weighted_mean_of_numpy(tmp_path: Path) -> None:
+    updates = some(5)
+    found = aggregate(spill(tmp_path, updates), method="mean")
+    assert found is not None
+    tokens = [count for _, count, _ in updates]
+    for name, tensor in found.items():
+        stack = np.stack([tensors[name].double().numpy() for _, _, tensors in updates])
+        expected = np.average(stack, axis=0, weights=tokens)
+        np.testing.assert_allclose(tensor.double().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
+def test_one_outlier_of_three_moves_a_robust_aggregate_no_further_than_the_others_lie(
+    tmp_path: Path, method: str
+) -> None:
+    updates = some(3)
+    updates[1] = ("liar", 10**9, {k: 1e30 * torch.ones_like(v) for k, v in update(1).items()})
+    found = aggregate(spill(tmp_path, updates), method=method, trim_fraction=0.2)
+    assert found is not None
+    for name, tensor in found.items():
+        honest = torch.stack([updates[0][2][name], updates[2][2][name]])
+        assert bool((tensor <= honest.max(dim=0).values).all())
+        assert bool((tensor >= honest.min(dim=0).values).all())
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
+def test_tokens_of_a_client_give_it_no_more_votes(tmp_path: Path, method: str) -> None:
+    updates = some(5)
+    shouting = [(client, 10**9 if i == 2 else 1, t) for i, (client, _, t) in enumerate(updates)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = aggregate(spill(tmp_path / "a", updates), method=method, trim_fraction=0.2)
+    other = aggregate(spill(tmp_path / "b", shouting), method=method, trim_fraction=0.2)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_two_replies_of_one_client_are_one_vote_weighted_by_their_tokens(tmp_path: Path) -> None:
+    updates = some(3)
+    first, second = update(50), update(51)
+    both = [*updates[:2], ("c2", 3, first), ("c2", 1, second)]
+    folded = {name: (3 * first[name] + second[name]) / 4 for name in SHAPES}
+    found = aggregate(spill(tmp_path, both), method="median")
+    assert found is not None
+    expected = [*updates[:2], ("c2", 4, folded)]
+    for name, tensor in found.items():
+        wanted = reference("median", expected, name, 0)
+        np.testing.assert_allclose(tensor.double().numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
+@pytest.mark.parametrize("clients", [1, 2])
+def test_fewer_than_three_clients_have_their_weighted_mean(
+    tmp_path: Path, method: str, clients: int
+) -> None:
+    spilled = spill(tmp_path, [*some(clients), ("c0", 77, update(9))])
+    robust = aggregate(spilled, method=method, trim_fraction=0.2)
+    torch.testing.assert_close(robust, aggregate(spilled, method="mean"), rtol=0, atol=0)
+
+
+def test_trimming_nothing_is_the_plain_mean_of_the_votes(tmp_path: Path) -> None:
+    updates = some(4)
+    found = aggregate(spill(tmp_path, updates), method="trimmed-mean", trim_fraction=0.0)
+    assert found is not None
+    mean = torch.stack([tensors["a"] for _, _, tensors in updates]).double().mean(dim=0)
+    torch.testing.assert_close(found["a"].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_order_of_the_votes_makes_no_difference(tmp_path: Path) -> None:
+    spilled = spill(tmp_path, some(5))
+    one = aggregate(spilled, method="median")
+    torch.testing.assert_close(one, aggregate(spilled[::-1], method="median"), rtol=0, atol=0)
+
+
+def test_tensor_is_sorted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spilled = spill(tmp_path, some(5))
+    whole = aggregate(spilled, method="trimmed-mean", trim_fraction=0.2)
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    pieces = aggregate(spilled, method="trimmed-mean", trim_fraction=0.2)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
+def test_robust_aggregates_load_no_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def whole_model(*_: object) -> None:
+        raise AssertionError("a whole reply was loaded")
+
+    monkeypatch.setattr(module, "load_file", whole_model)
+    assert aggregate(spill(tmp_path, some(4)), method=method, trim_fraction=0.2) is not None
+
+
+@pytest.mark.parametrize("method", ["mean", "median", "trimmed-mean"])
+def test_round_without_replies_has_no_aggregate(method: str) -> None:
+    assert aggregate([], method=method, trim_fraction=0.2) is None

@@ -1,5 +1,6 @@
 """One round's books: what is taken, what is refused and why, and what it sums to."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pilot import open_round as module
 from pilot.codec import encode
 from pilot.config import RunConfig
 from pilot.ledger import Ledger
 from pilot.mailbox import Answer
-from pilot.messages import Fence, HelloReply, TrainReply, to_header
+from pilot.messages import Fence, HelloReply, Part, TrainReply, to_header
 from pilot.open_round import OpenRound, Work
 from pilot.run_state import RunState
 from pilot.sites import Site
@@ -175,6 +177,106 @@ def test_bad_reply_is_refused_and_its_rows_go_back(
     one.state.ledger.register("d", {0})
     again = one.state.ledger.lease("d", 4)
     assert again is not None and again.segments[0].first_row == 0
+
+
+def test_update_far_above_the_norms_of_earlier_rounds_is_refused_whoever_was_first(
+    tmp_path: Path,
+) -> None:
+    for number, order in enumerate(("abc", "cab")):
+        (tmp_path / str(number)).mkdir()
+        one = Round(tmp_path / str(number))
+        one.state.admission.merged([1.0, 2.0, 3.0])
+        for name in order:
+            one.take(name, 100.0 if name == "c" else 1.0)  # of seven coordinates: norm 264.6
+        assert {taken.reply.client for taken in one.open.taken} == {"a", "b"}
+        assert "132.3 times the median of the last 3" in one.refusals()[0]
+        assert [taken.norm for taken in one.open.in_lease_order()] == [7**0.5, 7**0.5]
+
+
+def test_norms_of_this_round_judge_nobody_in_it(one: Round) -> None:
+    one.state.admission.merged([1.0, 1.0])
+    for name, value in zip("abc", (1.0, 1.0, 1e6), strict=True):
+        one.take(name, value)
+    assert len(one.open.taken) == 3
+
+
+def test_update_in_another_dtype_than_the_runs_is_refused(one: Round) -> None:
+    reply = one.reply("a")
+    update = {key: torch.ones_like(t) for key, t in one.state.weights.items()}
+    parts = encode(update, dtype="bfloat16")
+    one.open.take(Answer("m-a", 0, to_header(reply), parts))
+    assert one.refusals() == ["its tensors came as bfloat16, not float32"]
+
+
+def test_refused_content_is_counted_and_what_a_site_is_not_to_blame_for_is_not(one: Round) -> None:
+    one.take("a", math.nan)
+    one.take("b", error="the GPU fell off the bus")
+    one.open.take(Answer("m-c", 0, {}, [], "its node is gone", lost=True))
+    assert one.open.rejected == 1
+    assert one.state.admission.in_a_row == {"a": 1}
+
+
+def test_reply_of_another_fence_is_no_mark_against_its_content(one: Round) -> None:
+    one.take("a", fence=Fence("r", 1, 2, 1))
+    assert (one.open.rejected, one.state.admission.in_a_row) == (0, {})
+
+
+def test_accepted_reply_forgives_earlier_refusals_and_an_empty_one_does_not(one: Round) -> None:
+    one.state.admission.in_a_row.update(a=2, b=2)
+    one.take("a")
+    one.take("b", rows=0)
+    assert one.state.admission.in_a_row == {"b": 2}
+
+
+def test_third_refusal_in_a_row_is_told_with_what_follows(one: Round) -> None:
+    one.state.admission.in_a_row.update(a=2)
+    one.take("a", math.nan)
+    (told,) = [e for e in read_events(one.events) if e["event"] == "client_cooling"]
+    assert (told["client"], told["refused"]) == ("a", 3) and "300 s" in told["message"]
+
+
+@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
+def test_aggregation_is_the_configured_one(one: Round, method: str) -> None:
+    one.state.config = replace(CONFIG, aggregation=method)
+    for name, value in zip("abc", (1.0, 2.0, 600.0), strict=True):
+        one.take(name, value)
+    mean = one.open.mean()
+    assert mean is not None
+    torch.testing.assert_close(mean["w"], torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_refused_update_is_kept_on_request_with_its_reason(one: Round, keep: bool) -> None:
+    one.state.config = replace(CONFIG, quarantine=keep)
+    one.take("a", math.inf, loss_nats=math.nan)
+    kept = one.spool.parent / "quarantine"
+    if not keep:
+        assert not kept.exists()
+        return
+    name = f"round-000003-a-lease-{one.works['a'].fence.lease_id:08d}"
+    facts = json.loads((kept / f"{name}.json").read_text())
+    assert facts["client"] == "a" and "is not finite" in facts["reason"]
+    assert facts["reply"]["tokens"] == 4 * ROW_TOKENS and facts["reply"]["loss_nats"] is None
+    tensors = load_file(kept / f"{name}.safetensors")
+    assert tensors.keys() == one.state.weights.keys() and bool(torch.isinf(tensors["w"]).all())
+
+
+def test_reply_that_has_no_tensors_is_kept_without_them_under_a_name_of_ours(one: Round) -> None:
+    one.state.config = replace(CONFIG, quarantine=True)
+    one.works["a"].site.name = "../../etc/a b"
+    broken = Part("w", "float32", (3,), b"short")
+    one.open.take(Answer("m-a", 0, to_header(one.reply("a")), [broken]))
+    (path,) = (one.spool.parent / "quarantine").iterdir()
+    assert path.name.endswith(".json") and ".._.._etc_a_b" in path.name
+
+
+def test_disk_that_takes_no_quarantine_costs_a_warning_only(
+    one: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.state.config = replace(CONFIG, quarantine=True)
+    (one.spool.parent / "quarantine").write_text("a file is in the way")
+    one.take("a", math.nan)
+    assert one.open.rejected == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,0 +1,89 @@
+"""Sites whose updates can't be used, in whole runs: counted, left out for a while, back again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation.scripted import FastClock, ScriptedSite, Server, scripted_config
+
+from pilot.local_redis import LocalRedis
+from pilot.snapshot import latest_snapshot
+from pilot.telemetry import read_events
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with LocalRedis() as server:
+        yield server.url
+
+
+@pytest.fixture
+def server(redis_url: str, tmp_path: Path) -> Any:
+    def make(sites: list[ScriptedSite], **values: Any) -> Server:
+        config = scripted_config(run_name=tmp_path.name, **values)
+        return Server(config, sites, tmp_path / "run", redis_url)
+
+    return make
+
+
+def until_round(last: int, spoil: Any) -> Any:
+    def react(order: Any, reply: Any, update: Any) -> None:
+        if order.fence.round_number <= last:
+            spoil(update)
+
+    return react
+
+
+def not_finite(update: Any) -> None:
+    update["w"][0] = float("nan")
+
+
+def test_site_refused_three_times_running_is_left_out_and_the_others_go_on(server: Any) -> None:
+    bad = ScriptedSite("bad", react=until_round(3, not_finite))
+    run = server([ScriptedSite("good"), bad], num_rounds=5, cooling_time=1e6)
+    state = run.run(FastClock(speed=20))
+    assert [record.refused for record in state.history] == [1, 1, 1, 0, 0]
+    assert [record.clients for record in state.history] == [1, 1, 1, 1, 1]
+    assert [order.fence.round_number for order in bad.orders if order.segments] == [1, 2, 3]
+    assert bad.orders[-1].final, "to evaluate, everybody is good enough"
+    events = list(read_events(run.run_dir / "events.jsonl"))
+    assert [e["client"] for e in events if e["event"] == "client_cooling"] == ["bad"]
+    committed = [e for e in events if e["event"] == "round_committed"]
+    assert "refused=1" in committed[0]["message"] and "refused" not in committed[3]["message"]
+
+
+def test_run_whose_only_site_is_left_out_waits_for_it(server: Any) -> None:
+    run = server([ScriptedSite("alone")], num_rounds=2, min_clients=1, cooling_time=20.0)
+    run.state.admission.in_a_row["alone"] = 3
+    clock = FastClock(speed=20)
+    state = run.run(clock)
+    assert [record.clients for record in state.history] == [1, 1]
+    assert clock.now_s() >= 20.0
+    assert state.admission.in_a_row == {}
+
+
+def test_update_out_of_all_proportion_is_refused_and_a_resumed_run_remembers_the_norms(
+    server: Any,
+) -> None:
+    def huge(order: Any, reply: Any, update: Any) -> None:
+        if order.fence.round_number in (1, 4):
+            update["w"] *= 1000.0
+
+    # in round 1 nothing is known yet; in round 4, after a resume, the norms of three rounds are
+    sites = [ScriptedSite("a"), ScriptedSite("b", react=huge)]
+    run = server(sites, num_rounds=3)
+    first = run.run()
+    assert [record.refused for record in first.history] == [0, 0, 0]
+    assert len(first.admission.norms) == 6
+    snapshot = latest_snapshot(run.run_dir / "snapshots", report=print)
+    assert snapshot is not None and snapshot.state["admission"]["norms"] == first.admission.norms
+    resumed = run.resume()
+    resumed.state.config = resumed.config = scripted_config(
+        run_name=run.config.run_name, num_rounds=4
+    )
+    state = resumed.run()
+    assert [record.refused for record in state.history] == [0, 0, 0, 1]
+    assert len(state.admission.norms) == 7
+    assert bool(torch.isfinite(state.weights["w"]).all())
