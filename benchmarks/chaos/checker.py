@@ -14,8 +14,10 @@ may be lost with the disk that was full. A violation is one sentence that begins
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Key = tuple[int, int]  # (epoch, shard)
@@ -25,13 +27,14 @@ Rows = Mapping[Key, Sequence[Interval]]
 
 @dataclass(frozen=True)
 class Merged:
-    """One reply that a snapshot says it has merged; `consumed` its rows, None if nothing tells them."""
+    """One reply that a snapshot says it has merged, and the rows that it brought."""
 
+    client: str
     run: str
     term: int
     round_number: int
     lease_id: int
-    consumed: tuple[tuple[Key, Interval], ...] | None
+    consumed: tuple[tuple[Key, Interval], ...]
 
     @property
     def fence(self) -> tuple[str, int, int, int]:
@@ -47,6 +50,7 @@ class Books:
     tokens: int
     merged: tuple[Merged, ...]  # in this round
     committed: Rows  # in all rounds so far
+    log: tuple[tuple[int, int, int], ...]  # (term, round, lease) of all replies merged so far
 
 
 @dataclass(frozen=True)
@@ -87,37 +91,40 @@ class Limits:
         )
 
 
-def read_books(
-    states: Iterable[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
-) -> list[Books]:
-    """The books of `states` (state.json of each snapshot), oldest first.
-
-    Rows of a merged reply stand in its snapshot; where they don't, the event of the reply tells them.
-    """
-    told = {
-        _fence(event["fence"]): event["consumed"] for event in events if event["event"] == "reply"
-    }
-    return sorted((_books(state, told) for state in states), key=lambda books: books.round_number)
+def read_books(snapshots: Iterable[Path]) -> list[Books]:
+    """The books in directories `snapshots`, by round."""
+    return sorted(map(_read, snapshots), key=lambda books: books.round_number)
 
 
-def _books(state: Mapping[str, Any], told: Mapping[tuple[str, int, int, int], Any]) -> Books:
-    merged = []
-    for entry in state["merged"]:
-        fence = entry.get("fence", entry)
-        consumed = entry.get("consumed", told.get(_fence(fence)))
-        rows = None
-        if consumed is not None:
-            rows = tuple(((epoch, shard), (first, end)) for epoch, shard, first, end in consumed)
-        merged.append(Merged(*_fence(fence), consumed=rows))
-    committed = {
-        (epoch, shard): [(first, end) for first, end in intervals]
-        for epoch, shard, _, intervals in state["ledger"]["committed"]
-    }
-    return Books(state["round"], state["term"], state["tokens"], tuple(merged), committed)
+def _read(snapshot: Path) -> Books:
+    state = json.loads((snapshot / "state.json").read_text(encoding="utf-8"))
+    lines = (snapshot / "merged.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    return Books(
+        round_number=state["round"],
+        term=state["term"],
+        tokens=state["tokens"],
+        merged=tuple(map(_merged, state["merged"])),
+        committed={
+            (epoch, shard): [(first, end) for first, end in intervals]
+            for epoch, shard, _, intervals in state["ledger"]["committed"]
+        },
+        log=tuple((entry["term"], entry["round"], entry["lease"]) for entry in log),
+    )
 
 
-def _fence(values: Mapping[str, Any]) -> tuple[str, int, int, int]:
-    return (values["run"], values["term"], values["round_number"], values["lease_id"])
+def _merged(entry: Mapping[str, Any]) -> Merged:
+    fence = entry["fence"]
+    return Merged(
+        client=entry["client"],
+        run=fence["run"],
+        term=fence["term"],
+        round_number=fence["round_number"],
+        lease_id=fence["lease_id"],
+        consumed=tuple(
+            ((epoch, shard), (first, end)) for epoch, shard, first, end in entry["consumed"]
+        ),
+    )
 
 
 def check_rounds(books: Sequence[Books]) -> Iterator[str]:
@@ -163,6 +170,8 @@ def check_fences(books: Sequence[Books], run: str) -> Iterator[str]:
             if reply.fence in seen:
                 yield f"fences: {where} again"
             seen.add(reply.fence)
+        if sorted(one.log) != sorted(fence[1:] for fence in seen):
+            yield f"fences: the list of round {one.round_number} is not that of what was merged so far"
 
 
 def check_rows(books: Sequence[Books], row_tokens: int) -> Iterator[str]:
@@ -171,17 +180,13 @@ def check_rows(books: Sequence[Books], row_tokens: int) -> Iterator[str]:
     tokens = 0
     for one in books:
         name = f"round {one.round_number}"
-        unknown = [reply.fence for reply in one.merged if reply.consumed is None]
-        for fence in unknown:
-            yield f"rows: {name} merged {fence}, and nothing tells its rows"
         now: dict[Key, list[Interval]] = {key: list(intervals) for key, intervals in before.items()}
-        merged = [piece for reply in one.merged for piece in reply.consumed or ()]
+        merged = [piece for reply in one.merged for piece in reply.consumed]
         for key, (first, end) in merged:
             if any(first < other_end and other < end for other, other_end in now.get(key, [])):
                 yield f"rows: {name} commits rows {first}..{end} of {key} a second time"
             now.setdefault(key, []).append((first, end))
-        if not unknown:
-            yield from _difference(name, now, one.committed)
+        yield from _difference(name, now, one.committed)
         if overlapping := [key for key, rows in one.committed.items() if _overlaps(rows)]:
             yield f"ledger: {name} has rows twice in {overlapping}"
         rows = _count(one.committed) - _count(before)

@@ -125,11 +125,7 @@ def run(tour: Tour, directory: Path, base: Path) -> Outcome:
         finished = federation.wait(tour.timeout_s)
         left = federation.leave()
     events = list(read_events(federation.run_dir / "events.jsonl"))
-    states = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((federation.run_dir / "snapshots").glob("round-*/state.json"))
-    ]
-    books = checker.read_books(states, events)
+    books = checker.read_books((federation.run_dir / "snapshots").glob("round-*"))
     times = [event["time"] for event in events if event["event"] == "round_opened"]
     commits = [event["time"] for event in events if event["event"] == "round_committed"]
     violations = [
@@ -247,16 +243,14 @@ def _recovery_s(outcome: Outcome, outage: Outage) -> float | None:
 
     For faults that hit no site: to the next commit that has anything. None if there was none later.
     """
-    clients = {
-        (event["fence"]["term"], event["fence"]["lease_id"]): event["client"]
-        for event in outcome.events
-        if event["event"] == "reply"
+    merged = {
+        books.round_number: {reply.client for reply in books.merged} for books in outcome.books
     }
     for event in outcome.events:
         if event["event"] != "round_committed" or event["time"] <= outage.began:
             continue
-        merged = {clients.get((fence["term"], fence["lease_id"])) for fence in event["merged"]}
-        if merged and (outage.target == "server" or outage.target in merged):
+        clients = merged.get(event["round_number"], set())
+        if clients and (outage.target == "server" or outage.target in clients):
             return float(event["time"]) - outage.began
     return None
 

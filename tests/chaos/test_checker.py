@@ -2,12 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.chaos import checker
 from benchmarks.chaos.checker import Books, Limits, Merged, Outage
+from pilot.config import RunConfig
+from pilot.ledger import Ledger, Segment
+from pilot.messages import Fence
+from pilot.run_state import MergedReply, RunState
+from pilot.snapshot import write_snapshot
 
 RUN, T = "run", 64
 LIMITS = Limits(round_s=40.0, gap_s=20.0, finish_s=60.0, restart_s=30.0)
@@ -16,17 +22,19 @@ LIMITS = Limits(round_s=40.0, gap_s=20.0, finish_s=60.0, restart_s=30.0)
 def reply(round_number: int, lease_id: int, *rows: tuple[int, int, int, int]) -> Merged:
     """`rows`: epoch, shard, first row, end row."""
     consumed = tuple(((epoch, shard), (first, end)) for epoch, shard, first, end in rows)
-    return Merged(RUN, 1, round_number, lease_id, consumed)
+    return Merged("site-a", RUN, 1, round_number, lease_id, consumed)
 
 
 def good() -> list[Books]:
     """Three rounds: two sites, then nobody, then one site that goes on where the first was."""
     first = {(0, 0): [(0, 16)], (0, 1): [(0, 8)]}
     second = {(0, 0): [(0, 24)], (0, 1): [(0, 8)]}
+    log = ((1, 1, 1), (1, 1, 2))
+    merged = (reply(1, 1, (0, 0, 0, 16)), reply(1, 2, (0, 1, 0, 8)))
     return [
-        Books(1, 1, 24 * T, (reply(1, 1, (0, 0, 0, 16)), reply(1, 2, (0, 1, 0, 8))), first),
-        Books(2, 1, 24 * T, (), first),
-        Books(3, 2, 32 * T, (reply(3, 5, (0, 0, 16, 24)),), second),
+        Books(1, 1, 24 * T, merged, first, log),
+        Books(2, 1, 24 * T, (), first, log),
+        Books(3, 2, 32 * T, (reply(3, 5, (0, 0, 16, 24)),), second, (*log, (1, 3, 5))),
     ]
 
 
@@ -96,8 +104,8 @@ def test_good_books_have_no_violation() -> None:
         ),
         (changed(3, tokens=31 * T), "ledger: round 3 counts 448 tokens for 8 rows of 64"),
         (
-            changed(3, merged=(dataclasses.replace(reply(3, 5), consumed=None),)),
-            "rows: round 3 merged ('run', 1, 3, 5), and nothing tells its rows",
+            changed(2, log=((1, 1, 1),)),
+            "fences: the list of round 2 is not that of what was merged so far",
         ),
     ],
 )
@@ -112,22 +120,23 @@ def test_a_reply_of_another_run_or_of_a_later_term_is_found() -> None:
         assert any(text.startswith("fences: round 3 merged") for text in all_of(books))
 
 
-def test_books_are_read_from_snapshots_and_the_rows_of_a_reply_from_where_they_stand() -> None:
-    fence = {"run": RUN, "term": 1, "round_number": 1, "lease_id": 7}
-    state: dict[str, Any] = {
-        "round": 1,
-        "term": 1,
-        "tokens": 4 * T,
-        "merged": [fence],
-        "ledger": {"committed": [[0, 3, "site-a", [[0, 4]]]]},
-    }
-    event = {"event": "reply", "fence": fence, "consumed": [[0, 3, 0, 4]]}
-    expected = [Books(1, 1, 4 * T, (reply(1, 7, (0, 3, 0, 4)),), {(0, 3): [(0, 4)]})]
-    assert checker.read_books([state], [event]) == expected
-    state["merged"] = [fence | {"consumed": [[0, 3, 0, 4]]}]
-    assert checker.read_books([state], []) == expected
-    state["merged"] = [fence]
-    assert "nothing tells its rows" in all_of(checker.read_books([state], []))[0]
+def test_books_are_read_from_snapshots_as_the_server_writes_them(tmp_path: Path) -> None:
+    config = RunConfig.from_mapping({"run-name": RUN, "num-shards": 8})
+    ledger = Ledger(num_shards=8, epochs=1, shard_order=lambda _epoch: range(8))
+    lease = ledger.lease("site-a", 4)
+    assert lease is not None
+    shard = lease.segments[0].shard
+    ledger.commit(lease.lease_id, [Segment(0, shard, 0, 4)], {})
+    state = RunState(config=config, weights={}, ledger=ledger, total_tokens=10**6)
+    state.round_number, state.tokens = 1, 4 * T
+    fence = Fence(RUN, 1, 1, lease.lease_id)
+    state.note_merged([MergedReply("site-a", fence, 4 * T, [[0, shard, 0, 4]])])
+    path = write_snapshot(tmp_path, state.to_snapshot(term=1), keep=3)
+    rows = ((0, shard), (0, 4))
+    merged = Merged("site-a", RUN, 1, 1, lease.lease_id, (rows,))
+    expected = Books(1, 1, 4 * T, (merged,), {(0, shard): [(0, 4)]}, ((1, 1, lease.lease_id),))
+    assert checker.read_books([path]) == [expected]
+    assert all_of([expected]) == []
 
 
 def event(kind: str, time: float, **fields: Any) -> dict[str, Any]:
