@@ -1,7 +1,8 @@
 """`python -m benchmarks.chaos`: a disturbed run, an undisturbed one, and what they tell, as JSON.
 
 The run has as many tokens as an undisturbed run takes for 0.7 times the minutes (measured first, unless
-`--tokens` says), so that faults strike nearly to its end. The undisturbed run has the same seed and tokens.
+`--tokens` says), so that faults strike nearly to its end. The undisturbed run has the same seed and tokens. It
+takes place at the same time on the same machine: one that others use as well has no two equal minutes.
 
 The last line is JSON. `violations` is a list of sentences; the exit code is 1 if there are any.
 `throughput_ratio` is tokens a second over those of the undisturbed run, over the share of site-seconds in
@@ -15,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.chaos import faults, tour
@@ -34,7 +36,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=0, help="of the run; 0: by the minutes")
     parser.add_argument("--round-tokens", type=int, default=49152, help="that end a round")
     parser.add_argument("--kinds", default="", help="comma-separated: only these, in this order")
-    parser.add_argument("--undisturbed", choices=("run", "skip"), default="run")
+    parser.add_argument(
+        "--undisturbed",
+        choices=("together", "before", "skip"),
+        default="together",
+        help="when the undisturbed run takes place",
+    )
     parser.add_argument("--dir", type=Path, help="keeps logs and runs; else a temporary one")
     arguments = parser.parse_args()
     if arguments.dir is not None:
@@ -44,27 +51,9 @@ def main() -> int:
 
 
 def _compare(arguments: argparse.Namespace, directory: Path) -> int:
-    base, stamp = directory / "base", f"{int(time.time()):x}-{os.getpid()}"
-    tour.prepare(base)
     sites = tuple(f"site-{letter}" for letter in "abcdefgh"[: arguments.sites])
-    tokens = arguments.tokens or _tokens(arguments, sites, directory, base, stamp)
-
-    def one(name: str, plan: tuple[faults.Fault, ...]) -> Outcome:
-        spec = Tour(
-            name=f"{name}-{stamp}",
-            sites=sites,
-            total_tokens=tokens,
-            round_tokens=arguments.round_tokens,
-            plan=plan,
-            timeout_s=600.0 + 60 * arguments.minutes,
-        )
-        _say(f"{name} run {spec.name}: {tokens} tokens on {len(sites)} sites")
-        outcome = tour.run(spec, directory / spec.name, base)
-        (directory / f"{spec.name}.outages.jsonl").write_text(tour.journal(outcome))
-        _say(json.dumps({name: tour.figures(outcome, None, sites=sites)}))
-        return outcome
-
-    undisturbed = one("undisturbed", ()) if arguments.undisturbed == "run" else None
+    stamp = f"{int(time.time()):x}-{os.getpid()}"
+    tokens = arguments.tokens or _tokens(arguments, sites, directory, stamp)
     plan = faults.plan(
         arguments.seed,
         duration_s=60 * arguments.minutes,
@@ -72,14 +61,44 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
         sites=sites,
         kinds=arguments.kinds.split(",") if arguments.kinds else None,
     )
-    disturbed = one("disturbed", tuple(plan))
+
+    def one(name: str) -> Outcome:
+        spec = Tour(
+            name=f"{name}-{stamp}",
+            sites=sites,
+            total_tokens=tokens,
+            round_tokens=arguments.round_tokens,
+            plan=tuple(plan) if name == "disturbed" else (),
+            timeout_s=600.0 + 60 * arguments.minutes,
+        )
+        _say(f"{spec.name}: {tokens} tokens on {len(sites)} sites")
+        outcome = _run(spec, directory)
+        (directory / f"{spec.name}.outages.jsonl").write_text(tour.journal(outcome))
+        _say(json.dumps({name: tour.figures(outcome, None, sites=sites)}))
+        return outcome
+
+    undisturbed = None
+    if arguments.undisturbed == "together":
+        with ThreadPoolExecutor() as pool:
+            undisturbed, disturbed = pool.map(one, ("undisturbed", "disturbed"))
+    else:
+        if arguments.undisturbed == "before":
+            undisturbed = one("undisturbed")
+        disturbed = one("disturbed")
     figures = tour.figures(disturbed, undisturbed, sites=sites)
     print(json.dumps(figures), flush=True)
     return 1 if figures["violations"] else 0
 
 
+def _run(spec: Tour, directory: Path) -> Outcome:
+    """In a base directory of its own: a node's name is unique in one."""
+    base = directory / f"{spec.name}.base"
+    tour.prepare(base)
+    return tour.run(spec, directory / spec.name, base)
+
+
 def _tokens(
-    arguments: argparse.Namespace, sites: tuple[str, ...], directory: Path, base: Path, stamp: str
+    arguments: argparse.Namespace, sites: tuple[str, ...], directory: Path, stamp: str
 ) -> int:
     """What an undisturbed run would train on in 0.7 times the minutes."""
     spec = Tour(
@@ -88,7 +107,7 @@ def _tokens(
         total_tokens=6 * arguments.round_tokens,
         round_tokens=arguments.round_tokens,
     )
-    outcome = tour.run(spec, directory / spec.name, base)
+    outcome = _run(spec, directory)
     if not outcome.tokens:
         sys.exit(f"the federation does not train, see {directory}: {outcome.violations}")
     rounds = 0.7 * 60 * arguments.minutes * outcome.tokens_per_s / arguments.round_tokens

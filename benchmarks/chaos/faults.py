@@ -9,6 +9,8 @@ KINDS = {
     "kill-worker": 3,
     "kill-clientapp": 2,
     "kill-supernode": 2,
+    "kill-node": 1,  # `pilot node` around the SuperNode
+    "drain-node": 1,  # SIGTERM to it: the site is preempted, and comes back
     "kill-serverapp": 1,
     "kill-superlink": 1,
     "kill-redis": 1,  # it is there again at once, empty

@@ -89,6 +89,9 @@ class Injector:
         match what:
             case "kill":
                 over = self._kill(whom, site)
+            case "drain":
+                assert site is not None
+                over = self._drain(site)
             case "outage":
                 over = self._hold(self._federation.redis, fault.duration_s)
             case "freeze":
@@ -123,11 +126,26 @@ class Injector:
         targets = self._targets(role, site)
         if not targets:
             return None
-        if role == "supernode":
+        if role in ("supernode", "node"):
             assert site is not None
             self._orphans.append((time.time() + _ORPHANS_S, site.name, site.processes("worker")))
         struck = time.time()
         _signal(targets, signal.SIGKILL)
+        return self._back(role, site, targets, struck)
+
+    def _drain(self, site: Site) -> Callable[[], bool] | None:
+        """A preemption: the site shall leave in good order. Its supervisor starts it again."""
+        targets = self._targets("node", site)
+        if not targets:
+            return None
+        struck = time.time()
+        _signal(targets, signal.SIGTERM)
+        return self._back("node", site, targets, struck)
+
+    def _back(
+        self, role: str, site: Site | None, gone: list[psutil.Process], struck: float
+    ) -> Callable[[], bool]:
+        """Whether what has gone has a successor."""
         federation = self._federation
         if role in ("worker", "clientapp"):
             return lambda: True  # the site is ready for the next message
@@ -136,10 +154,13 @@ class Injector:
         service = {"redis": federation.redis, "superlink": federation.superlink}.get(role)
         if role == "superlink":  # with it the run is gone, and is submitted anew
             return lambda: federation.server.started_at > struck
-        if service is None:
-            assert site is not None
-            service = site.node
-        return lambda: service.started_at > struck
+        if service is not None:
+            return lambda: service.started_at > struck
+        assert site is not None
+        if role == "node":
+            return lambda: site.node.started_at > struck
+        pids = {process.pid for process in gone}  # `pilot node` starts the SuperNode again
+        return lambda: any(process.pid not in pids for process in site.processes(role))
 
     @staticmethod
     def _hold(service: Service, duration_s: float) -> Callable[[], bool] | None:

@@ -2,7 +2,7 @@
 
     Redis ── line ── ServerApp (on the SuperLink)
       └───── line ── workers of a site
-    SuperLink ── line ── SuperNode of a site
+    SuperLink ── line ── SuperNode of a site (under `pilot node`)
 
 A *line* is a port of the proxy (`proxy.py`). The supervisor is a thread that does what systemd would do for
 Redis, SuperLink and SuperNodes, and what an operator would do for the run: submit it again under its name.
@@ -87,7 +87,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Site:
-    """One site: its SuperNode, its lines, and the file that makes its next reply a bad one."""
+    """One site: its `pilot node`, its lines, and the file that makes its next reply a bad one."""
 
     name: str
     mark: str
@@ -97,14 +97,16 @@ class Site:
     reply_file: Path
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """Its living processes of a role: worker (a rank), clientapp, or supernode."""
+        """Its living processes of a role: worker (a rank), clientapp, supernode, or node."""
         return [process for process in marked(self.mark) if has_role(process, role)]
 
 
 def has_role(process: psutil.Process, role: str) -> bool:
-    with contextlib.suppress(psutil.Error, OSError):
+    with contextlib.suppress(psutil.Error, OSError, IndexError):
         if role == "worker":
             return "PILOT_RANK" in process.environ()
+        if role == "node":
+            return [Path(process.cmdline()[1]).name, *process.cmdline()[2:3]] == ["pilot", "node"]
         return any(Path(word).name == PROGRAMS[role] for word in process.cmdline()[:2])
     return False
 
@@ -269,9 +271,8 @@ class Federation:
         reply_file = self.directory / f"{name}.reply"
         env = self._env(name, redis_line)
         env |= {"PYTHONPATH": str(HOOKS), "PILOT_CHAOS_REPLY": str(reply_file)}
-        command = [str(BIN / "flower-supernode"), "--insecure", "--port", str(free_port())]
-        command += ["--superlink", f"127.0.0.1:{superlink_line.port}"]
-        command += ["--node-config", f'name="{name}"']
+        command = [str(BIN / "pilot"), "node", "--name", name, "--insecure"]
+        command += ["--superlink", f"127.0.0.1:{superlink_line.port}", "--port", str(free_port())]
         node = self._service(name, command, env)
         return Site(name, self._mark(name), node, superlink_line, redis_line, reply_file)
 
