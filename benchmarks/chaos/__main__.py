@@ -13,8 +13,10 @@ that has something of the site that was hit (of anybody, if the fault hit no sit
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +24,13 @@ from pathlib import Path
 from benchmarks.chaos import faults, tour
 from benchmarks.chaos.tour import Outcome, Tour
 
+STOP = threading.Event()
+
 
 def main() -> int:
+    # everything is ended in good order, also by a kill
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: STOP.set())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chaos",
         description=__doc__,
@@ -77,10 +84,11 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
         _say(json.dumps({name: tour.figures(outcome, None, sites=sites)}))
         return outcome
 
-    undisturbed = None
+    undisturbed: Outcome | None = None
     if arguments.undisturbed == "together":
         with ThreadPoolExecutor() as pool:
-            undisturbed, disturbed = pool.map(one, ("undisturbed", "disturbed"))
+            calm, struck = pool.submit(one, "undisturbed"), pool.submit(one, "disturbed")
+            undisturbed, disturbed = calm.result(), struck.result()
     else:
         if arguments.undisturbed == "before":
             undisturbed = one("undisturbed")
@@ -94,7 +102,7 @@ def _run(spec: Tour, directory: Path) -> Outcome:
     """In a base directory of its own: a node's name is unique in one."""
     base = directory / f"{spec.name}.base"
     tour.prepare(base)
-    return tour.run(spec, directory / spec.name, base)
+    return tour.run(spec, directory / spec.name, base, STOP)
 
 
 def _tokens(

@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ class Injector:
         self._active: list[_Active] = []
         self._orphans: list[tuple[float, str, list[psutil.Process]]] = []
 
-    def run(self, duration_s: float) -> None:
-        """Strike as planned until all is over that was begun, or the run is finished."""
+    def run(self, duration_s: float, stop: threading.Event) -> None:
+        """Strike as planned until all is over that was begun, the run is finished, or `stop` is set."""
         began = time.monotonic()
         waiting = list(self._plan)
-        while waiting or self._active or self._orphans:
+        while (waiting or self._active or self._orphans) and not stop.wait(_LOOK_S):
             now_s = time.monotonic() - began
             if self._federation.error is not None or now_s > duration_s + 2 * _GIVE_UP_S:
                 break
@@ -62,7 +63,6 @@ class Injector:
                     self.missed.append(fault)
                 waiting.pop(0)
             self._settle()
-            time.sleep(_LOOK_S)
 
     def _settle(self) -> None:
         for active in list(self._active):

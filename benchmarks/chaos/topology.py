@@ -291,15 +291,17 @@ class Federation:
             self.error = error
             raise
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether the run is finished within `timeout_s`. Raises what the supervisor has raised."""
+    def wait(self, timeout_s: float, stop: threading.Event) -> bool:
+        """Whether the run is finished within `timeout_s`, or until `stop` is set.
+
+        Raises what the supervisor has raised.
+        """
         deadline = time.monotonic() + timeout_s
         while not (self.server.finished and not self.server.processes()):
             if self.error is not None:
                 raise self.error
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or stop.wait(SUPERVISE_S):
                 return False
-            time.sleep(SUPERVISE_S)
         return True
 
     def leave(self, timeout_s: float = 15.0) -> list[str]:

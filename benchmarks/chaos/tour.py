@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "epochs": 64,
     "tokenizer": TOKENIZER,
     "packing": "stream",
-    "eval-rows": 256,
+    "eval-rows": 64,
     "total-batch-size": 1024,
     "device-batch-size": 8,
     "weight-decay": 0.0,
@@ -40,8 +41,8 @@ CONFIG: dict[str, Any] = {
     "min-clients": 1,
     "quorum": 1,
     "round-min-duration": 0.0,
-    "round-max-duration": 25.0,
-    "grace-max": 20.0,
+    "round-max-duration": 60.0,
+    "grace-max": 30.0,
     "clients-timeout": 180.0,
     "outer-momentum": 0.5,
     "cooling-time": 15.0,
@@ -113,16 +114,20 @@ class Outcome:
         return self.tokens / max(1e-9, self.ended - self.began)
 
 
-def run(tour: Tour, directory: Path, base: Path) -> Outcome:
-    """Start everything, let the faults strike, wait for the run's end, end everything, check."""
+def run(tour: Tour, directory: Path, base: Path, stop: threading.Event | None = None) -> Outcome:
+    """Start everything, let the faults strike, wait for the run's end, end everything, check.
+
+    `stop` ends it early, from another thread.
+    """
+    stop = stop or threading.Event()
     with Federation(directory, base, tour.config, tour.sites) as federation:
         for _ in range(1200):  # the first round, or the checker's word for its absence
-            if federation.error or _events(federation.run_dir, "round_opened"):
+            if stop.is_set() or federation.error or _events(federation.run_dir, "round_opened"):
                 break
             time.sleep(0.1)
         injector = Injector(federation, list(tour.plan))
-        injector.run(max((fault.at_s for fault in tour.plan), default=0.0))
-        finished = federation.wait(tour.timeout_s)
+        injector.run(max((fault.at_s for fault in tour.plan), default=0.0), stop)
+        finished = federation.wait(tour.timeout_s, stop)
         left = federation.leave()
     events = list(read_events(federation.run_dir / "events.jsonl"))
     books = checker.read_books((federation.run_dir / "snapshots").glob("round-*"))
