@@ -179,7 +179,7 @@ class PilotStrategy:
         monitor = self._follow(open_round)
         reason = None
         while reason is None:
-            self._tick(open_round)
+            self._tick(open_round, _TICK_S if monitor.awaited else _IDLE_TICK_S)
             self._join(open_round, monitor, rules)
             reason = end_reason(rules, self._view(open_round, monitor))
             if self.interrupted():
