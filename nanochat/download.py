@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 
@@ -75,7 +76,7 @@ class Downloader:
                 fruitless = 1 if _size(part) > before else fruitless + 1
                 self.stop.wait(min(retry.wait_s, _LONGEST_WAIT_S))
             except requests.RequestException as error:  # cut, refused, timed out, not resolved
-                problem = f"{type(error).__name__}: {error}"
+                problem = _in_short(error, url)
                 fruitless = 1 if _size(part) > before else fruitless + 1
             except OSError as error:  # the disk, not the net (requests' errors are caught above)
                 raise DownloadError(f"cannot write {part}: {error.strerror}") from error
@@ -125,6 +126,18 @@ class Downloader:
         if total is not None and have != total:
             raise _Retry(f"got {have} bytes of {total}")
         return sha256
+
+
+def _in_short(error: requests.RequestException, url: str) -> str:
+    """What the net said, without the four layers of libraries that it came through."""
+    host = urlsplit(url).netloc
+    if isinstance(error, requests.Timeout):
+        return f"{host} did not answer in time"
+    cause = error.args[0] if error.args else error
+    # the system's own words stand last: "… [Errno 111] Connection refused"
+    _, errno, words = str(getattr(cause, "reason", cause)).rpartition("] ")
+    words = words.rstrip(")'\"") if errno else type(error).__name__
+    return f"the connection to {host} failed: {words}"
 
 
 def _verify(part: Path, sha256: str | None, check: Callable[[Path], None] | None) -> None:

@@ -58,6 +58,7 @@ def export_model(
             atomic_write_text(folder / "README.md", card)
             weights = folder / "model.safetensors"
             save_file(hf_weights(model), weights, metadata={"format": "pt"})
+            weights.chmod(0o644)  # it makes a file for its owner alone
             with open(weights, "rb+") as file:
                 os.fsync(file.fileno())
             if out.exists():

@@ -1,6 +1,7 @@
 """Sources and downloads, against a real HTTP server that misbehaves."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -119,6 +120,16 @@ def test_a_lasting_server_error_ends_after_a_bounded_number_of_attempts(hub):
     assert len(failures) == 1 and "shard_00000" in failures[0] and "HTTP 500" in failures[0]
     assert hub.names().count("shard_00000.parquet") == 3
     assert get_source().present() == [1, VAL]
+
+
+def test_without_a_network_the_line_says_what_the_system_said(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and nobody listens
+        host = f"127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{host}")
+        failures = download(1, attempts=1)
+    problem = f"(the connection to {host} failed: Connection refused)"
+    assert failures and all(line.endswith(problem) for line in failures), failures
 
 
 def test_a_missing_shard_is_one_clear_line_and_a_nonzero_exit(hub):

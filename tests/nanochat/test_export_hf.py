@@ -127,6 +127,7 @@ def test_the_folder_holds_a_card_of_the_run_and_nothing_to_execute(
         assert said in card
     assert f"{parameters:,}" in card and "| `lr` | `0.02` |" in card
     assert [path.name for path in out.parent.iterdir()] == ["d3"]
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}  # others may load it
 
 
 @pytest.mark.parametrize(
