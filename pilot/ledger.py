@@ -185,8 +185,9 @@ class Ledger:
     ) -> None:
         """Raise LedgerError unless `consumed` is a prefix of the open lease `lease_id`.
 
-        `row_counts` are the sizes of shards that the client has packed: they must agree with those
-        that are known, and every segment but the last must have been consumed to its end.
+        `row_counts` are the sizes of shards that the client has packed. Those of leased shards must
+        agree with what is known, others must only be training shards; every segment but the last
+        must have been consumed to its end.
         """
         self._used_ends(lease_id, consumed, row_counts)
 
@@ -250,8 +251,10 @@ class Ledger:
         lease = self.open.get(lease_id)
         if lease is None:
             raise LedgerError(f"lease {lease_id} is not open")
+        leased_shards = {segment.shard for segment in lease.segments}
         for shard, count in row_counts.items():
-            self._check_count(shard, count)
+            if shard in leased_shards or not 0 <= shard < self.num_shards:
+                self._check_count(shard, count)
         ends = []
         left = [segment for segment in reversed(consumed) if segment.rows != 0]
         whole = True  # all segments so far were used to their end

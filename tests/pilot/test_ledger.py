@@ -158,8 +158,8 @@ class BooksMachine(RuleBasedStateMachine):
     ) -> tuple[list[Segment], dict[int, int]]:
         rows = [row for segment in lease.segments for row in rows_of(segment, self.sizes)]
         used, ended = consume(lease, round(share * len(rows)), self.sizes)
-        leased = {segment.shard for segment in lease.segments}
-        return used, {shard: self.sizes[shard] for shard in (packed & leased) | ended}
+        packed &= set(range(len(self.sizes)))
+        return used, {shard: self.sizes[shard] for shard in packed | ended}
 
     @rule(lease=consumes(leases))
     def give_back(self, lease: Lease | None) -> None:
@@ -562,6 +562,28 @@ def test_size_below_rows_that_are_committed_is_refused() -> None:
     ledger.accept(first.lease_id, [Segment(0, 0, 0, 8)], {})  # and before the round's commit
     with pytest.raises(LedgerError, match="8 of it were trained on"):
         ledger.commit(second.lease_id, [Segment(1, 0, 0, 5)], {0: 5})
+
+
+def test_sizes_of_shards_that_were_not_leased_are_not_believed() -> None:
+    ledger = known(10, 10)
+    lease = ledger.lease("a", 5)
+    assert lease is not None and lease.segments[0].shard == 0
+    ledger.commit(lease.lease_id, [], {1: 3})
+    assert ledger.row_counts == {0: 10, 1: 10}
+
+
+def test_reply_can_be_committed_once_it_was_accepted_whatever_comes_in_between() -> None:
+    ledger = make(num_shards=2)
+    first = ledger.lease("a", 3)
+    assert first is not None and [segment.shard for segment in first.segments] == [0, 1]
+    used, counts = [Segment(0, 0, 0, 3)], {0: 3, 1: 9}
+    ledger.check(first.lease_id, used, counts)
+    ledger.accept(first.lease_id, used, counts)  # shard 1 is no part of the lease any more
+    second = ledger.lease("b", 9)
+    assert second is not None and second.segments == (Segment(0, 1, 0, 9),)
+    ledger.commit(second.lease_id, [Segment(0, 1, 0, 9)], {1: 9})
+    assert ledger.commit(first.lease_id, used, counts) == 3
+    assert ledger.exhausted and ledger.progress() == (1.0, 2, 2)
 
 
 def test_lease_is_committed_once() -> None:
