@@ -34,19 +34,19 @@ class Dispatcher:
     ) -> None:
         """An order to each of `sites`; together they evaluate all validation rows."""
         parts = encode(self.state.weights)
-        rows, leases = self.config.eval_rows, {}
+        rows, shares, leases = self.config.eval_rows, self._shares(sites), {}
         if not evaluate_only:
-            wanted = {s.name: self._rows_wanted(s, self._share(s, sites)) for s in sites}
+            wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in sites}
             leases = self.state.ledger.lease_all(wanted, step_rows=self.config.batch_rows)
         for i, site in enumerate(sites):
             eval_rows = (i * rows // len(sites), (i + 1) * rows // len(sites))
-            lease, share = leases.get(site.name), self._share(site, sites)
+            lease, share = leases.get(site.name), shares[site.name]
             self._send(open_round, site, share, lease, eval_rows, parts, final=evaluate_only)
 
     def join(self, open_round: OpenRound, site: Site) -> None:
         """An order to a site that came while the round runs; it has no part in the evaluation."""
         sites = [*(work.site for work in open_round.pending.values()), site]
-        share = self._share(site, sites)
+        share = self._shares(sites)[site.name]
         parts = encode(self.state.weights)
         lease = self.state.ledger.lease(site.name, self._rows_wanted(site, share))
         self._send(open_round, site, share, lease, (0, 0), parts)
@@ -90,12 +90,13 @@ class Dispatcher:
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 
-    def _share(self, site: Site, sites: Sequence[Site]) -> float:
-        """The site's share of the federation's token rate; equal shares where work is fixed."""
-        rates = [s.tokens_per_s for s in sites if s.tokens_per_s]
-        if self.config.round_steps or len(rates) < len(sites) or not site.tokens_per_s:
-            return 1 / len(sites)
-        return site.tokens_per_s / sum(rates)
+    def _shares(self, sites: Sequence[Site]) -> dict[str, float]:
+        """Each site's share of the federation's token rate; equal shares where work is fixed."""
+        rates = {site.name: site.tokens_per_s for site in sites}
+        if self.config.round_steps or not all(rates.values()):
+            return dict.fromkeys(rates, 1 / len(rates))
+        total = sum(rate for rate in rates.values() if rate)
+        return {name: (rate or 0.0) / total for name, rate in rates.items()}
 
     def _rows_wanted(self, site: Site, share: float) -> int:
         """About twice the rows that the site will use in a round, whole optimizer steps."""
