@@ -25,20 +25,20 @@ class Disks:
     """The disks of all clients of a run that trains on the shards 0..num_shards-1."""
 
     def __init__(self, num_shards: int) -> None:
-        self._everything = Disk(b"1" * num_shards)
-        self._disks = {self._everything.flags: self._everything}
+        self.everything = Disk(b"1" * num_shards)
+        self._disks = {self.everything.flags: self.everything}
         self._clients: dict[str, tuple[Disk, ...]] = {}
 
     def register(self, client: str, shards: Collection[int], *, fetches: bool) -> None:
         """`client` has `shards` on its disk, and no others; it can fetch those if it `fetches`."""
-        flags = bytearray(b"0" * self._everything.size)
+        flags = bytearray(b"0" * self.everything.size)
         for shard in shards:
-            if 0 <= shard < self._everything.size:
+            if 0 <= shard < self.everything.size:
                 flags[shard] = ord("1")
         disk = self._disks.setdefault(bytes(flags), Disk(bytes(flags)))
-        self._clients[client] = (disk, self._everything) if fetches else (disk,)
+        self._clients[client] = (disk, self.everything) if fetches else (disk,)
         if len(self._disks) > 2 * len(self._clients) + 1:  # some are nobody's any more
-            in_use = [self._everything, *(disks[0] for disks in self._clients.values())]
+            in_use = [self.everything, *(disks[0] for disks in self._clients.values())]
             self._disks = {disk.flags: disk for disk in in_use}
 
     def of(self, client: str) -> tuple[Disk, ...]:
@@ -46,4 +46,4 @@ class Disks:
 
         Any shard, for a client that never said what it has.
         """
-        return self._clients.get(client, (self._everything,))
+        return self._clients.get(client, (self.everything,))

@@ -21,6 +21,7 @@ from typing import Any
 from pilot.disks import Disk, Disks
 from pilot.epoch_rows import EpochRows
 from pilot.intervals import UNKNOWN_END
+from pilot.sharing import Party, fair_shares
 
 
 class LedgerError(ValueError):
@@ -119,42 +120,38 @@ class Ledger:
     def lease_all(self, wanted: Mapping[str, int], *, step_rows: int = 1) -> dict[str, Lease]:
         """Lease to each client about the rows `wanted`, or its fair share where too few are free.
 
-        Clients that have the same shards share what is free of them in proportion to what they
-        want, in whole steps of `step_rows` rows, at least one. Those with the fewest shards choose
-        first. Clients for whom nothing is left are not in the result.
+        Shares are those of `fair_shares`, in whole steps of `step_rows` rows. Clients with the
+        fewest shards choose first. Those for whom nothing is left are not in the result.
         """
-        sharing: dict[tuple[Disk, ...], list[str]] = {}
+        sharing: dict[Disk, dict[str, int]] = {}
         for client, rows in wanted.items():
             if rows < 1:
                 raise ValueError(f"rows_wanted must be positive, not {rows}")
-            sharing.setdefault(self._disks.of(client), []).append(client)
-        leases = {}
-        for disks, clients in sorted(sharing.items(), key=lambda item: item[0][-1].size):
-            demand = sum(wanted[client] for client in clients)
-            guess = max(1, -(-demand // (2 * len(clients))))
-            left = self._free_rows(disks[-1], demand, guess)
-            for client in clients:
-                rows = wanted[client]
-                if left < demand and rows < demand:  # the last of them has what remains
-                    share = left * rows // demand
-                    rows = min(rows, max(step_rows, share - share % step_rows))
-                demand -= wanted[client]
-                if lease := self._lease(client, disks, rows, guess):
-                    leases[client] = lease
-                    left -= sum(self._size(*_interval(s), guess) for s in lease.segments)
-        return leases
+            sharing.setdefault(self._disks.of(client)[-1], {})[client] = rows
+        guess = -(-sum(wanted.values()) // max(1, 2 * len(wanted)))
+        parties = [
+            Party(rows, self._free_rows(disk, sum(rows.values()), guess))
+            for disk, rows in sorted(sharing.items(), key=lambda item: item[0].size)
+        ]
+        usable = sum(party.usable for party in parties)
+        free_rows = self._free_rows(self._disks.everything, usable, guess)
+        shares = fair_shares(parties, free_rows, step_rows=step_rows)
+        leases = {client: self._lease(client, rows, guess) for client, rows in shares.items()}
+        return {client: lease for client, lease in leases.items() if lease}
 
     def _free_rows(self, disk: Disk, enough: int, guess: int) -> int:
         """Free rows of the disk's shards; looks no further once it has seen `enough`."""
         rows = 0
-        for epoch in self._epochs:
+        for epoch in (epoch for epoch in self._epochs if epoch.any_free):
             for first, end in epoch.free_rows(disk.places(epoch)):
                 if rows >= enough:
                     return rows
                 rows += self._size(first, end, guess)
         return rows
 
-    def _lease(self, client: str, disks: tuple[Disk, ...], rows: int, guess: int) -> Lease | None:
+    def _lease(self, client: str, rows: int, guess: int) -> Lease | None:
+        """Take about `rows` free rows; a shard counts as `guess` rows where nothing is known."""
+        disks = self._disks.of(client)
         segments: list[Segment] = []
         for number, epoch in enumerate(self._epochs):
             for disk in disks if epoch.any_free and rows > 0 else ():

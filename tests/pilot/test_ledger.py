@@ -388,6 +388,31 @@ def test_clients_with_few_shards_choose_before_those_that_have_others() -> None:
     assert leases["rich"].segments == (Segment(0, 1, 0, 100),)
 
 
+def test_clients_whose_shards_overlap_share_them_too() -> None:
+    ledger = known(100, 100, 100)
+    for client, shards in (("a", [0, 1]), ("b", [1, 2]), ("c", [2, 0])):
+        ledger.register(client, shards)
+    leases = ledger.lease_all({"a": 200, "b": 200, "c": 200}, step_rows=10)
+    assert rows_leased(leases) == {"a": 100, "b": 100, "c": 100}
+    almost = known(*[100] * 10)
+    almost.register("nine", range(9))
+    rows = rows_leased(almost.lease_all({"ten": 1000, "nine": 1000}, step_rows=10))
+    assert rows == {"nine": 470, "ten": 530}
+
+
+def test_clients_that_fetch_share_whatever_they_have() -> None:
+    ledger = known(100, 100)
+    ledger.register("a", [0], fetches=True)
+    ledger.register("b", [1], fetches=True)
+    leases = ledger.lease_all({"a": 200, "b": 200}, step_rows=10)
+    assert leases["a"].segments == (Segment(0, 0, 0, 100),)
+    assert leases["b"].segments == (Segment(0, 1, 0, 100),)
+
+
+def test_nobody_is_leased_anything_where_nobody_asks_or_nothing_is_free() -> None:
+    assert make().lease_all({}) == {} and known(0).lease_all({"a": 5, "b": 5}) == {}
+
+
 def test_shards_on_a_clients_disk_come_first_and_others_only_if_it_fetches_them() -> None:
     ledger = known(10, 10, 10)
     for fetches, shards in ((False, [2]), (True, [2, 0, 1])):
@@ -576,7 +601,7 @@ def test_reply_can_be_committed_once_it_was_accepted_whatever_comes_in_between()
     ledger = make(num_shards=2)
     first = ledger.lease("a", 3)
     assert first is not None and [segment.shard for segment in first.segments] == [0, 1]
-    used, counts = [Segment(0, 0, 0, 3)], {0: 3, 1: 9}
+    used, counts = [Segment(0, 0, 0, 3), Segment(0, 1, 0, 0)], {0: 3, 1: 9}
     ledger.check(first.lease_id, used, counts)
     ledger.accept(first.lease_id, used, counts)  # shard 1 is no part of the lease any more
     second = ledger.lease("b", 9)
