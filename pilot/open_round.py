@@ -145,7 +145,6 @@ class OpenRound:
             return None
         lease_id, ledger = work.lease.lease_id, self._state.ledger
         taken = Taken(work, reply, self._spool / f"lease-{lease_id:08d}.safetensors")
-        self._check_sizes(taken)
         if reply.tokens == 0 and not reply.consumed:
             # what it learnt of its shards counts: they may have been too small for a single step
             ledger.commit(lease_id, [], taken.row_counts)
@@ -157,6 +156,7 @@ class OpenRound:
             fault_point("spill.written")
         except (OSError, SafetensorError) as error:
             raise SnapshotError(f"cannot write {taken.path}: {error}") from error
+        ledger.accept(lease_id, taken.consumed, taken.row_counts)  # the rest is free again
         return replace(taken, norm=norm)
 
     def _admit(
@@ -181,19 +181,6 @@ class OpenRound:
         if reason:
             raise ValueError(reason)
         return update, norm
-
-    def _check_sizes(self, new: Taken) -> None:
-        """Raise LedgerError if a reply contradicts one that was taken before: each alone would do."""
-        sizes: dict[int, int] = {}
-        replies = [*self.taken, new]
-        for shard, count in (item for one in replies for item in one.row_counts.items()):
-            if sizes.setdefault(shard, count) != count:
-                raise LedgerError(f"shard {shard} has {sizes[shard]} rows elsewhere, not {count}")
-        for segment in (segment for one in replies for segment in one.consumed):
-            if (segment.end_row or 0) > sizes.get(segment.shard, segment.end_row or 0):
-                raise LedgerError(
-                    f"{segment} goes beyond the {sizes[segment.shard]} rows elsewhere"
-                )
 
     def _refuse(self, work: Work, reason: str) -> None:
         """The site has answered, and with something that can't be used."""

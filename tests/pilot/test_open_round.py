@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pilot import open_round as module
 from pilot.codec import encode
 from pilot.config import RunConfig
-from pilot.ledger import Ledger
+from pilot.ledger import Ledger, Segment
 from pilot.mailbox import Answer
 from pilot.messages import Fence, HelloReply, Part, TrainReply, to_header
 from pilot.open_round import OpenRound, Work
@@ -44,13 +44,16 @@ class Round:
         self.open = OpenRound(3, self.state, self.telemetry, spool=self.spool, opened_at_s=0.0)
         self.works = {}
         for number, name in enumerate("abc"):
-            ledger.register(name, {2 * number, 2 * number + 1})
-            lease = ledger.lease(name, 4)
-            assert lease is not None
-            fence = Fence("r", 1, 3, lease.lease_id)
-            work = Work(f"m-{name}", Site(name, number, HelloReply()), fence, lease)
-            self.works[name] = work
-            self.open.add(work)
+            self.order(name, number, {2 * number, 2 * number + 1})
+
+    def order(self, name: str, number: int, shards: set[int]) -> None:
+        self.state.ledger.register(name, shards)
+        lease = self.state.ledger.lease(name, 4)
+        assert lease is not None
+        fence = Fence("r", 1, 3, lease.lease_id)
+        work = Work(f"m-{name}", Site(name, number, HelloReply()), fence, lease)
+        self.works[name] = work
+        self.open.add(work)
 
     def reply(self, name: str, rows: int = 4, **changes: Any) -> TrainReply:
         work = self.works[name]
@@ -300,18 +303,34 @@ def test_answer_that_is_no_reply_is_refused(one: Round, answer: Answer) -> None:
 
 
 def test_sizes_that_two_replies_disagree_about_cost_the_second_one_only(one: Round) -> None:
-    assert one.take("a", row_counts=[[0, 10], [5, 9]])
-    assert one.take("b", row_counts=[[5, 8]])
+    one.order("d", 3, {0})  # in the second epoch
+    assert one.take("a", row_counts=[[0, 10]])
+    assert one.take("d", row_counts=[[0, 9]])
     assert [taken.reply.client for taken in one.open.taken] == ["a"]
-    assert "shard 5 has 9 rows elsewhere, not 8" in one.refusals()[0]
+    assert "shard 0 has 10 rows in the books, not 9" in one.refusals()[0]
     for taken in one.open.in_lease_order():
         one.state.ledger.commit(taken.work.fence.lease_id, taken.consumed, taken.row_counts)
 
 
 def test_rows_beyond_a_size_that_another_reply_tells_are_refused(one: Round) -> None:
-    assert one.take("a", row_counts=[[2, 3]])
-    assert one.take("b", rows=4)  # of shard 2
+    one.order("d", 3, {0})
+    assert one.take("a", rows=3, row_counts=[[0, 3]])
+    assert one.take("d", rows=4)
     assert [taken.reply.client for taken in one.open.taken] == ["a"]
+
+
+def test_size_below_rows_that_another_reply_trained_on_is_refused(one: Round) -> None:
+    one.order("d", 3, {0})
+    assert one.take("a", rows=4)
+    assert one.take("d", rows=3, row_counts=[[0, 3]])
+    assert [taken.reply.client for taken in one.open.taken] == ["a"]
+
+
+def test_rows_that_a_reply_did_not_use_are_free_before_the_round_is_over(one: Round) -> None:
+    assert one.take("a", rows=4)
+    one.order("d", 3, {0})
+    assert one.works["d"].lease is not None
+    assert one.works["d"].lease.segments[0] == Segment(0, 0, 4, None)
 
 
 def test_reply_without_a_step_gives_its_rows_back_but_its_shards_sizes_count(one: Round) -> None:
