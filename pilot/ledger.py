@@ -128,7 +128,8 @@ class Ledger:
             if rows < 1:
                 raise ValueError(f"rows_wanted must be positive, not {rows}")
             sharing.setdefault(self._disks.of(client)[-1], {})[client] = rows
-        guess = -(-sum(wanted.values()) // max(1, 2 * len(wanted)))
+        # half of what is wanted on average, in whole steps: so much does an unknown shard count
+        guess = -(-sum(wanted.values()) // max(1, 2 * len(wanted) * step_rows)) * step_rows
         parties = [
             Party(rows, self._free_rows(disk, sum(rows.values()), guess))
             for disk, rows in sorted(sharing.items(), key=lambda item: item[0].size)

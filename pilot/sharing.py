@@ -29,7 +29,7 @@ def fair_shares(parties: Sequence[Party], free_rows: int, *, step_rows: int) -> 
 
     Otherwise parties share `free_rows` in proportion to what each could use, and the clients of one
     in proportion to what they want, in whole steps of `step_rows` rows, at least one. Whoever comes
-    last may take what is left, so that rounding strands no rows.
+    last may take what rounding down has left over.
     """
     shares: dict[str, int] = {}
     usable = sum(party.usable for party in parties)

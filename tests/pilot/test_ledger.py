@@ -294,6 +294,19 @@ def test_client_goes_on_with_its_own_shard_then_new_ones_then_those_of_others() 
     )
 
 
+def test_shard_belongs_to_the_client_that_committed_there_last() -> None:
+    ledger = known(100, 100)
+    ledger.register("b", [0])
+    for client, first in (("a", 0), ("b", 10)):
+        lease = ledger.lease(client, 10)
+        assert lease is not None and lease.segments == (Segment(0, 0, first, first + 10),)
+        ledger.commit(lease.lease_id, list(lease.segments), {})
+    ledger.register("b", [0, 1])
+    leases = ledger.lease_all({"a": 10, "b": 10})
+    assert leases["a"].segments == (Segment(0, 1, 0, 10),)
+    assert leases["b"].segments == (Segment(0, 0, 20, 30),)
+
+
 def test_lease_that_nobody_used_leaves_no_trace_in_the_order_of_shards() -> None:
     ledger = Ledger(num_shards=4, epochs=1, shard_order=lambda _: [3, 1, 2, 0])
     first = ledger.lease("a", 100)
@@ -376,6 +389,11 @@ def test_shards_of_unknown_size_are_shared_as_shards() -> None:
         (Segment(0, 0, 0, None),),
         (Segment(0, 1, 0, None),),
     ]
+
+
+def test_shard_of_unknown_size_counts_as_a_step_at_least() -> None:
+    leases = make(num_shards=2).lease_all({"a": 32, "b": 32}, step_rows=32)
+    assert {client: len(lease.segments) for client, lease in leases.items()} == {"a": 1, "b": 1}
 
 
 def test_clients_with_few_shards_choose_before_those_that_have_others() -> None:
@@ -580,11 +598,13 @@ def test_commit_that_is_no_prefix_of_its_lease_leaves_the_books_unchanged(
     assert pickle.dumps(ledger) == before
 
 
-def test_size_below_rows_that_are_committed_is_refused() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_size_below_rows_that_are_committed_is_refused(merged: bool) -> None:
     ledger = make(num_shards=1, epochs=2)
     first, second = ledger.lease("a", 1), ledger.lease("b", 1)
     assert first is not None and second is not None and second.segments[0].epoch == 1
-    ledger.accept(first.lease_id, [Segment(0, 0, 0, 8)], {})  # and before the round's commit
+    end = ledger.commit if merged else ledger.accept
+    end(first.lease_id, [Segment(0, 0, 0, 8)], {})
     with pytest.raises(LedgerError, match="8 of it were trained on"):
         ledger.commit(second.lease_id, [Segment(1, 0, 0, 5)], {0: 5})
 
@@ -631,6 +651,20 @@ def test_lease_of_no_rows_is_refused(rows: int) -> None:
 def test_order_that_is_no_permutation_is_refused() -> None:
     with pytest.raises(ValueError, match="permutation"):
         Ledger(num_shards=3, epochs=1, shard_order=lambda _: [0, 1, 1])
+
+
+def test_state_with_rows_of_an_epoch_that_is_not_there_is_refused() -> None:
+    for epoch in (1, -1):
+        state = make().to_state() | {"committed": [[epoch, 0, "a", [[0, 4]]]]}
+        with pytest.raises(LedgerError, match="no such epoch"):
+            Ledger.from_state(state, shard_order=lambda _: range(3))
+
+
+def test_state_with_a_shard_twice_or_one_that_is_not_there_is_refused() -> None:
+    for shards in ((0, 0), (3,), (-1,)):
+        state = make().to_state() | {"committed": [[0, s, "a", [[4, 5]]] for s in shards]}
+        with pytest.raises(LedgerError, match="does not exist, or is there twice"):
+            Ledger.from_state(state, shard_order=lambda _: range(3))
 
 
 @pytest.mark.parametrize("intervals", [[[0, 4], [3, 5]], [[2, 2]], [[0, 11]], [[-1, 3]], []])
