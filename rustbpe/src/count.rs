@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::Mutex;
+use std::thread::Builder;
 
 use crate::poll::POLL;
 use crate::split::{SplitError, Splitter};
@@ -55,6 +56,8 @@ pub enum CountError<E> {
     Words(TooManyWords),
     /// A worker panicked: a bug of this crate.
     Worker,
+    /// The system gave no thread.
+    Spawn(std::io::Error),
 }
 
 /// Counts the words of all batches that `fill` delivers, with `num_threads` workers.
@@ -77,13 +80,16 @@ pub fn count_words<E>(
     }
     let work = Mutex::new(work);
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..num_threads)
+        let workers: Result<Vec<_>, _> = (0..num_threads)
             .map(|_| {
                 let (splitter, spare_sender) = (splitter.clone(), spare_sender.clone());
                 let (work, stop, shared) = (&work, &stop, &shared);
-                scope.spawn(move || count_queue(&splitter, work, &spare_sender, stop, shared))
+                let count = move || count_queue(&splitter, work, &spare_sender, stop, shared);
+                Builder::new().spawn_scoped(scope, count)
             })
             .collect();
+        // Those that did start end when `work_sender` is dropped.
+        let workers = workers.map_err(CountError::Spawn)?;
         drop(spare_sender); // `spare` then disconnects when the last worker is gone
         let read = feed(work_sender, &spare, &stop, &mut fill, &mut poll);
         if read.is_err() {

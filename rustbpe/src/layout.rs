@@ -15,6 +15,9 @@ use crate::words::{TooManyWords, WordTable};
 /// In the symbols: between two words, and where a token that was swallowed from the left began.
 pub const NONE: u32 = u32::MAX;
 
+/// Bytes of a word that are laid out together.
+const PART: usize = 1 << 12;
+
 pub struct Layout {
     pub symbols: Vec<u32>,
     pub runs: Runs,
@@ -51,11 +54,14 @@ impl Layout {
             for (word, count) in words_with_pairs(&table) {
                 let place = place_of_count.entry(count).or_default();
                 let slots = &mut symbols[*place..*place + word.len()];
-                for (slot, &byte) in slots.iter_mut().zip(word) {
-                    *slot = u32::from(byte);
+                // In parts: one word may be the whole text.
+                for (slots, bytes) in slots.chunks_mut(PART).zip(word.chunks(PART)) {
+                    for (slot, &byte) in slots.iter_mut().zip(bytes) {
+                        *slot = u32::from(byte);
+                    }
+                    poller.step_by(bytes.len()).map_err(MergeError::Caller)?;
                 }
                 *place += word.len() + 1;
-                poller.step().map_err(MergeError::Caller)?;
             }
         } // a table is dropped as soon as its words are laid out
         let runs = Runs { runs };

@@ -3,7 +3,7 @@
 //! One file a step: [`split`] cuts text into pieces ([`scanner`] is its fast path for the default pattern), [`count`]
 //! counts the distinct ones on all threads (in the tables of [`words`]), [`merge`] finds the merges (in the array of [`layout`]),
 //! [`encode`] applies them
-//! (`piece_cache` remembers what it did lately). Only `python` knows of Python, so that everything else is tested by
+//! (`piece_cache` remembers what it did lately). Only `python` and `python_encode` know of Python, so that everything else is tested by
 //! `cargo test --no-default-features`.
 
 #![deny(unsafe_code)]
@@ -21,3 +21,5 @@ pub mod words;
 
 #[cfg(feature = "python")]
 mod python;
+#[cfg(feature = "python")]
+mod python_encode;

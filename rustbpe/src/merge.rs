@@ -236,19 +236,23 @@ impl Trainer {
                 symbols[end as usize - 1] = new;
             }
         }
-        self.update_index((a, b), new);
-        Ok(())
+        self.update_index((a, b), new, poller)
     }
 
     /// For each neighbour of the new token: its pair with the new token gains what its pair with the old one loses.
-    fn update_index(&mut self, (a, b): Pair, new: u32) {
+    fn update_index<E, F: FnMut() -> Result<(), E>>(
+        &mut self,
+        (a, b): Pair,
+        new: u32,
+        poller: &mut Poller<F>,
+    ) -> Result<(), E> {
         let mut lost = Vec::with_capacity(self.left.len() + self.right.len());
         let mut gained = Vec::new();
-        for (id, count, occurrences) in self.left.drain(self.floor) {
+        for (id, count, occurrences) in self.left.drain(self.floor, poller)? {
             lost.push((key((id, a)), count));
             gained.extend(occurrences.map(|found| (key((id, new)), found)));
         }
-        for (id, count, occurrences) in self.right.drain(self.floor) {
+        for (id, count, occurrences) in self.right.drain(self.floor, poller)? {
             lost.push((key((b, id)), count));
             gained.extend(occurrences.map(|found| (key((new, id)), found)));
         }
@@ -268,6 +272,7 @@ impl Trainer {
                 self.heap.push((pair.count, Reverse(key)));
             }
         }
+        Ok(())
     }
 }
 

@@ -1,5 +1,7 @@
 //! What one merge does to the pairs around it, collected while it walks its positions and handed to the index afterwards.
 
+use crate::poll::Poller;
+
 /// A pair in the index.
 pub struct Occurrences {
     pub count: u64,
@@ -12,6 +14,9 @@ pub struct Neighbour {
     pub count: u64,
     pub places: u32,
 }
+
+/// A neighbour, the count, and what the index needs to know if that is high enough.
+pub type Drained = (u32, u64, Option<Occurrences>);
 
 /// The neighbours of one merge, on one side.
 #[derive(Default)]
@@ -43,7 +48,12 @@ impl Side {
     }
 
     /// Each neighbour with its count and, if that is at least `floor`, what the index needs to know of their pair.
-    pub fn drain(&mut self, floor: u64) -> Vec<(u32, u64, Option<Occurrences>)> {
+    /// An error of `poller` leaves this unusable.
+    pub fn drain<E, F: FnMut() -> Result<(), E>>(
+        &mut self,
+        floor: u64,
+        poller: &mut Poller<F>,
+    ) -> Result<Vec<Drained>, E> {
         let mut drained = Vec::with_capacity(self.seen.len());
         let mut wanted = false;
         for (i, &id) in self.seen.iter().enumerate() {
@@ -58,6 +68,7 @@ impl Side {
         }
         if wanted {
             for &(id, position) in &self.places {
+                poller.step()?;
                 let place = self.of_id[id as usize].places as usize;
                 if let Some(occurrences) = &mut drained[place].2 {
                     occurrences.positions.push(position);
@@ -68,6 +79,6 @@ impl Side {
             self.of_id[id as usize] = Neighbour::default();
         }
         self.places.clear();
-        drained
+        Ok(drained)
     }
 }

@@ -41,8 +41,15 @@ impl<E, F: FnMut() -> Result<(), E>> Poller<F> {
     /// [`Poller::tick`] at every so many steps of a loop.
     #[inline]
     pub fn step(&mut self) -> Result<(), E> {
-        self.steps = self.steps.wrapping_add(1);
-        if self.steps.is_multiple_of(Self::STEPS) {
+        self.step_by(1)
+    }
+
+    /// Many steps that were made without asking.
+    #[inline]
+    pub fn step_by(&mut self, steps: usize) -> Result<(), E> {
+        self.steps += steps;
+        if self.steps >= Self::STEPS {
+            self.steps = 0;
             self.tick()?;
         }
         Ok(())

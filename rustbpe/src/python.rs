@@ -2,20 +2,19 @@
 //! a RuntimeError, so that nothing but ordinary exceptions reaches Python.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyUserWarning, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyUserWarning, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
 
 use crate::count::{count_words, Batch, CountError};
 use crate::encode::{EncodeError, Model};
 use crate::merge::{find_merges, MergeError, NUM_BYTES};
-use crate::poll::{Poller, POLL};
+use crate::poll::Poller;
+use crate::python_encode::{encode_all, list_of, list_of_lists};
 use crate::split::{SplitError, Splitter, DEFAULT_PATTERN};
 use crate::words::{TooManyWords, WordTable};
 
@@ -39,6 +38,7 @@ impl From<CountError<PyErr>> for PyErr {
             CountError::Split(error) => error.into(),
             CountError::Words(error) => error.into(),
             CountError::Worker => internal_error(),
+            CountError::Spawn(error) => no_thread(&error),
         }
     }
 }
@@ -69,8 +69,14 @@ impl From<TooManyWords> for PyErr {
     }
 }
 
-fn internal_error() -> PyErr {
+pub(crate) fn internal_error() -> PyErr {
     PyRuntimeError::new_err("rustbpe failed inside (a bug: its panic message is on stderr)")
+}
+
+pub(crate) fn no_thread(error: &std::io::Error) -> PyErr {
+    PyOSError::new_err(format!(
+        "the system gives no more threads ({error}): ask for fewer with num_threads"
+    ))
 }
 
 /// Runs `work` without the GIL.
@@ -79,7 +85,7 @@ fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> PyResult<T> + Send) 
         .unwrap_or_else(|_| Err(internal_error()))
 }
 
-fn check_signals() -> PyResult<()> {
+pub(crate) fn check_signals() -> PyResult<()> {
     Python::attach(|py| py.check_signals())
 }
 
@@ -262,25 +268,27 @@ impl Tokenizer {
     }
 
     /// The ids of `text`, as tiktoken gives them for the same pattern and ranks.
-    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
+    fn encode<'py>(&self, py: Python<'py>, text: &str) -> PyResult<Bound<'py, PyList>> {
         let model = self.model();
-        detached(py, || {
+        let ids = detached(py, || {
             let mut ids = Vec::new();
             model.encode(text, &mut ids, &mut Poller::new(check_signals))?;
             Ok(ids)
-        })
+        })?;
+        list_of(py, &ids)
     }
 
     /// The ids of each text, on `num_threads` threads (default: all).
     #[pyo3(signature = (texts, *, num_threads=None))]
-    fn batch_encode(
+    fn batch_encode<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         texts: Vec<PyBackedStr>,
         num_threads: Option<usize>,
-    ) -> PyResult<Vec<Vec<u32>>> {
+    ) -> PyResult<Bound<'py, PyList>> {
         let (model, num_threads) = (self.model(), threads_or_all(num_threads)?);
-        detached(py, || encode_all(&model, &texts, num_threads))
+        let rows = detached(py, || encode_all(&model, &texts, num_threads))?;
+        list_of_lists(py, &rows)
     }
 
     /// `batch_encode` as bytes: each id is a little-endian number of `id_bytes` (2 or 4) bytes.
@@ -325,64 +333,6 @@ impl Tokenizer {
             ))),
         })
     }
-}
-
-type Encoded = Result<Vec<u32>, SplitError>;
-
-/// The caller has given up: nobody waits for the answer.
-struct Stopped;
-
-/// Encodes on `num_threads` workers while the calling thread looks for Ctrl-C.
-fn encode_all(model: &Model, texts: &[PyBackedStr], num_threads: usize) -> PyResult<Vec<Vec<u32>>> {
-    let (stop, next) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let (sender, results) = channel::<(usize, Encoded)>();
-    std::thread::scope(|scope| {
-        for _ in 0..num_threads.min(texts.len()) {
-            let (sender, stop, next) = (sender.clone(), &stop, &next);
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(text) = texts.get(i) else { break };
-                    let mut ids = Vec::new();
-                    let mut poller = Poller::new(|| match stop.load(Ordering::Relaxed) {
-                        true => Err(Stopped),
-                        false => Ok(()),
-                    });
-                    let encoded = match model.encode(text, &mut ids, &mut poller) {
-                        Ok(()) => Ok(ids),
-                        Err(EncodeError::Split(error)) => Err(error),
-                        Err(EncodeError::Caller(Stopped)) => break,
-                    };
-                    let _ = sender.send((i, encoded)); // fails when the caller has given up
-                }
-            });
-        }
-        drop(sender); // `results` then disconnects when the last worker is gone
-        let collected = collect(&results, texts.len());
-        stop.store(true, Ordering::Relaxed);
-        collected
-    })
-}
-
-fn collect(results: &Receiver<(usize, Encoded)>, num_texts: usize) -> PyResult<Vec<Vec<u32>>> {
-    let mut ids = vec![Vec::new(); num_texts];
-    let mut missing = num_texts;
-    let mut polled = Instant::now();
-    while missing > 0 {
-        match results.recv_timeout(POLL) {
-            Ok((i, encoded)) => {
-                ids[i] = encoded?;
-                missing -= 1;
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err(internal_error()),
-        }
-        if polled.elapsed() >= POLL {
-            check_signals()?;
-            polled = Instant::now();
-        }
-    }
-    Ok(ids)
 }
 
 /// Panics as a bug would, here or in a worker: the tests see what Python gets of it.

@@ -85,6 +85,37 @@ def test_a_panic_is_a_runtime_error(in_worker: bool) -> None:
         rustbpe._panic(in_worker)  # type: ignore[attr-defined]  # not in the stub: for us only
 
 
+NO_THREAD = """
+import rustbpe
+tokenizer = rustbpe.Tokenizer()
+for call in (
+    lambda: tokenizer.train_from_iterator(["some text"], 300, num_threads=2),
+    lambda: tokenizer.batch_encode(["one", "two"], num_threads=2),
+):
+    try:
+        call()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_system_that_gives_no_thread_is_an_os_error() -> None:
+    # Stacks of 2^47 bytes: more than there are addresses.
+    done = subprocess.run(
+        [sys.executable, "-c", NO_THREAD],
+        env=os.environ | {"RUST_MIN_STACK": str(2**47)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("the system gives no more threads")
+        assert line.endswith("ask for fewer with num_threads")
+
+
 def test_an_iterator_may_raise_in_its_first_and_in_its_last_step() -> None:
     def documents(at: int) -> Iterator[str]:
         for i in range(3):
