@@ -67,6 +67,7 @@ def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
     directory = base_dir / "base_checkpoints" / "mine"
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["meta_000003.json", "model_000003.pt", "optim_000003_rank0.pt"]
+    _check_upstream_can_read(directory, arch)
 
     evaluate = ["--checkpoint", "mine", "--device-type", "cpu"]
     assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
@@ -75,6 +76,35 @@ def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
     assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["eval_rows"] == 4 and len(result["samples"]) == len(PROMPTS)
+
+
+def _check_upstream_can_read(directory: Path, arch: str) -> None:
+    """Upstream's fields of the meta file, and optimizer state in its form; `data` alone is ours."""
+    meta = json.loads((directory / "meta_000003.json").read_text())
+    assert set(meta) - {"data"} == {
+        *("step", "val_bpb", "model_config", "user_config", "device_batch_size"),
+        *("max_seq_len", "total_batch_size", "dataloader_state_dict", "loop_state"),
+    }
+    assert set(meta["loop_state"]) == {
+        *("min_val_bpb", "smooth_train_loss", "total_training_time"),
+    }
+    assert {"pq_idx", "rg_idx", "epoch"} <= set(meta["dataloader_state_dict"])
+    own = {"arch"} if arch == "classic" else set()
+    assert set(meta["model_config"]) - own == {
+        *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"),
+        "window_pattern",
+    }
+    optimizer = torch.load(directory / "optim_000003_rank0.pt", weights_only=True)
+    assert set(optimizer) == {"state", "param_groups"}
+    kinds = [group["kind"] for group in optimizer["param_groups"]]
+    assert kinds == ["adamw"] * (6 if arch == "modern" else 2) + ["muon"] * kinds.count("muon")
+    for group in optimizer["param_groups"]:
+        first = optimizer["state"][group["params"][0]]
+        if group["kind"] == "adamw":
+            assert set(first) == {"step", "exp_avg", "exp_avg_sq"}
+        else:  # of the whole group, with its first parameter
+            assert set(first) == {"momentum_buffer", "second_momentum_buffer"}
+            assert len(first["momentum_buffer"]) == len(group["params"])
 
 
 def test_two_processes_under_torchrun_train_the_model_of_one_and_continue_it(

@@ -82,6 +82,20 @@ def test_one_prompt_is_continued_in_many_ways(arch: str, pattern: str) -> None:
     torch.testing.assert_close(torch.cat(rest, dim=1), expected[:, prompt:], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+@torch.inference_mode()
+def test_decoding_in_bf16_is_the_full_forward_within_its_rounding(arch: str) -> None:
+    exact, ids = _model(arch), _ids(2)
+    model = build_gpt(exact.config, device=CPU, seed=0, compute_dtype=torch.bfloat16).eval()
+    model.load_state_dict(exact.state_dict())
+    cache = _cache(model, 2)
+    assert cache.k_cache.dtype == torch.bfloat16
+    steps = torch.cat([model(part, kv_cache=cache) for part in ids.split(1, dim=1)], dim=1)
+    expected = exact(ids).double()
+    for logits in (steps, model(ids)):
+        assert float((logits.double() - expected).norm() / expected.norm()) < 0.05
+
+
 @torch.inference_mode()
 def test_a_reset_cache_has_forgotten_everything() -> None:
     model, ids = _model("modern"), _ids(1, 20)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
+from nanochat.schedule import learning_rates
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ["classic", "modern"]
@@ -273,6 +274,46 @@ def test_bf16_model_is_close_to_fp32_and_has_fp32_logits(arch: str) -> None:
     logits = rough(idx)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, exact(idx), atol=3e-3, rtol=0.1)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bf16_has_the_loss_and_the_gradients_of_fp32_within_its_rounding(arch: str) -> None:
+    """With every weight at work; 8 bits of mantissa are 0.4 % a number, and errors add up."""
+    exact = _random(arch)
+    with torch.no_grad():
+        exact.lm_head.weight.mul_(0.3)  # logits of the size of trained ones
+    rough = build_gpt(exact.config, device=CPU, seed=0, compute_dtype=torch.bfloat16)
+    rough.load_state_dict(exact.state_dict())
+    ids = _ids(exact)
+    losses = []
+    for model in (exact, rough):
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    for (name, one), other in zip(exact.named_parameters(), rough.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None, name
+        error = (other.grad.double() - one.grad.double()).norm() / one.grad.double().norm()
+        assert float(error) < 0.12, f"{name}: {float(error):.3f}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_training_in_bf16_follows_training_in_fp32(arch: str) -> None:
+    curves = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_gpt(_config(arch), device=CPU, seed=0, compute_dtype=dtype)
+        rates = learning_rates(arch).scaled(0.1)  # a small batch's: else single steps jump
+        optimizer = model.make_optimizer(rates, weight_decay=0.0)
+        ids, losses = _ids(model, 4, 40) % 9, []
+        for _ in range(20):
+            loss = model(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0] - 0.5  # it learns
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
