@@ -62,11 +62,12 @@ class Choice:
 
     source: str
     options: Options
-    shard_bytes: dict[str, int]  # file size by shard number (a string, as in JSON), ascending
+    shard_bytes: dict[str, int]  # file size by shard number (a string, as in JSON), in any order
 
     @property
     def shards(self) -> list[int]:
-        return [int(shard) for shard in self.shard_bytes]
+        """In the order of reading, on which depends what `max_chars` leaves out."""
+        return sorted(int(shard) for shard in self.shard_bytes)
 
 
 def choose(source: Source, options: Options, directory: Path) -> Choice:

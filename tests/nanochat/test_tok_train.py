@@ -119,18 +119,36 @@ def test_num_shards_gives_the_same_tokenizer_whatever_else_is_there(shards, tmp_
     assert one.fingerprint() == trained_on(0)
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def interrupted(shards, tmp_path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of a training that Ctrl-C ended."""
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer_module, "train_and_save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tok_train.train(get_source(shards), OPTIONS, tmp_path / "tok")
     return tmp_path / "tok"
+
+
+def test_after_an_interruption_more_than_ten_shards_are_read_in_the_same_order(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    for number in range(13):
+        write_shard(tmp_path / "mine", number, texts(20, seed=number))
+    source = get_source(tmp_path / "mine")
+    three = sum(len(text) for seed in range(3) for text in texts(20, seed=seed))
+    options = Options(max_chars=three, doc_cap=0, vocab_size=400)  # the text of shards 0, 1, 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_module, "train_and_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tok_train.train(source, options, tmp_path / "tok")
+    again = tok_train.train(source, options, tmp_path / "tok")
+    documents = [text for seed in range(3) for text in texts(20, seed=seed)]
+    expected = RustBPETokenizer.train_from_iterator(documents, 400)
+    assert again.fingerprint() == expected.fingerprint()
 
 
 def test_an_interrupted_training_goes_on_with_the_shards_it_chose(shards, interrupted, capsys):
