@@ -5,9 +5,10 @@ The run has as many tokens as an undisturbed run takes for 0.7 times the minutes
 takes place at the same time on the same machine: one that others use as well has no two equal minutes.
 
 The last line is JSON. `violations` is a list of sentences; the exit code is 1 if there are any.
-`throughput_ratio` is tokens a second over those of the undisturbed run, over the share of site-seconds in
-which a site and all it depends on were there; `recovery_*` are seconds from a fault to the next commit
-that has something of the site that was hit (of anybody, if the fault hit no site).
+`throughput_ratio` is tokens a second, to the first commit after the last fault, over those of the undisturbed
+run, over the share of site-seconds in which a site and all it depends on were there; `recovery_*` are seconds
+from a fault to the next commit that has something of the site that was hit (of anybody, if the fault hit no
+site).
 """
 
 import argparse

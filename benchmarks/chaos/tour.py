@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ CONFIG: dict[str, Any] = {
     "total-batch-size": 1024,
     "device-batch-size": 8,
     "weight-decay": 0.0,
-    "lr": 0.02,
+    "lr": 0.1,
     "min-clients": 1,
     "quorum": 1,
     "round-min-duration": 0.0,
@@ -93,11 +94,11 @@ class Tour:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a tour. `began` and `ended` are wall-clock seconds of first round and last commit."""
+    """What came of a tour. `commits` are (wall-clock seconds, round, tokens so far) of each commit."""
 
     finished: bool
-    began: float
-    ended: float
+    began: float  # wall clock: the first round opens
+    commits: list[tuple[float, int, int]]
     bpb: float | None
     books: list[Books]
     events: list[dict[str, Any]]
@@ -106,12 +107,26 @@ class Outcome:
     violations: list[str]
 
     @property
+    def ended(self) -> float:
+        """Wall clock: the first commit after the last fault, since what comes later is not disturbed.
+
+        Without faults the last commit.
+        """
+        calm = max((outage.ended for outage in self.outages), default=math.inf)
+        return next((at for at, _, _ in self.commits if at >= calm), self._last[0])
+
+    @property
     def tokens(self) -> int:
-        return self.books[-1].tokens if self.books else 0
+        """Committed until then."""
+        return max((tokens for at, _, tokens in self.commits if at <= self.ended), default=0)
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / max(1e-9, self.ended - self.began)
+
+    @property
+    def _last(self) -> tuple[float, int, int]:
+        return self.commits[-1] if self.commits else (self.began, 0, 0)
 
 
 def run(tour: Tour, directory: Path, base: Path, stop: threading.Event | None = None) -> Outcome:
@@ -132,7 +147,11 @@ def run(tour: Tour, directory: Path, base: Path, stop: threading.Event | None = 
     events = list(read_events(federation.run_dir / "events.jsonl"))
     books = checker.read_books((federation.run_dir / "snapshots").glob("round-*"))
     times = [event["time"] for event in events if event["event"] == "round_opened"]
-    commits = [event["time"] for event in events if event["event"] == "round_committed"]
+    commits = [
+        (event["time"], event["round_number"], event["total_tokens"])
+        for event in events
+        if event["event"] == "round_committed"
+    ]
     violations = [
         *injector.violations,
         *([] if finished else [f"target: the run is not finished {tour.timeout_s:.0f} s later"]),
@@ -141,7 +160,7 @@ def run(tour: Tour, directory: Path, base: Path, stop: threading.Event | None = 
     return Outcome(
         finished=finished,
         began=times[0] if times else 0.0,
-        ended=commits[-1] if commits else 0.0,
+        commits=commits,
         bpb=_final_bpb(events, books),
         books=books,
         events=events,
@@ -251,12 +270,10 @@ def _recovery_s(outcome: Outcome, outage: Outage) -> float | None:
     merged = {
         books.round_number: {reply.client for reply in books.merged} for books in outcome.books
     }
-    for event in outcome.events:
-        if event["event"] != "round_committed" or event["time"] <= outage.began:
-            continue
-        clients = merged.get(event["round_number"], set())
-        if clients and (outage.target == "server" or outage.target in clients):
-            return float(event["time"]) - outage.began
+    for at, number, _ in outcome.commits:
+        clients = merged.get(number, set())
+        if at > outage.began and clients and outage.target in ("server", *clients):
+            return at - outage.began
     return None
 
 
