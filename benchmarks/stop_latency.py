@@ -5,12 +5,14 @@ python -m benchmarks.stop_latency --trials 40 --batch-rows 64 --by client
 
 The server's half (`ServerCoordinator.end_round`, or `stop_client` with `--by client`) runs in this process,
 a worker's `Round` in another one, with a Redis of their own between them. Both read the machine's one
-monotonic clock. A decision is due at the next micro-step that begins after the stop: so each trial's
-latency is compared with the longest micro-step that ran in it, and what is over is waiting for Redis, for
-the watcher's thread, or for the machine. Goal: at most 100 ms over, in every trial. One line of JSON.
+monotonic clock. The worker decides before each micro-step: so each trial's latency is compared with the
+longest micro-step that ran in it (a step's last one has the optimizer's step in it), and what is over is
+waiting for Redis, for the watcher's thread, or for the machine. Goal: at most 100 ms over, in every
+trial. One line of JSON.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -83,12 +85,11 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
                         coordinator.end_round("benchmark")
                     else:
                         coordinator.stop_client(CLIENT, "benchmark")
-                    found = json.loads(child.stdout.readline())
+                    looks = json.loads(child.stdout.readline())
                     coordinator.clear_client_stop(CLIENT)
-                    longest = max(
-                        end - start for start, end in found["micro_steps"] if end >= began
-                    )
-                    latencies.append(found["decided"] - began)
+                    pairs = itertools.pairwise(looks)
+                    longest = max(end - start for start, end in pairs if end >= began)
+                    latencies.append(looks[-1] - began)
                     over.append(latencies[-1] - longest)
                     steps.append(longest)
             finally:
@@ -120,8 +121,10 @@ def _wait_until_it_trains(coordinator: ServerCoordinator, child: "subprocess.Pop
 
 def _work(arguments: argparse.Namespace) -> None:
     """For each round number on standard input: train until stopped, and say when each micro-step ran."""
+    import numpy as np
     import torch
 
+    from nanochat.dataloader import RowStream
     from pilot import plan
     from pilot.messages import Fence, TrainOrder
     from pilot.worker.loop import Round
@@ -129,21 +132,19 @@ def _work(arguments: argparse.Namespace) -> None:
     from pilot.worker.stop import StopWatcher
 
     class TimedRound(Round):
-        def __init__(self, order: TrainOrder, ranks: Ranks, received: float) -> None:
-            super().__init__(order, ranks, received)
-            self.micro_steps: list[tuple[float, float]] = []
-            self.decided = 0.0
-            self._began = 0.0
+        """Notes when it looked whether to stop: before each micro-step and after reading rows."""
+
+        looks: list[float]
 
         def _should_stop(self, stop: StopWatcher) -> bool:
             stopping = super()._should_stop(stop)
-            now = time.monotonic()
-            if self._began:
-                self.micro_steps.append((self._began, now))
-            self._began = now
-            if stopping:
-                self.decided = now
+            self.looks.append(time.monotonic())
             return stopping
+
+        def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:
+            rows = super()._read(stream, stop)
+            self.looks.append(time.monotonic())
+            return rows
 
     config = _config(arguments)
     weights = plan.initial_weights(config)
@@ -164,12 +165,10 @@ def _work(arguments: argparse.Namespace) -> None:
             eval_first_row=0,
             eval_end_row=0,
         )
-        round_ = TimedRound(order, ranks, time.monotonic())
-        round_.run(weights)
-        # a stop that is found between two steps is decided at the end of the last micro-step
-        decided = round_.decided or round_.micro_steps[-1][1]
-        found = {"decided": decided, "micro_steps": round_.micro_steps[-50:]}
-        print(json.dumps(found), flush=True)
+        training = TimedRound(order, ranks, time.monotonic())
+        training.looks = []
+        training.run(weights)
+        print(json.dumps(training.looks[-100:]), flush=True)  # the last one was the decision
 
 
 if __name__ == "__main__":

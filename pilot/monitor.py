@@ -21,6 +21,9 @@ Beats = Mapping[str, "Beat"]
 # it took before, is not coming.
 _START_MIN_S = 45.0
 _START_FACTOR = 4.0
+# At the end of a round, a client that fell silent less than so long ago is waited for: one that was only
+# frozen or cut off for a moment has a whole reply to give.
+_REPRIEVE_S = 10.0
 
 log = logging.getLogger("pilot")
 
@@ -65,9 +68,12 @@ class RoundMonitor:
     silent: set[str] = field(default_factory=set)  # clients that owe a reply and are not heard
     beats: Beats = field(default_factory=dict)
     _heard: set[str] = field(default_factory=set)
+    _silent_since_s: dict[str, float] = field(default_factory=dict)
+    _looked_at_s: float = 0.0
 
     def look(self, heartbeats: Mapping[str, Mapping[str, str]], now_s: float) -> None:
         """Take in the last signs of life of those that owe a reply; changes are told once."""
+        self._looked_at_s = now_s
         self.beats = beats = {name: Beat.of(values) for name, values in heartbeats.items()}
         silent = set()
         for work in self.open_round.pending.values():
@@ -83,13 +89,16 @@ class RoundMonitor:
         for name in sorted((self.silent - silent) & owing):
             self._tell("client_back", name, "is heard again")
         self.silent = silent
+        self._silent_since_s = {n: self._silent_since_s.get(n, now_s) for n in silent}
 
     def _is_silent(self, work: Work, beat: Beat | None, now_s: float) -> bool:
         if beat is None:
-            if work.site.hello.warning:  # it can't reach Redis: nothing follows from its silence
+            starts = [w.site.start_s or 0.0 for w in (work, *self.open_round.pending.values())]
+            longest_s = starts[0] or max(starts)  # its own, else what others needed
+            # 0: its first round and everybody's, or it can't reach Redis: nothing follows from silence
+            if not longest_s or work.site.hello.warning:
                 return False
-            patience_s = max(_START_MIN_S, _START_FACTOR * (work.site.start_s or 0.0))
-            return bool(work.site.start_s) and now_s - work.sent_at_s > patience_s
+            return now_s - work.sent_at_s > max(_START_MIN_S, _START_FACTOR * longest_s)
         if beat.state == "sending":  # the worker is done: Flower carries its reply
             return False
         return beat.age_s > silence_s(self.heartbeat_s)
@@ -118,8 +127,13 @@ class RoundMonitor:
 
     @property
     def awaited(self) -> list[Work]:
-        """Whose reply is still to be expected."""
-        return [w for w in self.open_round.pending.values() if w.site.name not in self.silent]
+        """Whose reply is still to be expected: who is heard, or was so until a moment ago."""
+        latest_s = self._looked_at_s - _REPRIEVE_S
+        return [
+            work
+            for work in self.open_round.pending.values()
+            if self._silent_since_s.get(work.site.name, self._looked_at_s) > latest_s
+        ]
 
     def measure(self, work: Work, reply: TrainReply, now_s: float) -> None:
         """Learn from a reply what this site's rounds cost besides training."""

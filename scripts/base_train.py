@@ -6,7 +6,15 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 --r
 Ctrl-C ends the step and saves it; the same command with `--resume-from-step latest` goes on.
 """
 
-from nanochat.common import ArgumentParser, compute_cleanup, compute_init, run_command_line
+from argparse import SUPPRESS
+
+from nanochat.common import (
+    ArgumentParser,
+    UserError,
+    compute_cleanup,
+    compute_init,
+    run_command_line,
+)
 from nanochat.gpt_config import ARCHITECTURES
 from nanochat.packing import PACKINGS
 from nanochat.pretrain import pretrain
@@ -72,11 +80,16 @@ def _parser() -> ArgumentParser:
     add("--log-every", help="steps between log lines")
     add("--wandb-project", type=str, help="W&B project; empty: no W&B")
     add("--wandb-mode", type=str, choices=WANDB_MODES, help="auto: online with a key, else offline")
+    parser.add_argument("--fp8", action="store_true", help=SUPPRESS)
     return parser
 
 
 def main() -> None:
     values = vars(_parser().parse_args())
+    if values.pop("fp8"):
+        raise UserError("there is no fp8 here, matmuls are in bf16 at the least: leave --fp8 out")
+    if values["resume_from_step"] == "-1":  # upstream's way to say: from the beginning
+        values["resume_from_step"] = None
     device_type = values.pop("device_type")
     settings = Settings(**values)
     settings.check()

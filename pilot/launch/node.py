@@ -206,13 +206,16 @@ class _Node:
             if coordinator is not None:
                 stack.callback(coordinator.close)
             while True:
-                now = in_flight.read(self.directory) or order  # it is written as it goes on
+                safe = self._safe(order, coordinator, reason)
+                if not safe and (len(self.signals) > 1 or time.monotonic() >= until):
+                    safe = "nobody says that the server has the reply in hand"
+                # read after the look at Redis: what was said there may be of the next order's round
+                now = in_flight.read(self.directory) or order
                 if now.fence != order.fence:
                     return "", now
-                if safe := self._safe(now, coordinator, reason):
+                if safe:
                     return safe, None
-                if len(self.signals) > 1 or time.monotonic() >= until:
-                    return "nobody says that the server has the reply in hand", None
+                order = now  # its file is written as it goes on
                 self._pause(coordinator, until)
 
     def _safe(self, order: InFlight, coordinator: ClientCoordinator | None, reason: str) -> str:

@@ -5,6 +5,7 @@ wait and keep the GPUs: FLOWER.md). So the group holds the read end of a pipe wh
 and while we wait we look whether our own parent is still the one we started with.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -96,10 +97,11 @@ class WorkerHandle:
 
     def _last_words(self, default: str) -> str:
         """What the group wrote when it failed; it has a moment to finish that."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # busy machine: the words may be there
             self._group.wait(_STOP_WAIT_S)
+        try:
             return (self._dir / ERROR_NAME).read_text(encoding="utf-8").strip() or default
-        except (subprocess.TimeoutExpired, OSError):
+        except OSError:
             return default
 
     def __exit__(

@@ -24,9 +24,13 @@ DEVICE_BATCH_ROWS = 2
 STEP_ROWS = (5, 1, 7, 12)
 HYPER = Hyper(lr_multiplier=0.5, momentum=0.9, weight_decay=0.1)
 SEQUENCE_LEN, VOCAB_SIZE = 16, 50
+VARIANTS = ("bf16", "classic", "modern")
 
 
-def make(arch: str) -> tuple[GPT, MuonAdamW]:
+def make(variant: str) -> tuple[GPT, MuonAdamW]:
+    """A model in fp32 of the architecture `variant`, or a modern one in bf16."""
+    arch = "modern" if variant == "bf16" else variant
+    dtype = torch.bfloat16 if variant == "bf16" else torch.float32
     # 3 layers: Muon groups of 12, 3, 3 and 2 matrices divide unevenly; so do tables by 3 ranks
     config = GPTConfig(
         sequence_len=SEQUENCE_LEN,
@@ -37,7 +41,7 @@ def make(arch: str) -> tuple[GPT, MuonAdamW]:
         n_embd=32,
         arch=arch,
     )
-    model = build_gpt(config, device=torch.device("cpu"), seed=0, compute_dtype=torch.float32)
+    model = build_gpt(config, device=torch.device("cpu"), seed=0, compute_dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # no zero matrices: every gradient is to be compared
         for block in model.transformer.h:
@@ -62,7 +66,7 @@ def rows(step: int) -> np.ndarray:
 def run(rank: int, world_size: int) -> dict[str, Any]:
     """Everything that is compared between ranks and between numbers of ranks."""
     result: dict[str, Any] = {}
-    for arch in ("classic", "modern"):
+    for arch in VARIANTS:
         model, optimizer = make(arch)
         trainer = Trainer(
             model,

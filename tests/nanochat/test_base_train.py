@@ -60,6 +60,7 @@ def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     train = ["--", *TINY, "--arch", arch, "--source", str(corpus), "--run=mine", "--eval_every=2"]
+    train += ["--resume-from-step=-1", "--core-metric-every=-1", "--save-every=-1"]  # as upstream
     assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 0
     logged = capsys.readouterr().out
     assert "Scaling weight decay from 0.200000 to 28.800000 for depth 1" in logged
@@ -212,6 +213,7 @@ def test_vanilla_training_needs_nothing_prepared(
         (["--window-pattern", "XL"], "letters S and L"),
         (["--warmdown-ratio", "2"], "warmdown_ratio is 2"),
         (["--wandb-mode", "maybe"], "maybe"),
+        (["--fp8"], "there is no fp8 here"),
     ],
 )
 def test_every_input_error_is_one_sentence_before_any_work(

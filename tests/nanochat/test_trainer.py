@@ -57,7 +57,22 @@ def test_n_processes_take_the_same_global_steps_as_one(
     torch.testing.assert_close(nats, alone[f"{arch} nats"], atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_in_bf16_they_take_them_up_to_the_rounding_of_the_tables_gradients(
+    results: Results, size: int
+) -> None:
+    alone, several = results[1][0], results[size]
+    start = step_worker.make("bf16")[0].state_dict()
+    for name, weight in several[0]["bf16"].items():
+        moved = (alone["bf16"][name].double() - start[name].double()).norm()
+        apart = (alone["bf16"][name].double() - weight.double()).norm()
+        assert weight.dtype == start[name].dtype
+        assert apart <= 0.1 * moved, f"{name}: {apart / moved:.3f}"
+    nats = sum(result["bf16 nats"] for result in several)
+    torch.testing.assert_close(nats, alone["bf16 nats"], atol=0.0, rtol=0.002)
+
+
+@pytest.mark.parametrize("arch", step_worker.VARIANTS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_weights_are_bit_identical_on_all_ranks(results: Results, arch: str, size: int) -> None:
     first, *others = results[size]
@@ -66,7 +81,7 @@ def test_weights_are_bit_identical_on_all_ranks(results: Results, arch: str, siz
             assert torch.equal(weight, other[arch][name]), name
 
 
-@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("arch", step_worker.VARIANTS)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stop_at_any_micro_step_ends_all_ranks_and_leaves_no_trace(
     results: Results, arch: str, size: int

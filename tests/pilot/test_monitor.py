@@ -64,9 +64,11 @@ def test_a_client_that_misses_three_heartbeats_is_silent_and_its_return_is_told(
 ) -> None:
     assert watched.look(110.0, a=beat(), b=beat(age=2.9)) == set()
     assert watched.look(111.0, a=beat(), b=beat(age=3.1)) == {"b"}
-    assert watched.look(112.0, a=beat(), b=beat(age=4.1)) == {"b"}
+    assert watched.look(120.0, a=beat(), b=beat(age=12.1)) == {"b"}
+    assert [work.site.name for work in watched.monitor.awaited] == ["a", "b"], "not for long"
+    assert watched.look(121.0, a=beat(), b=beat(age=13.1)) == {"b"}
     assert [work.site.name for work in watched.monitor.awaited] == ["a"]
-    assert watched.look(113.0, a=beat(), b=beat()) == set()
+    assert watched.look(122.0, a=beat(), b=beat()) == set()
     assert watched.told() == [("client_silent", "b"), ("client_back", "b")]
 
 
@@ -80,13 +82,22 @@ def test_a_client_that_never_began_is_silent_long_after_it_should_have(watched: 
     assert watched.look(181.0, a=beat()) == {"b"}
 
 
+def test_a_client_that_was_never_heard_is_given_four_times_what_others_needed(
+    watched: Watched,
+) -> None:
+    watched.look(115.0, a=beat())
+    assert watched.look(160.0, a=beat()) == set()
+    assert watched.look(161.0, a=beat()) == {"b"}
+
+
 def test_nothing_follows_from_the_silence_of_who_was_never_heard_or_has_no_redis(
     watched: Watched,
 ) -> None:
-    assert watched.look(500.0, a=beat()) == set(), "its first round: nobody knows how long it takes"
+    assert watched.look(500.0) == set(), "a first round: nobody knows how long it takes"
     site = watched.works["b"].site
     site.start_s, site.hello = 2.0, HelloReply(warning="cannot reach Redis")
-    assert watched.look(501.0, a=beat()) == set()
+    watched.works["a"].site.hello = HelloReply(warning="cannot reach Redis")
+    assert watched.look(501.0) == set()
 
 
 def test_a_reply_that_comes_after_all_ends_the_silence_without_a_word(watched: Watched) -> None:

@@ -196,6 +196,14 @@ def test_sigterm_before_the_group_is_ready_is_answered_as_soon_as_it_is(site: Pa
     assert reply.stopped_by == "SIGTERM"
 
 
+def test_drain_right_after_the_start_is_not_the_death_of_the_group(site: Path) -> None:
+    order = train_order(site_config(site, round_steps=0), ENDLESS, seconds_left=3600.0)
+    with WorkerHandle(device="cpu") as worker:
+        worker.drain()  # its interpreter has hardly begun to start
+        reply, _ = ask(worker, order, first_weights(site_config(site)))
+    assert reply.stopped_by == "SIGTERM"
+
+
 # -- failures ------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,7 @@ ELSEWHERE = {
     ),
     'flwr run . local-deployment --stream --run-config "lr=0.0005"': "federation/test_runs.py",
     "flwr run . local-simulation-gpu --stream": "test_plain_flower_simulates below",
+    "pilot node --name site-a …": "federation/test_leaving.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
 }
