@@ -84,9 +84,9 @@ def token_refusal(
 
 
 def update_norm(update: Mapping[str, Tensor]) -> float:
-    """L2 norm over all tensors, summed in float64."""
+    """L2 norm over all tensors, in float64, whatever their order: a resumed server has another one."""
     norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in update.values())
-    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+    return math.sqrt(math.fsum(float(norm) ** 2 for norm in norms))
 
 
 def norm_refusal(norm: float, earlier: Sequence[float], *, max_ratio: float) -> str | None:

@@ -90,7 +90,8 @@ class OpenRound:
         self.rejected = 0  # replies whose content may not be merged
         self.failures: dict[str, str] = {}  # site → what it answered that can't be used
         self.lost: dict[str, str] = {}  # site → why it has not answered
-        self.eval_nats, self.eval_bytes, self.eval_rows = 0.0, 0, 0
+        self.eval_bytes = self.eval_rows = 0
+        self._eval_nats: list[float] = []
         self._state, self._telemetry, self._spool = state, telemetry, spool
         _make_empty(spool)
 
@@ -132,7 +133,7 @@ class OpenRound:
 
     def _add_evaluation(self, reply: TrainReply) -> None:
         if math.isfinite(reply.eval_nats) and reply.eval_rows > 0 and reply.eval_bytes > 0:
-            self.eval_nats += reply.eval_nats
+            self._eval_nats.append(reply.eval_nats)
             self.eval_bytes += reply.eval_bytes
             self.eval_rows += reply.eval_rows
 
@@ -257,15 +258,20 @@ class OpenRound:
     @property
     def train_loss(self) -> float | None:
         """Nats a token over all replies taken."""
-        nats = sum(taken.reply.loss_nats for taken in self.taken)
+        nats = sum(taken.reply.loss_nats for taken in self.in_lease_order())
         return nats / self.tokens if self.tokens and math.isfinite(nats) else None
 
     @property
     def val_bpb(self) -> float | None:
         """Bits a byte of the model that the clients received, over the validation rows that came."""
-        return self.eval_nats / (math.log(2) * self.eval_bytes) if self.eval_bytes else None
+        # sorted, so that who was first makes no difference here either
+        nats = sum(sorted(self._eval_nats))
+        if not self.eval_bytes or not math.isfinite(nats):
+            return None
+        return nats / (math.log(2) * self.eval_bytes)
 
     def close(self) -> None:
+        """The round is committed, or was only an evaluation: its replies are of no more use."""
         fault_point("spool.remove")
         shutil.rmtree(self._spool, ignore_errors=True)
 

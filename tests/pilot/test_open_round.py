@@ -349,6 +349,24 @@ def test_evaluations_add_up_to_one_bpb_and_broken_ones_are_left_out(one: Round) 
     assert one.open.val_bpb == pytest.approx(30.0 / (math.log(2) * 12))
 
 
+def test_sums_of_evaluation_and_loss_are_the_same_whoever_was_first(tmp_path: Path) -> None:
+    said = []
+    for number, order in enumerate(("abc", "cba", "bca")):
+        (tmp_path / str(number)).mkdir()
+        one = Round(tmp_path / str(number))
+        for name in order:
+            third = (ord(name) - 96) / 3 + 10.0 ** (ord(name) - 96)
+            one.take(name, eval_nats=third, loss_nats=third)
+        said.append((one.open.val_bpb, one.open.train_loss))
+    assert said[0] == said[1] == said[2]
+
+
+def test_evaluation_that_overflows_is_none(one: Round) -> None:
+    one.take("a", eval_nats=1e308)
+    one.take("b", eval_nats=1e308)
+    assert one.open.val_bpb is None, "state.json takes no infinity"
+
+
 @pytest.mark.parametrize("changes", [{"eval_bytes": 0}, {"eval_rows": 0}, {"eval_bytes": -1}])
 def test_evaluation_over_nothing_counts_nothing(one: Round, changes: dict[str, int]) -> None:
     one.take("a", **changes)
