@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nanochat import optim
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 from nanochat.optim import (
     MuonAdamW,
@@ -239,3 +240,21 @@ def test_a_muon_group_of_several_shapes_is_refused() -> None:
     params = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3, 2))]
     with pytest.raises(ValueError, match="one shape"):
         MuonAdamW([{"kind": "muon", "params": params, "lr": 0.1}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_in_pieces_is_bit_for_bit_adamw_in_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(piece: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(optim, "_PIECE", piece)
+        generator = torch.Generator().manual_seed(0)
+        weight, grad = (torch.randn(103, generator=generator).to(dtype) for _ in range(2))
+        moments = [torch.rand(103, generator=generator) for _ in range(2)]
+        optim.adamw_update(
+            weight, grad, *moments, step=3, lr=0.1, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1
+        )
+        return [weight, *moments]
+
+    for pieces, whole in zip(run(10), run(1000), strict=True):
+        assert torch.equal(pieces, whole)
