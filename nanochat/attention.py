@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.blocked_attention import blocked_attention
+from nanochat.blocked_attention import banded_attention, blocked_attention
 from nanochat.flash3 import flash3_attention, flash3_for
 
 _WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
@@ -96,6 +96,8 @@ def attention_by(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, window: int
         assert flash3 is not None
         return flash3_attention(flash3, q, k, v, window=window)
     if kernel is Kernel.BLOCKED:
+        if torch.compiler.is_compiling():
+            return banded_attention(q, k, v, window=window)
         return blocked_attention(q, k, v, window=window)
     mask = _window_mask(q.size(1), window, q.device) if kernel is Kernel.MASK else None
     y = F.scaled_dot_product_attention(

@@ -12,9 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_BAND = 64
 _BLOCK = 64  # queries; smaller blocks waste less on hidden keys, larger ones make better matmuls
 
 
@@ -26,6 +28,40 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor
     """
     out: Tensor = _BlockedAttention.apply(q, k, v, window)
     return out
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """`blocked_attention` for a compiler: all blocks in one batch, no loop, torch's own gradient.
+
+    Each block of queries meets its own keys and those of whole blocks before it, as many as the
+    window needs: the same shape for all. Before the sequence there are keys that nobody sees.
+    """
+    B, T, H, D = q.shape
+    H_kv, after = k.size(2), -T % _BAND
+    blocks, before = (T + after) // _BAND, -(-window // _BAND)
+
+    def banded(x: Tensor) -> Tensor:
+        """(B, T, H_kv, D) to (B * H_kv * blocks, keys, D)."""
+        x = F.pad(x.transpose(1, 2), (0, 0, before * _BAND, after))
+        x = x.reshape(B, H_kv, before + blocks, _BAND, D)
+        x = torch.cat([x[:, :, i : i + blocks] for i in range(before + 1)], dim=3)
+        return x.reshape(B * H_kv * blocks, -1, D)
+
+    queries = F.pad(q / math.sqrt(D), (0, 0, 0, 0, 0, after))
+    queries = queries.reshape(B, blocks, _BAND, H_kv, H // H_kv, D).permute(0, 3, 1, 4, 2, 5)
+    scores = torch.bmm(queries.reshape(B * H_kv * blocks, -1, D), banded(k).mT).float()
+    keys = scores.size(-1)
+    scores = scores.view(B * H_kv, blocks, H // H_kv, _BAND, keys)
+    distance = torch.arange(_BAND, device=q.device)[:, None] + before * _BAND
+    distance = distance - torch.arange(keys, device=q.device)
+    first = torch.arange(blocks, device=q.device) * _BAND - before * _BAND
+    real = first[:, None] + torch.arange(keys, device=q.device) >= 0  # (blocks, keys)
+    visible = (distance >= 0) & (distance <= window) & real[:, None, None]
+    p = torch.where(visible, scores.exp(), 0.0)
+    p = p / p.sum(dim=-1, keepdim=True)
+    y = torch.bmm(p.to(v.dtype).view(B * H_kv * blocks, -1, keys), banded(v))
+    y = y.view(B, H_kv, blocks, H // H_kv, _BAND, D).permute(0, 2, 4, 1, 3, 5)
+    return y.reshape(B, T + after, H, D)[:, :T]
 
 
 class _BlockedAttention(torch.autograd.Function):

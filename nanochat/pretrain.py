@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat.acceleration import accelerated_block, training_seconds
 from nanochat.common import UserError, get_base_dir, print0
 from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
 from nanochat.dataloader import RowCache
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
+from nanochat.gpt import GPT, GPTConfig, RunBlock, build_gpt, config_for_depth
 from nanochat.interrupt import stop_on_signals
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
 from nanochat.progress import ProgressLog
@@ -44,9 +45,9 @@ from nanochat.training_data import (
 _DEFAULT_WEIGHT_DECAY = {"pilot": 0.2, "upstream": 0.28}
 _BATCH_EXPONENT = 0.383
 _REFERENCE_DEPTH = 12  # upstream scales its weight decay relative to a model of this depth
-# what may change where a run is continued: how it is watched and held, not what it computes
+# what may change where a run is continued: how it is watched, held and (but for rounding) computed
 _FREE_TO_CHANGE = {
-    *("run", "tokenizer", "batch_size", "eval_every", "eval_rows", "eval_tokens"),
+    *("compile", "run", "tokenizer", "batch_size", "eval_every", "eval_rows", "eval_tokens"),
     *(
         "core_every",
         "core_max_per_task",
@@ -97,6 +98,7 @@ def pretrain(
         device_batch_rows=settings.batch_size,
         rank=rank,
         world_size=world_size,
+        run_block=_run_block(settings, params, num_steps, device, world_size),
     )
     directory = get_base_dir() / "base_checkpoints" / settings.tag
     user_config = {**asdict(settings), "num_shards": num_shards}
@@ -173,6 +175,18 @@ def pretrain(
         raise KeyboardInterrupt
     assert state.val_bpb is not None
     return state.val_bpb
+
+
+def _run_block(
+    settings: Settings, params: GPT, num_steps: int, device: torch.device, world_size: int
+) -> RunBlock:
+    """A block as it is computed in training, chosen by the work of the whole run; one line says how."""
+    flops = float(num_steps * settings.total_batch_size * params.estimate_flops())
+    threads = torch.get_num_threads()
+    seconds = training_seconds(flops, device.type, threads=threads, devices=world_size)
+    run_block, choice = accelerated_block(settings.compile, device=device, run_s=seconds)
+    print0(choice)
+    return run_block
 
 
 def _due(every: int, done: int, last: bool) -> bool:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from nanochat.acceleration import COMPILE_MODES
 from nanochat.common import UserError
 from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS
@@ -53,6 +54,7 @@ class Settings:
     log_every: int = 10  # steps between readings of the loss, each of which waits for the device
     wandb_project: str = ""
     wandb_mode: str = "auto"
+    compile: str = "auto"  # auto, on, off (acceleration.py)
     seed: int = 0
 
     def check(self) -> None:
@@ -87,7 +89,11 @@ class Settings:
                 f"--total-batch-size {self.total_batch_size} must be a multiple of "
                 f"--max-seq-len {self.max_seq_len}"
             )
-        for name, choices in (("schedule", SCHEDULE_KINDS), ("wandb_mode", WANDB_MODES)):
+        for name, choices in (
+            ("schedule", SCHEDULE_KINDS),
+            ("wandb_mode", WANDB_MODES),
+            ("compile", COMPILE_MODES),
+        ):
             if getattr(self, name) not in choices:
                 raise UserError(
                     f"{_flag(name)} is {getattr(self, name)!r}: choose one of {', '.join(choices)}"

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.batches import Batches
 from nanochat.common import UserError
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, RunBlock, run_block
 from nanochat.optim import MuonAdamW
 from nanochat.schedule import Hyper
 
@@ -22,7 +23,8 @@ class Trainer:
 
     All ranks hand the same rows to `step`. A global micro-batch is `device_batch_rows` *
     `world_size` consecutive rows (fewer at the end), of which each rank takes its slice: the rows
-    consumed are always a prefix of what was handed in, whatever the number of ranks.
+    consumed are always a prefix of what was handed in, whatever the number of ranks. `run_block` is
+    used for micro-batches of the usual size; a short one is not worth compiling for.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Trainer:
         device_batch_rows: int,
         rank: int = 0,
         world_size: int = 1,
+        run_block: RunBlock = run_block,
     ) -> None:
         if device_batch_rows < 1:
             raise ValueError(f"device_batch_rows must be at least 1, not {device_batch_rows}")
@@ -45,6 +48,9 @@ class Trainer:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = device_batch_rows * world_size
+        self._run_block = run_block
+        self._usual_rows = 0  # of the first micro-batch: only those of its size are compiled for
+        self._batches: Batches | None = None
 
     def step(
         self,
@@ -80,11 +86,12 @@ class Trainer:
 
     def _backward(self, rows: np.ndarray, scale: float) -> Tensor:
         """Add the gradient of scale * the sum of nats of `rows`; returns that sum."""
-        ids = torch.from_numpy(rows.astype(np.int64))
-        if self.device.type == "cuda":
-            ids = ids.pin_memory()
-        ids = ids.to(self.device, non_blocking=True)
-        loss: Tensor = self.model(ids[:, :-1], ids[:, 1:], loss_reduction="sum")
+        if self._batches is None:
+            self._batches = Batches(len(rows), rows.shape[1], device=self.device)
+            self._usual_rows = len(rows)
+        ids = self._batches.load(rows)
+        run = self._run_block if len(rows) == self._usual_rows else run_block
+        loss: Tensor = self.model(ids[:, :-1], ids[:, 1:], loss_reduction="sum", run_block=run)
         (loss * scale).backward()
         return loss.detach()
 

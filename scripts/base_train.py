@@ -8,6 +8,7 @@ Ctrl-C ends the step and saves it; the same command with `--resume-from-step lat
 
 from argparse import SUPPRESS
 
+from nanochat.acceleration import COMPILE_MODES
 from nanochat.common import (
     ArgumentParser,
     UserError,
@@ -39,6 +40,7 @@ def _parser() -> ArgumentParser:
         help="name of the checkpoint directory and W&B run; empty: d<depth>",
     )
     add("--device-type", type=str, default="", help="cuda, mps or cpu; empty: the best there is")
+    add("--compile", type=str, choices=COMPILE_MODES, help="compile the step; auto: if repaid")
     add("--seed", help="seeds the weights and the order of shards")
     # the model
     add("--depth", help="transformer layers; the width follows")
