@@ -320,9 +320,10 @@ class PilotStrategy:
     def _check_failures(self, open_round: OpenRound) -> None:
         """Raise RunFailed when workers have given only errors for some rounds: nobody would see it.
 
-        Sites that die are no such error, however many: others may come.
+        Sites that die are no such error, however many: others may come. Nor is content that may not be
+        merged: who sends it is left out for a while.
         """
-        failed = bool(open_round.failures) and not open_round.taken
+        failed = bool(open_round.failures) and not (open_round.taken or open_round.rejected)
         self._failed_rounds = self._failed_rounds + 1 if failed else 0
         if self._failed_rounds >= MAX_FAILED_ROUNDS:
             reasons = "; ".join(f"{site}: {why}" for site, why in open_round.failures.items())

@@ -64,6 +64,16 @@ def test_run_whose_only_site_is_left_out_waits_for_it(server: Any) -> None:
     assert state.admission.in_a_row == {}
 
 
+def test_only_site_is_refused_three_times_and_the_run_goes_on_after_its_cooling_time(
+    server: Any,
+) -> None:
+    alone = ScriptedSite("alone", react=until_round(3, not_finite))
+    run = server([alone], num_rounds=5, min_clients=1, cooling_time=20.0)
+    state = run.run(FastClock(speed=20))
+    assert [record.refused for record in state.history] == [1, 1, 1, 0, 0]
+    assert state.empty_rounds == 3
+
+
 def test_update_out_of_all_proportion_is_refused_and_a_resumed_run_remembers_the_norms(
     server: Any,
 ) -> None:
