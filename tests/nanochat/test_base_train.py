@@ -312,5 +312,9 @@ def test_wandb_is_offline_without_a_key_and_off_without_a_project(
 
 
 def test_settings_are_those_of_the_command_line() -> None:
-    flags = {action.dest for action in base_train._parser()._actions} - {"help", "device_type"}
+    flags = {action.dest for action in base_train._parser()._actions} - {
+        "help",
+        "device_type",
+        "fp8",
+    }
     assert flags == set(Settings.__dataclass_fields__)
