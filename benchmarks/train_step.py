@@ -146,31 +146,47 @@ def _child(arguments: argparse.Namespace) -> None:
 
 
 def _trainer(arguments: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
-    plain = arguments.child == "plain"
-    if plain:
+    return make_trainer(
+        arguments.child,
+        depth=arguments.depth,
+        arch=arguments.arch,
+        vocab=arguments.vocab[0],
+        sequence_len=arguments.sequence_len,
+        batch_tokens=arguments.batch_tokens,
+    )
+
+
+def make_trainer(
+    name: str,
+    *,
+    depth: int,
+    arch: str,
+    vocab: int,
+    sequence_len: int,
+    batch_tokens: int,
+    seed: int = 0,
+) -> tuple[Trainer, dict[str, Any]]:
+    """The configuration `name` (plain, eager or default) of this process, and what it chose."""
+    if name == "plain":
         gpt.head_loss = _plain_head_loss
         attention.blocked_attention = _plain_windowed_attention
-    config = config_for_depth(
-        arguments.depth,
-        vocab_size=arguments.vocab[0],
-        sequence_len=arguments.sequence_len,
-        arch=arguments.arch,
-    )
+    config = config_for_depth(depth, vocab_size=vocab, sequence_len=sequence_len, arch=arch)
     device = torch.device("cpu")
     run = run_block
-    if arguments.child == "default" and not what_compiling_lacks("cpu"):
+    if name == "default" and not what_compiling_lacks("cpu"):
         run = compiled_block(device) or run_block
-    model = build_gpt(config, device=device, seed=0, compute_dtype=torch.float32 if plain else None)
-    rates = learning_rates(arguments.arch).scaled(scale_lr_for_batch(arguments.batch_tokens))
+    dtype = torch.float32 if name == "plain" else None
+    model = build_gpt(config, device=device, seed=seed, compute_dtype=dtype)
+    rates = learning_rates(arch).scaled(scale_lr_for_batch(batch_tokens))
     trainer = Trainer(
         model,
         model.make_optimizer(rates, weight_decay=0.1),
         device=device,
-        device_batch_rows=arguments.batch_tokens // arguments.sequence_len,
+        device_batch_rows=batch_tokens // sequence_len,
         run_block=run,
     )
-    dtype = str(model.compute_dtype).removeprefix("torch.")
-    return trainer, {"dtype": dtype, "compiled": run is not run_block}
+    chosen = str(model.compute_dtype).removeprefix("torch.")
+    return trainer, {"dtype": chosen, "compiled": run is not run_block}
 
 
 def _watch_stages(trainer: Trainer) -> dict[str, float]:

@@ -148,6 +148,12 @@ class RunConfig:
     device: str = _key(
         "auto", "what sites train on", choices=("auto", "cpu", "cuda", "mps"), shapes_training=False
     )
+    compile: str = _key(
+        "auto",
+        "compile the training step; auto: where a round repays it",
+        choices=("auto", "on", "off"),
+        shapes_training=False,
+    )
     client_processes: int = _key(
         0, "processes a client; 0: one a GPU, one without", low=0, shapes_training=False
     )

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanochat.acceleration import accelerated_block, training_seconds
 from nanochat.common import default_compute_dtype
 from nanochat.dataloader import RowStream
 from nanochat.dataloader import Segment as RowSegment
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from nanochat.trainer import Trainer, rank_slice
@@ -159,6 +160,7 @@ class Round:
             device_batch_rows=config.device_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            run_block=self._run_block(model) if self.order.segments else run_block,
         )
         segments = [_row_segment(values) for values in self.order.segments]
         stream = RowStream(data.rows, segments)
@@ -211,6 +213,30 @@ class Round:
             "consumed": [_as_list(segment) for segment in stream.consumed(progress.rows)],
             "row_counts": row_counts,
         }
+
+    def _run_block(self, model: GPT) -> RunBlock:
+        """The form of a block that this round repays: a function of the configuration and the machine."""
+        config = self.config
+
+        def seconds(tokens: int) -> float:
+            return training_seconds(
+                model.estimate_flops() * tokens,
+                self.ranks.device.type,
+                threads=torch.get_num_threads(),
+                devices=self.ranks.world_size,
+            )
+
+        of_round = config.round_steps * config.total_batch_size or config.target_tokens
+        total = self.order.total_tokens
+        block, choice = accelerated_block(
+            config.compile,
+            device=self.ranks.device,
+            run_s=seconds(total),
+            process_s=min(config.round_max_duration, seconds(of_round or total)),
+        )
+        if self.ranks.first and (choice.on or self.order.fence.round_number == 1):
+            log.info("%s", choice)
+        return block
 
     def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:
         """The rows of the next step, on all ranks; None if the round ends while they are packed.

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat.acceleration import CompileChoice, choose_compile, training_seconds
 from nanochat.common import UserError
 from nanochat.dataloader import RowStream
+from nanochat.gpt import GPT, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from pilot import plan
-from pilot.config import RunConfig
+from pilot.config import RunConfig, load_run_config
 from pilot.messages import HelloOrder, TrainReply, package_hash
 from pilot.worker import loop
 from pilot.worker.handle import ERROR_NAME
@@ -40,6 +42,7 @@ from .worker_kit import (
 )
 
 __all__ = ["site", "site_dir"]  # fixtures
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -288,3 +291,41 @@ def test_too_few_validation_rows_are_told_with_their_number(site: Path) -> None:
     assert len(data.validation_rows(2, rows)) == rows - 2
     with pytest.raises(UserError, match=f"only {rows} rows"):
         data.validation_rows(2, rows + 1)
+
+
+# -- compiling -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "round_tokens"),
+    [
+        ({"round_steps": 3}, 3 * BATCH_ROWS * T),
+        ({"round_steps": 0, "target_tokens": 5000}, 5000),
+        ({"round_steps": 0}, 100_000),
+    ],
+)
+def test_whether_a_round_compiles_follows_from_the_configuration_alone(
+    site: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], round_tokens: int
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def accelerated(mode: str, **seconds: Any) -> tuple[Any, CompileChoice]:
+        asked.append({"mode": mode, **seconds})
+        return run_block, CompileChoice(False, "a test")
+
+    monkeypatch.setattr(loop, "accelerated_block", accelerated)
+    config = site_config(site, **values, compile="on", round_max_duration=1e9)
+    run(config, [[0, 0, 0, BATCH_ROWS]], seconds_left=0.5)
+    run(config, [], final=True)
+    (once,) = asked
+    assert once["mode"] == "on"
+    assert once["process_s"] / once["run_s"] == pytest.approx(round_tokens / 100_000)
+
+
+def test_the_first_run_of_a_newcomer_is_not_compiled() -> None:
+    config = RunConfig.from_mapping(load_run_config([str(ROOT / "configs" / "tiny.toml")]))
+    with torch.device("meta"):
+        model = GPT(plan.model_config(config), compute_dtype=torch.float32)
+    flops = model.estimate_flops() * plan.total_tokens(config)
+    seconds = training_seconds(flops, "cpu", threads=1)
+    assert not choose_compile("auto", missing="", run_s=seconds, process_s=seconds).on
