@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
     "epochs": 64,
     "tokenizer": TOKENIZER,
     "packing": "stream",
-    "eval-rows": 64,
+    "eval-rows": 512,
     "total-batch-size": 1024,
     "device-batch-size": 8,
     "weight-decay": 0.0,
