@@ -1,6 +1,7 @@
 """Every test has a base directory of its own: nothing here touches a user's files."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,13 @@ import pytest
 from nanochat.tokenizer import ensure_builtin_tokenizer, tokenizer_dir
 
 TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
+
+# Whoever runs the tests in the background may ignore these, and children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signum in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, signal.SIG_DFL)
 
 # Tests share two cores with the processes that they start: more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
