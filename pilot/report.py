@@ -7,9 +7,11 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from nanochat.schedule import Schedule
+from pilot.ledger import Segment
 from pilot.mailbox import Answer
+from pilot.messages import TrainReply
 from pilot.monitor import Beat
-from pilot.open_round import OpenRound
+from pilot.open_round import OpenRound, Work
 from pilot.run_state import RoundRecord, RunState
 from pilot.sites import Site
 from pilot.telemetry import Telemetry
@@ -69,19 +71,38 @@ def progress(
         told[name] = now
         postfix = beat.state
         if beat.step:
-            share = 100 * beat.shard_row / beat.shard_rows if beat.shard_rows else 0.0
-            postfix = f"loss={beat.loss:.4f} shard={beat.shard} shard_progress={share:.1f}%"
-        meter = tqdm.format_meter(
-            min(beat.tokens, tokens),
-            tokens,
-            elapsed_s,
-            prefix=name,
-            unit="tok",
-            unit_scale=True,
-            postfix=postfix,
-            ncols=120,
-        )
-        log.info("%s", meter)
+            postfix = _postfix(beat.loss, beat.shard, beat.shard_row, beat.shard_rows)
+        _meter(name, beat.tokens, postfix, tokens=tokens, elapsed_s=elapsed_s)
+
+
+def part_done(work: Work, reply: TrainReply, state: RunState, *, elapsed_s: float) -> None:
+    """The line that a client's bar ends with: a round may be over before a heartbeat was due."""
+    if not reply.tokens or not reply.consumed:
+        return
+    last = Segment.from_list(reply.consumed[-1])
+    rows = state.ledger.row_counts.get(last.shard, 0)
+    postfix = _postfix(reply.loss_nats / reply.tokens, last.shard, last.end_row or 0, rows)
+    _meter(work.site.name, reply.tokens, postfix, tokens=reply.tokens, elapsed_s=elapsed_s)
+
+
+def _postfix(loss: float, shard: int, row: int, rows: int) -> str:
+    share = 100 * row / rows if rows else 0.0
+    return f"loss={loss:.4f} shard={shard} shard_progress={share:.1f}%"
+
+
+def _meter(name: str, done: int, postfix: str, *, tokens: int, elapsed_s: float) -> None:
+    """A client's bar at `done` of `tokens`."""
+    meter = tqdm.format_meter(
+        min(done, tokens),
+        tokens,
+        elapsed_s,
+        prefix=name,
+        unit="tok",
+        unit_scale=True,
+        postfix=postfix,
+        ncols=120,
+    )
+    log.info("%s", meter)
 
 
 def joined(number: int, site: Site, how: str, telemetry: Telemetry) -> None:

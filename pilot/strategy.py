@@ -257,7 +257,10 @@ class PilotStrategy:
             return
         self.coordinator.acknowledge(receipt.work.site.name, receipt.work.fence)
         if self._monitor is not None and receipt.reply is not None:
-            self._monitor.measure(receipt.work, receipt.reply, self.clock.now_s())
+            now_s = self.clock.now_s()
+            self._monitor.measure(receipt.work, receipt.reply, now_s)
+            elapsed_s = now_s - self._monitor.open_round.opened_at_s
+            report.part_done(receipt.work, receipt.reply, self.state, elapsed_s=elapsed_s)
 
     def _raise_if_interrupted(self) -> None:
         if self.interrupted():
