@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat.common import get_base_dir
+from nanochat.flash3 import flash3_for
 from nanochat.gpt import RunBlock, run_block
 
 COMPILE_MODES = ("auto", "on", "off")
@@ -119,8 +120,9 @@ def compiled_block(device: torch.device) -> RunBlock | None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
     # in this process: a pool of compilers would be processes to start and to end
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    import torch._dynamo  # seconds, so only here
+    import torch._dynamo  # 1.5 s and 150 MB, so only here
 
+    flash3_for(device)  # may fetch it: nothing that a compiler should trace into
     if not _works(device):
         return None
     # a later surprise of the compiler means an eager function, not the end of a run

@@ -39,7 +39,6 @@ def flash3_for(device: torch.device) -> Flash3 | None:
     return _Loaded.function
 
 
-@torch.compiler.disable
 def load_flash3(capability: tuple[int, int]) -> Flash3 | None:
     """The function for a chip of that compute capability; why there is none is logged."""
     if capability[0] != _HOPPER:
