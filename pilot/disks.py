@@ -1,9 +1,9 @@
 """Which shards each client has: said once, when it joins, and never scanned when rows are leased."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from pilot.epoch_rows import EpochRows
-from pilot.intervals import PlaceSet
+from pilot.intervals import WORD, OrderedPlaces, Places, PlaceSet
 
 
 class Disk:
@@ -11,14 +11,25 @@ class Disk:
 
     def __init__(self, flags: bytes) -> None:
         self.flags, self.size = flags, flags.count(b"1")
-        self._places: dict[EpochRows, PlaceSet] = {}
+        self._places: dict[EpochRows, Places] = {}
 
-    def places(self, epoch: EpochRows) -> PlaceSet:
-        """Where the shards stand in the epoch's order; computed once."""
+    def places(self, epoch: EpochRows) -> Places:
+        """Where the shards stand in the epoch's order, without a look at all of the order.
+
+        A small disk's are looked up, a large one's are found as they are asked for: the first round of
+        an epoch would else cost a walk over all shards for each disk.
+        """
         if epoch not in self._places:
-            flags = bytes(map(self.flags.__getitem__, epoch.order))
-            self._places[epoch] = PlaceSet.from_flags(flags)
+            if self.size < WORD:
+                self._places[epoch] = PlaceSet.of(epoch.place[shard] for shard in self._shards())
+            else:
+                self._places[epoch] = OrderedPlaces(epoch.order, self.flags)
         return self._places[epoch]
+
+    def _shards(self) -> Iterator[int]:
+        shard = -1
+        while (shard := self.flags.find(b"1", shard + 1)) >= 0:
+            yield shard
 
 
 class Disks:

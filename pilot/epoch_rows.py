@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pilot import intervals
-from pilot.intervals import UNKNOWN_END, Interval, PlaceSet
+from pilot.intervals import UNKNOWN_END, Interval, Places, PlaceSet
 
 
 @dataclass
@@ -49,10 +49,10 @@ class EpochRows:
     def any_free(self) -> bool:
         return bool(self._free)
 
-    def has_free(self, within: PlaceSet) -> bool:
+    def has_free(self, within: Places) -> bool:
         return next(self._free.common(within), None) is not None
 
-    def choose(self, client: str, within: PlaceSet) -> int | None:
+    def choose(self, client: str, within: Places) -> int | None:
         """The shard in the places `within` that `client` takes next; None if none has free rows.
 
         First one it is at (it committed there last, or has a lease there), then one that nobody is
@@ -65,7 +65,7 @@ class EpochRows:
                 return self.order[place]
         return None
 
-    def free_rows(self, within: PlaceSet) -> Iterator[Interval]:
+    def free_rows(self, within: Places) -> Iterator[Interval]:
         """Intervals of free rows, shard by shard, in the order of the epoch."""
         for place in self._free.common(within):
             shard = self.order[place]

@@ -4,7 +4,8 @@ Pure: standard library only. Both structures cost what changes in them, not what
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 Interval = tuple[int, int]  # [first, end)
 
@@ -59,7 +60,16 @@ def total(intervals: list[Interval]) -> int:
     return sum(end - first for first, end in intervals)
 
 
-_WORD = 256  # places a word: two levels of these reach 65,536 shards at a word operation each
+WORD = 256  # places a word: two levels of these reach 65,536 shards at a word operation each
+
+
+class Places(Protocol):
+    """A set of places as `PlaceSet.common` reads it: bits in words, and which words may have any."""
+
+    @property
+    def filled(self) -> int: ...
+
+    def word(self, number: int) -> int: ...
 
 
 class PlaceSet:
@@ -69,50 +79,81 @@ class PlaceSet:
     words that neither set has empty.
     """
 
-    __slots__ = ("_filled", "_words")
+    __slots__ = ("_words", "filled")
 
     def __init__(self) -> None:
         self._words: dict[int, int] = {}
-        self._filled = 0
+        self.filled = 0
+
+    @staticmethod
+    def of(places: Iterable[int]) -> "PlaceSet":
+        found = PlaceSet()
+        for place in places:
+            found.add(place)
+        return found
 
     @staticmethod
     def from_flags(flags: bytes) -> "PlaceSet":
         """The places of the b"1"s in a string of b"0" and b"1"."""
         places = PlaceSet()
-        for number in range(-(-len(flags) // _WORD)):
-            if word := int(flags[number * _WORD : (number + 1) * _WORD][::-1], 2):
+        for number in range(-(-len(flags) // WORD)):
+            if word := int(flags[number * WORD : (number + 1) * WORD][::-1], 2):
                 places._words[number] = word
-                places._filled |= 1 << number
+                places.filled |= 1 << number
         return places
 
     def add(self, place: int) -> None:
-        number, bit = divmod(place, _WORD)
+        number, bit = divmod(place, WORD)
         self._words[number] = self._words.get(number, 0) | 1 << bit
-        self._filled |= 1 << number
+        self.filled |= 1 << number
 
     def discard(self, place: int) -> None:
-        number, bit = divmod(place, _WORD)
+        number, bit = divmod(place, WORD)
         word = self._words.get(number, 0) & ~(1 << bit)
         if word:
             self._words[number] = word
         elif self._words.pop(number, 0):
-            self._filled ^= 1 << number
+            self.filled ^= 1 << number
 
-    def common(self, other: "PlaceSet") -> Iterator[int]:
+    def word(self, number: int) -> int:
+        return self._words[number]
+
+    def common(self, other: Places) -> Iterator[int]:
         """The places in both sets, ascending."""
-        filled = self._filled & other._filled
+        filled = self.filled & other.filled
         while filled:
             lowest = filled & -filled
             number = lowest.bit_length() - 1
-            word = self._words[number] & other._words[number]
+            word = self._words[number] & other.word(number)
             while word:
                 bit = word & -word
-                yield number * _WORD + bit.bit_length() - 1
+                yield number * WORD + bit.bit_length() - 1
                 word ^= bit
             filled ^= lowest
 
     def __bool__(self) -> bool:
-        return self._filled != 0
+        return self.filled != 0
 
     def __len__(self) -> int:
         return sum(word.bit_count() for word in self._words.values())
+
+
+class OrderedPlaces:
+    """The places in `order` of the numbers whose flag is b"1": read only, for `PlaceSet.common`.
+
+    A word is made when it is first looked at. Who looks for the first place that two sets share sees one
+    or two words of a set that fills most of them, however long the order is.
+    """
+
+    __slots__ = ("_flags", "_order", "_words", "filled")
+
+    def __init__(self, order: Sequence[int], flags: bytes) -> None:
+        self._order, self._flags = order, flags
+        self._words: dict[int, int] = {}
+        self.filled = (1 << -(-len(order) // WORD)) - 1
+
+    def word(self, number: int) -> int:
+        if number not in self._words:
+            last_first = self._order[number * WORD : (number + 1) * WORD][::-1]
+            self._words[number] = int(bytes(map(self._flags.__getitem__, last_first)), 2)
+        return self._words[number]

@@ -1,13 +1,14 @@
 """Row intervals and sets of places do what sets of numbers do."""
 
 import itertools
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot import intervals
-from pilot.intervals import UNKNOWN_END, Interval, PlaceSet
+from pilot.intervals import UNKNOWN_END, Interval, OrderedPlaces, PlaceSet
 
 PLACES = st.sets(st.integers(0, 1500))  # several words
 
@@ -68,3 +69,14 @@ def test_common_places_come_in_order_whatever_was_added_and_discarded(
 def test_places_of_flags_are_those_of_the_ones(flags: list[bool]) -> None:
     places = PlaceSet.from_flags(bytes(b"01"[flag] for flag in flags))
     assert list(places.common(places)) == [i for i, flag in enumerate(flags) if flag]
+
+
+@given(st.integers(1, 600), PLACES, PLACES, st.randoms(use_true_random=False))
+def test_places_of_an_order_are_where_the_flagged_numbers_stand(
+    length: int, flagged: set[int], others: set[int], random: Random
+) -> None:
+    order = random.sample(range(length), length)
+    places = OrderedPlaces(order, bytes(b"01"[number in flagged] for number in range(length)))
+    expected = sorted(others & {order.index(number) for number in flagged if number < length})
+    for _ in range(2):  # made, then remembered
+        assert list(PlaceSet.of(others).common(places)) == expected
