@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flwr.app import ArrayRecord
+
 from pilot.codec import encode
 from pilot.config import RunConfig
 from pilot.ledger import Lease
 from pilot.mailbox import Mailbox
-from pilot.messages import Fence, HelloOrder, Part, TrainOrder, to_header
+from pilot.messages import Fence, HelloOrder, TrainOrder, to_header
 from pilot.open_round import OpenRound, Work
+from pilot.records import to_arrays
 from pilot.rounds import Clock
 from pilot.run_state import RunState
 from pilot.sites import Site
@@ -32,8 +35,11 @@ class Dispatcher:
     def send_all(
         self, open_round: OpenRound, sites: Sequence[Site], *, evaluate_only: bool = False
     ) -> None:
-        """An order to each of `sites`; together they evaluate all validation rows."""
-        parts = encode(self.state.weights)
+        """An order to each of `sites`; together they evaluate all validation rows.
+
+        They share one copy of the model: a simulation keeps every order until its reply is there.
+        """
+        model = to_arrays(encode(self.state.weights))
         rows, shares, leases = self.config.eval_rows, self._shares(sites), {}
         if not evaluate_only:
             wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in sites}
@@ -41,15 +47,15 @@ class Dispatcher:
         for i, site in enumerate(sites):
             eval_rows = (i * rows // len(sites), (i + 1) * rows // len(sites))
             lease, share = leases.get(site.name), shares[site.name]
-            self._send(open_round, site, share, lease, eval_rows, parts, final=evaluate_only)
+            self._send(open_round, site, share, lease, eval_rows, model, final=evaluate_only)
 
     def join(self, open_round: OpenRound, site: Site) -> None:
         """An order to a site that came while the round runs; it has no part in the evaluation."""
         sites = [*(work.site for work in open_round.pending.values()), site]
         share = self._shares(sites)[site.name]
-        parts = encode(self.state.weights)
+        model = to_arrays(encode(self.state.weights))
         lease = self.state.ledger.lease(site.name, self._rows_wanted(site, share))
-        self._send(open_round, site, share, lease, (0, 0), parts)
+        self._send(open_round, site, share, lease, (0, 0), model)
 
     def _send(
         self,
@@ -58,7 +64,7 @@ class Dispatcher:
         share: float,
         lease: Lease | None,
         eval_rows: tuple[int, int],
-        parts: list[Part],
+        model: ArrayRecord,
         *,
         final: bool = False,
     ) -> None:
@@ -82,7 +88,7 @@ class Dispatcher:
             merged=self.state.last_merged.get(site.name, []),
             final=final,
         )
-        message_id = self.mailbox.send(site.node_id, "train", to_header(order), parts)
+        message_id = self.mailbox.send(site.node_id, "train", to_header(order), model)
         open_round.asked.add(site.name)
         if message_id:
             open_round.add(Work(message_id, site, fence, lease, self.clock.now_s()))

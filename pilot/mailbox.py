@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -69,8 +69,13 @@ class Mailbox:
         """Whether a message to the node has no answer yet: a node takes one at a time."""
         return any(pending.node_id == node_id for pending in self._pending.values())
 
-    def send(self, node_id: int, kind: str, header: Header, parts: Iterable[Part] = ()) -> str:
-        """Send one message ("query" or "train"); returns its id, "" if the node is not there."""
+    def send(
+        self, node_id: int, kind: str, header: Header, parts: Iterable[Part] | ArrayRecord = ()
+    ) -> str:
+        """Send one message ("query" or "train"); returns its id, "" if the node is not there.
+
+        `parts` as in `to_records`.
+        """
         message = Message(to_records(header, parts), node_id, kind)
         ids = list(self._grid.push_messages([message]))
         if not ids or not ids[0]:

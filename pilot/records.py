@@ -16,19 +16,27 @@ from pilot.messages import Header, Part, header_text, split_metrics
 _STYPE = "pilot.raw"
 
 
-def to_records(header: Header, parts: Iterable[Part]) -> RecordDict:
-    """The content of a Flower message. Never raises for what stands in `header`."""
+def to_records(header: Header, parts: Iterable[Part] | ArrayRecord) -> RecordDict:
+    """The content of a Flower message. Never raises for what stands in `header`.
+
+    `parts` are copied, unless they come as a record of `to_arrays`: messages may share one.
+    """
     numbers, strings = split_metrics(header)
     return RecordDict(
         {
             "metrics": MetricRecord({**numbers}),
             "config": ConfigRecord({**strings, "header": header_text(header)}),
-            "parts": ArrayRecord(
-                {
-                    part.name: Array(part.dtype, tuple(part.shape), _STYPE, bytes(part.data))
-                    for part in parts
-                }
-            ),
+            "parts": parts if isinstance(parts, ArrayRecord) else to_arrays(parts),
+        }
+    )
+
+
+def to_arrays(parts: Iterable[Part]) -> ArrayRecord:
+    """The parts as Flower's record, which takes `bytes` and nothing else: a copy."""
+    return ArrayRecord(
+        {
+            part.name: Array(part.dtype, tuple(part.shape), _STYPE, bytes(part.data))
+            for part in parts
         }
     )
 

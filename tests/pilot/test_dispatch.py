@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 
 from pilot.codec import decode
 from pilot.config import RunConfig
@@ -68,6 +69,10 @@ def site(
     return Site(f"s{number}", number, HelloReply(shards=list(shards), **hello), speed)
 
 
+def model(content: RecordDict) -> torch.Tensor:
+    return decode(from_records(content)[1])["w"]
+
+
 def test_order_says_all_that_a_worker_needs(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, round_steps=2)
     server.state.tokens = 96
@@ -82,8 +87,16 @@ def test_order_says_all_that_a_worker_needs(tmp_path: Path) -> None:
     assert (order.committed_tokens, order.total_tokens, order.share) == (96, 1_000_000, 1.0)
     assert (order.eval_first_row, order.eval_end_row, order.last) == (0, 10, False)
     assert RunConfig.from_mapping(order.config) == server.config
-    _, parts = from_records(server.grid.pushed[work.message_id].content)
-    assert torch.equal(decode(parts)["w"], WEIGHTS["w"])
+    assert torch.equal(model(server.grid.pushed[work.message_id].content), WEIGHTS["w"])
+
+
+def test_orders_of_a_round_share_one_copy_of_the_model(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, 3, round_steps=1)
+    server.dispatcher.send_all(server.open, [site(n) for n in (1, 2, 3)])
+    contents = [message.content for message in server.grid.pushed.values()]
+    assert len(contents) == 3 and all(torch.equal(model(c), WEIGHTS["w"]) for c in contents)
+    assert len({id(content["parts"]) for content in contents}) == 1
+    assert len({from_records(content)[0]["client"] for content in contents}) == 3
 
 
 def test_hello_asks_with_the_whole_configuration(tmp_path: Path) -> None:
