@@ -63,23 +63,25 @@ def _reply(header: Header, parts: list[Part], name: str) -> tuple[Header, list[P
     try:
         order = from_header(header)
     except ValueError:
-        return _ask_worker(header, parts)  # the worker says what is wrong with it
+        return _ask_worker(header, parts, name)  # the worker says what is wrong with it
     if isinstance(order, HelloOrder):
         if reason := _leaving(order, name, order.run):
             return to_header(HelloReply(error=f"this site is leaving ({reason})")), []
-        return _ask_worker(header, parts)
+        return _ask_worker(header, parts, name)
     if isinstance(order, TrainOrder):
         if _leaving(order, order.client, order.fence.run):
             reply = TrainReply(fence=order.fence, client=order.client, stopped_by=LEAVING)
             return to_header(reply), []
-        return _work(order, header, parts)
-    return _ask_worker(header, parts)
+        return _work(order, header, parts, name)
+    return _ask_worker(header, parts, name)
 
 
-def _work(order: TrainOrder, header: Header, parts: list[Part]) -> tuple[Header, list[Part]]:
+def _work(
+    order: TrainOrder, header: Header, parts: list[Part], name: str
+) -> tuple[Header, list[Part]]:
     """Let the worker train; this site's node and the server can see where the order is."""
     in_flight.note(in_flight.of_order(order, in_flight.WORKING))
-    reply, update = _ask_worker(header, parts)
+    reply, update = _ask_worker(header, parts, name)
     after = in_flight.of_order(order, in_flight.SENDING if update else in_flight.DONE)
     in_flight.note(after)
     if update:
@@ -104,10 +106,18 @@ def _leaving(order: HelloOrder | TrainOrder, client: str, run: str) -> str:
         return reason or coordinator.told_to_leave() or ""
 
 
-def _ask_worker(header: Header, parts: list[Part]) -> tuple[Header, list[Part]]:
-    device = str(header.get("config", {}).get("device", "auto"))
+def _ask_worker(header: Header, parts: list[Part], name: str) -> tuple[Header, list[Part]]:
+    config = header.get("config", {})
+    processes = int(header.get("processes", 1))
+    # a hello is asked of one process: with several, a resident group would be of no more use
+    stays = header.get("kind") == "TrainOrder" or config.get("client-processes") == processes
     try:
-        with WorkerHandle(processes=int(header.get("processes", 1)), device=device) as worker:
+        with WorkerHandle(
+            processes=processes,
+            device=str(config.get("device", "auto")),
+            idle_s=float(config.get("worker-idle", 0.0)) if stays else 0.0,
+            name=name,
+        ) as worker:
             with _sigterm_drains(worker):
                 return worker.ask(header, parts)
     except (WorkerError, OSError) as error:

@@ -150,12 +150,19 @@ class RunConfig:
     )
     compile: str = _key(
         "auto",
-        "compile the training step; auto: where a round repays it",
+        "compile the training step; auto: where the work repays it",
         choices=("auto", "on", "off"),
         shapes_training=False,
     )
     client_processes: int = _key(
         0, "processes a client; 0: one a GPU, one without", low=0, shapes_training=False
+    )
+    worker_idle: float = _key(
+        300.0,
+        "seconds that a site's workers wait for its next order; 0: new ones each round",
+        low=0,
+        high=1200,
+        shapes_training=False,
     )
     client_threads: int = _key(
         0, "CPU threads a process; 0: a fair share of the cores", low=0, shapes_training=False

@@ -3,8 +3,11 @@
 The supervisor starts the ranks, passes SIGTERM on to rank 0, and ends all of them when one fails or
 when its parent goes (the pipe on its standard input closes). It looks further up as well: when a
 SuperNode is killed, its SuperExec and the ClientApp live on, busy with reaching it. The ranks ask the
-kernel to be killed with the supervisor. Lifetime `round`: rank 0 serves one connection, then the
-group ends; a group that stays is a matter of accepting the next one.
+kernel to be killed with the supervisor.
+
+Lifetimes: of `round`, rank 0 serves one connection, then the group ends. `--idle` makes it resident: told
+to stay, it outlives the ClientApp that started it and serves the next ones of the same SuperNode, until
+none has come for that many seconds.
 """
 
 import argparse
@@ -17,17 +20,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import psutil
-
-from pilot.worker.handle import ERROR_NAME, SOCKET_NAME
+from pilot.worker.employers import alive, employers
+from pilot.worker.handle import ERROR_NAME, SOCKET_NAME, STAY
+from pilot.worker.lodging import clear
 
 _POLL_S = 0.2
 _TERMINATE_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _PARENT_GONE = 2  # an exit code
-_PARENT_OPTION = "--parent-pid"
 # glibc gives big blocks back to the kernel at every free, and the next micro-batch's logits fault them in
 # again: 1.34 → 0.77 CPU-seconds a step of configs/tiny.toml on one thread (docs/log.md).
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -39,12 +42,16 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="directory of socket and errors")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument(
+        "--idle", type=float, default=0.0, help="seconds to wait for another order; 0: one only"
+    )
     arguments = parser.parse_args()
     os.environ["PILOT_DEVICE"] = arguments.device
-    sys.exit(_supervise(arguments.dir, arguments.processes))
+    os.environ["PILOT_IDLE_S"] = str(arguments.idle)
+    sys.exit(_supervise(arguments.dir, arguments.processes, resident=arguments.idle > 0))
 
 
-def _supervise(directory: Path, processes: int) -> int:
+def _supervise(directory: Path, processes: int, *, resident: bool) -> int:
     # Held back until somebody can act on it; the ranks inherit that, and let it through once they
     # know what to finish. SIGINT goes to a terminal's whole group: there the ClientApp decides.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -64,6 +71,8 @@ def _supervise(directory: Path, processes: int) -> int:
         _end(ranks)
     if code == _PARENT_GONE:
         shutil.rmtree(directory, ignore_errors=True)  # nobody else will
+    elif resident and code == 0:
+        clear(directory)
     return code
 
 
@@ -89,41 +98,31 @@ def _start_rank(
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
-    """Wait until all ranks are done, one fails, or whom we work for is gone."""
-    employers = _employers()
+    """Wait until rank 0 is done, a rank fails, or whom we work for is gone."""
+    bosses, stays = employers(os.getppid()), False
     while True:
         codes = [rank.poll() for rank in ranks]
         if failed := [(code, number) for number, code in enumerate(codes) if code]:
             _tell(directory, *min(failed))  # one that was killed first: the others fail of that
             return 1
-        if all(code == 0 for code in codes):
-            return 0
-        readable = select.select([sys.stdin.buffer], [], [], _POLL_S)[0]
-        if readable and not os.read(sys.stdin.fileno(), 1):
+        if codes[0] == 0:
+            return _wait_for_the_others(ranks)
+        if stays:
+            time.sleep(_POLL_S)
+        elif select.select([sys.stdin.buffer], [], [], _POLL_S)[0]:
+            if os.read(sys.stdin.fileno(), 1) != STAY:
+                return _PARENT_GONE
+            bosses, stays = (bosses or [])[1:], True  # the ClientApp may go now
+        if not bosses or not all(alive(boss) for boss in bosses):
             return _PARENT_GONE
-        if employers is None or not all(_alive(process) for process in employers):
-            return _PARENT_GONE
 
 
-def _employers() -> list[psutil.Process] | None:
-    """The ClientApp, and whom it works for as Flower's `--parent-pid` says; None if one is gone."""
-    found = []
-    try:
-        process = psutil.Process(os.getppid())
-        while True:
-            found.append(process)
-            words = process.cmdline()
-            if _PARENT_OPTION not in words[:-1]:
-                return found
-            process = psutil.Process(int(words[words.index(_PARENT_OPTION) + 1]))
-    except psutil.Error:
-        return None
-
-
-def _alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _wait_for_the_others(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Rank 0 ends last of what is worth waiting for: its answer is given."""
+    for rank in ranks[1:]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(_TERMINATE_S)
+    return 0
 
 
 def last_words(directory: Path, sentence: str) -> None:

@@ -53,6 +53,7 @@ class Round:
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
         self.batches = 0
+        self.leaving = False  # after `run`: whether this site was told to leave
         fence = order.fence
         self.inner = InnerState(inner_state_dir(fence.run, order.client), ranks)
 
@@ -107,6 +108,7 @@ class Round:
             signal.signal(signal.SIGTERM, lambda *_: self._drain(stop))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one may be waiting
             yield stop
+            self.leaving = bool(stop.leaving)
 
     def _drain(self, stop: StopWatcher) -> None:
         """SIGTERM to any rank: rank 0 decides, and the supervisor passes it on to rank 0."""
@@ -117,8 +119,7 @@ class Round:
 
     def _limit_threads(self) -> None:
         """A fair share of the cores a process; OMP_NUM_THREADS counts as all of them."""
-        threads = self.config.client_threads or torch.get_num_threads() // self.ranks.world_size
-        torch.set_num_threads(max(1, threads))
+        torch.set_num_threads(self.config.client_threads or self.ranks.threads)
 
     def _evaluate(self, model: GPT, data: SiteData, stop: StopWatcher) -> tuple[float, int]:
         """Sums of nats and bytes of the model that was received, over this client's slice.
@@ -215,7 +216,7 @@ class Round:
         }
 
     def _run_block(self, model: GPT) -> RunBlock:
-        """The form of a block that this round repays: a function of the configuration and the machine."""
+        """The form of a block that the work ahead repays: a function of the configuration and the machine."""
         config = self.config
 
         def seconds(tokens: int) -> float:
@@ -228,11 +229,12 @@ class Round:
 
         of_round = config.round_steps * config.total_batch_size or config.target_tokens
         total = self.order.total_tokens
+        total_s, round_s = seconds(total), seconds(of_round or total)
         block, choice = accelerated_block(
             config.compile,
             device=self.ranks.device,
-            run_s=seconds(total),
-            process_s=min(config.round_max_duration, seconds(of_round or total)),
+            run_s=total_s,
+            process_s=total_s if config.worker_idle else min(config.round_max_duration, round_s),
         )
         if self.ranks.first and (choice.on or self.order.fence.round_number == 1):
             log.info("%s", choice)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Ranks:
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None
+    threads: int = field(default_factory=torch.get_num_threads)  # a fair share of the cores
 
     @staticmethod
     def join(directory: Path, *, device_type: str) -> "Ranks":
@@ -44,12 +45,13 @@ class Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",
-                init_method=f"file://{directory}/rendezvous",
+                init_method=f"file://{directory}/rendezvous-{os.getppid()}",
                 rank=rank,
                 world_size=world_size,
             )
             control = dist.new_group(backend="gloo")  # type: ignore[assignment]  # we are a member
-        return Ranks(rank, world_size, device, control)
+        threads = max(1, torch.get_num_threads() // world_size)
+        return Ranks(rank, world_size, device, control, threads)
 
     @property
     def first(self) -> bool:

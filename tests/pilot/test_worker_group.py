@@ -80,7 +80,7 @@ class Group:
             self._run, order, weights
         )
         assert self.started.wait(LIMIT_S)
-        self.pid = self.worker._group.pid
+        self.pid = self.worker._pid
 
     def _run(self, order: TrainOrder, weights: Any) -> tuple[TrainReply, dict[str, torch.Tensor]]:
         with self.worker:
@@ -225,7 +225,7 @@ def test_mistake_of_a_user_in_mid_round_is_told_in_its_own_words(site: Path) -> 
             WorkerError, match=r"^the validation shard 2 has only .* rows"
         ) as caught:
             ask(worker, order, first_weights(config))
-        members = family(worker._group.pid) if worker._group.poll() is None else []
+        members = family(worker._pid) if worker._group.poll() is None else []
     assert "\n" not in str(caught.value) and gone(members)
 
 
@@ -247,7 +247,7 @@ HOLDER = """
 import sys, time
 from pilot.worker.handle import WorkerHandle
 with WorkerHandle(processes=int(sys.argv[1]), device="cpu") as worker:
-    print(worker._group.pid, worker._dir, flush=True)
+    print(worker._pid, worker._dir, flush=True)
     time.sleep(600)
 """
 ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -296,7 +296,7 @@ def test_other_version_of_the_package_is_refused_with_a_sentence(
     with WorkerHandle(device="cpu") as worker:
         with pytest.raises(WorkerError, match="install the same version on all sites"):
             worker.ask(to_header(order))
-        members = family(worker._group.pid)
+        members = family(worker._pid)
     assert gone(members)
 
 
@@ -314,5 +314,5 @@ def test_site_whose_supernode_is_gone_gives_up(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(os, "getppid", lambda: 1)
         with pytest.raises(WorkerError, match="SuperNode of this client is gone"):
             worker.ask(to_header(HelloOrder(run="r", config={}, redis_url="")))
-        members = family(worker._group.pid)
+        members = family(worker._pid)
     assert gone(members)
