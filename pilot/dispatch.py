@@ -92,7 +92,6 @@ class Dispatcher:
         open_round.asked.add(site.name)
         if message_id:
             open_round.add(Work(message_id, site, fence, lease, self.clock.now_s()))
-            open_round.used_up.discard(site.name)
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 

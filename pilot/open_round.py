@@ -7,6 +7,7 @@ is refused with a reason, and its rows go back.
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from pilot.run_state import MergedReply, RunState
 from pilot.sites import Site
 from pilot.snapshot import SnapshotError
 from pilot.telemetry import Telemetry
+
+# Orders to one site in one round of which none came to anything, before it has to wait for the next one.
+MAX_VAIN_ORDERS = 3
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class OpenRound:
         self.rejected = 0  # replies whose content may not be merged
         self.failures: dict[str, str] = {}  # site → what it answered that can't be used
         self.lost: dict[str, str] = {}  # site → why it has not answered
+        self._vain: Counter[str] = Counter()  # site → its orders that came to nothing
+        self._undone: set[str] = set()  # sites whose last order came to nothing
         self.eval_bytes = self.eval_rows = 0
         self._eval_nats: list[float] = []
         self._state, self._telemetry, self._spool = state, telemetry, spool
@@ -102,6 +108,27 @@ class OpenRound:
 
     def add(self, work: Work) -> None:
         self.pending[work.message_id] = work
+        self.used_up.discard(work.site.name)
+        self._undone.discard(work.site.name)
+
+    def wants(self, name: str) -> bool:
+        """Whether a site of that name could have an order now: it had none, used up its lease, or its last
+        one came to nothing, as when a worker is killed; not if what it sent may not be merged. With fixed
+        steps there is no second order: what a round does must not depend on anybody's speed."""
+        again = self._vain[name] < MAX_VAIN_ORDERS and not self._state.config.round_steps
+        return name not in self.asked or name in self.used_up or (again and name in self._undone)
+
+    def supersede(self, site: Site) -> list[str]:
+        """A newer node has taken the name of one that owes replies: those are lost. Returns their ids."""
+        older = [
+            (message_id, work)
+            for message_id, work in self.pending.items()
+            if work.site.name == site.name and work.site.node_id != site.node_id
+        ]
+        for message_id, work in older:
+            del self.pending[message_id]
+            self._lose(work, "a newer node has taken its name")
+        return [message_id for message_id, _ in older]
 
     def take(self, answer: Answer) -> Receipt | None:
         """Take or refuse an answer if it is to this round; None: it is not."""
@@ -192,6 +219,7 @@ class OpenRound:
         """The site has answered in form, and its content may not be merged: that is counted."""
         self.rejected += 1
         self._state.admission.refused(work.site.name)
+        self._vain[work.site.name] = MAX_VAIN_ORDERS
         if self._state.config.quarantine:
             directory = self._spool.parent / "quarantine"
             keep_refused(directory, reply, work.site.name, _whatever(parts), reason)
@@ -213,6 +241,8 @@ class OpenRound:
         self._give_back(work, reason)
 
     def _give_back(self, work: Work, reason: str) -> None:
+        self._vain[work.site.name] += 1
+        self._undone.add(work.site.name)
         if work.lease is not None:
             self._state.ledger.give_back(work.lease.lease_id)
         self._telemetry.event(

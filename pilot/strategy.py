@@ -89,7 +89,7 @@ class PilotStrategy:
             config.min_clients,
             state.fingerprints,
             closed=closed,
-            joined=lambda site: state.ledger.register(site.name, site.hello.shards),
+            joined=self._welcome,
         )
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
         self._failed_rounds = 0
@@ -113,6 +113,13 @@ class PilotStrategy:
         self._evaluate_last_merge()
 
     # -- 0. hello --------------------------------------------------------------------------------
+
+    def _welcome(self, site: Site) -> None:
+        """A node may take part from now on; one of the same name that was before it may not any more."""
+        self.state.ledger.register(site.name, site.hello.shards)
+        if self._monitor is not None:
+            for message_id in self._monitor.open_round.supersede(site):
+                self.mailbox.abandon(message_id)
 
     def _gather(self, wanted: int, *, to_train: bool) -> list[Site]:
         """Wait until `wanted` sites can take work, and a little for those that may come back.
@@ -195,12 +202,10 @@ class PilotStrategy:
         return self._monitor
 
     def _newcomers(self, open_round: OpenRound) -> list[Site]:
-        """Sites that could work in the open round and don't: they came late, or used up their lease."""
-        return [
-            site
-            for site in self._available(to_train=True)
-            if site.name not in open_round.asked or site.name in open_round.used_up
-        ]
+        """Sites that could work in the open round and don't: they came late, used up their lease, or what
+        they were to do came to nothing."""
+        ready = self._available(to_train=True)
+        return [site for site in ready if open_round.wants(site.name)]
 
     def _view(self, open_round: OpenRound, monitor: RoundMonitor) -> RoundView:
         new = [s for s in self._newcomers(open_round) if s.name not in open_round.used_up]
@@ -217,7 +222,7 @@ class PilotStrategy:
         if remaining_s(rules, view) < join_min_remaining_s(self.config.join_min_remaining, costs):
             return
         for site in newcomers:
-            again = " with another lease" if site.name in open_round.used_up else ""
+            again = " with another lease" if site.name in open_round.asked else ""
             report.joined(open_round.number, site, again, self.telemetry)
             self.dispatcher.join(open_round, site)
 

@@ -1,7 +1,7 @@
 """Clients that come, go, fall silent or run out of work while a round runs: real Redis, real messages."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pilot import strategy
 from pilot.coordinator import ClientCoordinator, ServerCoordinator
 from pilot.local_redis import LocalRedis
 from pilot.messages import LEASE_USED_UP, TrainOrder
+from pilot.open_round import MAX_VAIN_ORDERS
 from pilot.telemetry import read_events
 
 TIMED = {"round_steps": 0, "round_min_duration": 1.0, "round_max_duration": 60.0}
@@ -98,11 +99,13 @@ def test_a_client_that_used_up_its_lease_gets_another_one_in_the_same_round(serv
     assert [event["client"] for event in events(run, "client_joined")] == ["only", "only"]
 
 
-def test_a_lone_client_goes_on_until_a_second_one_is_there(server: Any, redis_url: str) -> None:
-    def train_until_the_end(order: TrainOrder, *_: Any) -> None:
-        fence = order.fence
+def trains_until_the_end(server: Any, look: Callable[[TrainOrder, int], None]) -> Any:
+    """A site's reaction: steps of a tenth of a second, `look`ed at, until Redis ends the round."""
+
+    def react(order: TrainOrder, *_: Any) -> None:
+        run, fence = server(), order.fence
         signals = ClientCoordinator(
-            redis_url,
+            run.redis_url,
             fence.run,
             client=order.client,
             term=fence.term,
@@ -110,21 +113,87 @@ def test_a_lone_client_goes_on_until_a_second_one_is_there(server: Any, redis_ur
         )
         for count in range(200 if order.segments else 0):
             beat(run, order, step=count + 1)
-            if count == 15 and fence.round_number == 1:
-                run.grid.add(200, ScriptedSite("second"))
+            look(order, count)
             if signals.round_over():
                 break
             signals.wait(0.1)
         signals.close()
 
-    run = server(
-        [ScriptedSite("first", react=train_until_the_end)], num_rounds=2, min_clients=1, **TIMED
-    )
+    return react
+
+
+def test_a_lone_client_goes_on_until_a_second_one_is_there(server: Any) -> None:
+    def look(order: TrainOrder, count: int) -> None:
+        if count == 15 and order.fence.round_number == 1:
+            run.grid.add(200, ScriptedSite("second"))
+
+    first = ScriptedSite("first", react=trains_until_the_end(lambda: run, look))
+    run = server([first], num_rounds=2, min_clients=1, **TIMED)
     state = run.run(FastClock(speed=REAL_TIME))
-    first, second = state.history
-    assert (first.reason, first.clients) == ("min-duration", 1)
-    assert 1.5 < first.duration_s < 30, "longer than its minimum, since nobody else was there"
-    assert second.clients == 2
+    one, two = state.history
+    assert (one.reason, one.clients) == ("min-duration", 1)
+    assert 1.5 < one.duration_s < 30, "longer than its minimum, since nobody else was there"
+    assert two.clients == 2
+
+
+SOON = {**TIMED, "round_min_duration": 4.0, "join_min_remaining": 0.1}
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_a_client_whose_worker_failed_gets_more_work_in_the_same_round_but_not_without_end(
+    server: Any, failures: int
+) -> None:
+    def fail(order: TrainOrder, reply: Any, update: dict[str, Any]) -> Any:
+        if not order.segments or len(run.sites[1].orders) > failures:
+            return None
+        update.clear()
+        return replace(reply, tokens=0, consumed=[], error="worker process 0 was killed")
+
+    steady = ScriptedSite("steady", react=trains_until_the_end(lambda: run, lambda *_: None))
+    run = server([steady, ScriptedSite("fails", react=fail)], num_rounds=1, **SOON)
+    state = run.run(FastClock(speed=REAL_TIME))
+    orders = [order for order in run.sites[1].orders if order.segments]
+    assert {order.fence.round_number for order in orders} == {1}
+    assert len({order.fence.lease_id for order in orders}) == len(orders)
+    assert len(orders) == min(failures + 1, MAX_VAIN_ORDERS)
+    assert state.history[0].clients == (2 if failures == 1 else 1)
+
+
+def test_a_client_whose_update_may_not_be_merged_gets_no_more_work_in_the_round(
+    server: Any,
+) -> None:
+    def spoil(order: TrainOrder, reply: Any, update: dict[str, Any]) -> None:
+        for tensor in update.values():
+            tensor.fill_(float("nan"))
+
+    steady = ScriptedSite("steady", react=trains_until_the_end(lambda: run, lambda *_: None))
+    run = server([steady, ScriptedSite("spoils", react=spoil)], num_rounds=1, **SOON)
+    run.run(FastClock(speed=REAL_TIME))
+    assert len([order for order in run.sites[1].orders if order.segments]) == 1
+
+
+def test_a_node_that_takes_the_name_of_a_silent_one_does_its_work_in_the_same_round(
+    server: Any,
+) -> None:
+    released = threading.Event()
+
+    def vanish(order: TrainOrder, *_: Any) -> None:
+        beat(run, order)
+        released.wait(30)
+
+    def look(order: TrainOrder, count: int) -> None:
+        if count == 5 and order.fence.round_number == 1:
+            run.grid.add(200, again)
+
+    again = ScriptedSite("dies")
+    steady = ScriptedSite("steady", react=trains_until_the_end(lambda: run, look))
+    run = server([steady, ScriptedSite("dies", react=vanish)], num_rounds=1, **SOON)
+    state = run.run(FastClock(speed=REAL_TIME))
+    released.set()
+    assert again.orders[0].fence.round_number == 1
+    assert state.history[0].clients == 2
+    reasons = [event["reason"] for event in events(run, "reply_refused")]
+    assert reasons[0] == "a newer node has taken its name"
 
 
 def test_a_round_of_nobody_ends_when_somebody_comes(server: Any) -> None:
