@@ -19,6 +19,7 @@ from pilot.config import PilotError
 LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
 CONNECT_TIMEOUT_S = 5.0
 
+_TASK_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -123,7 +124,10 @@ def check_reachable(connection: Connection) -> None:
 
 
 def flower_environment() -> dict[str, str]:
-    """The present environment, in which Flower finds its own programs, and this Python's."""
+    """The present environment, in which Flower finds its own programs, and this Python's.
+
+    Its SuperExec looks for tasks four times a second, not once: that is on the path of every round.
+    """
     programs = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
     return {
@@ -131,6 +135,7 @@ def flower_environment() -> dict[str, str]:
         "PATH": os.pathsep.join((programs, path)),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        _TASK_POLL: os.environ.get(_TASK_POLL, "0.25"),
     }
 
 

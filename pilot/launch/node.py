@@ -149,9 +149,23 @@ class _Node:
             while supernode.poll() is None:
                 if reason := self._told():
                     return supernode, reason
+                if self._clientapp_lost():
+                    self.say("the ClientApp was killed: the SuperNode starts anew")
+                    keeper.stop(supernode, timeout_s=ENDING_S + 2 * keeper.KILL_S)
+                    break
                 time.sleep(_POLL_S)
-            self._wait_for_restart(supernode.returncode, time.monotonic() - began)
+            else:
+                self._wait_for_restart(supernode.returncode, time.monotonic() - began)
         return None, reason
+
+    def _clientapp_lost(self) -> bool:
+        """Whether the ClientApp died with an order in hand: the SuperNode would notice in about a minute,
+        and takes no other order before (FLOWER.md)."""
+        order = in_flight.read(self.directory)
+        if order is None or order.state != in_flight.WORKING or _alive(order.pid):
+            return False
+        (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)
+        return True
 
     def _wait_for_restart(self, code: int, lived_s: float) -> None:
         if code in (_USAGE, _NOT_STARTED):

@@ -172,6 +172,24 @@ def test_supernode_that_never_stays_is_given_up(
     assert len(site.told("argv")) == attempts
 
 
+def test_supernode_whose_clientapp_was_killed_starts_anew_at_once(site: Site) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with site.node() as process:
+        site.has_order(
+            in_flight.SENDING, pid=dead.pid
+        )  # it has replied: its end is as it should be
+        time.sleep(0.5)
+        assert len(site.told("argv")) == 1
+        site.has_order(in_flight.WORKING, pid=dead.pid)
+        until(lambda: len(site.told("argv")) == 2)
+        assert site.told("ended") == site.told("pid")[:1], "it said goodbye"
+        site.has_order(in_flight.WORKING)
+        time.sleep(0.5)
+        assert len(site.told("argv")) == 2
+        process.kill()
+
+
 def test_second_node_of_a_name_is_refused(site: Site) -> None:
     with site.node() as first:
         with site.node(starts=False) as second:
