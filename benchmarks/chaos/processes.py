@@ -13,6 +13,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+CONNECTION = "local-deployment"
 MARK = "PILOT_TEST_SITE"  # in the environment of all that a site starts
 
 
@@ -45,10 +46,11 @@ def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
     }
 
 
-def write_connection(flower_home: Path, port: int) -> None:
-    """Flower's configuration with one connection, `local-deployment`."""
+def write_connection(flower_home: Path, port: int, certificates: Path | None = None) -> None:
+    """Flower's configuration with one connection, CONNECTION; with TLS if there are root `certificates`."""
     flower_home.mkdir(parents=True)
-    text = f'[superlink.local-deployment]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    security = f'root-certificates = "{certificates}"' if certificates else "insecure = true"
+    text = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n{security}\n'
     (flower_home / "config.toml").write_text(text, encoding="utf-8")
 
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from federation.keys import Keys
 from federation.micro import as_toml
 
 from benchmarks.chaos.processes import (
     BIN,
+    CONNECTION,
     MARK,
     ROOT,
     end_group,
@@ -39,10 +41,14 @@ def pilot_run(
 
 
 class Deployment:
-    """A SuperLink, its Redis and named SuperNodes on this machine, each on a free port."""
+    """A SuperLink, its Redis and named SuperNodes on this machine, each on a free port.
 
-    def __init__(self, directory: Path, base: Path) -> None:
+    With `secure`, TLS on all ways, and only nodes whose key is registered are let in.
+    """
+
+    def __init__(self, directory: Path, base: Path, *, secure: bool = False) -> None:
         self.directory, self.base = directory, base
+        self._keys = Keys(directory / "keys") if secure else None
         self.port = free_port()
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = contextlib.ExitStack()
@@ -50,12 +56,13 @@ class Deployment:
     def __enter__(self) -> "Deployment":
         redis = self._stack.enter_context(LocalRedis(port=free_port(), password="s3cret word"))
         flower_home = self.directory / "flwr"
-        write_connection(flower_home, self.port)
+        write_connection(flower_home, self.port, self._keys.ca if self._keys else None)
         self.env = environment(
             self.base, self.directory, FLWR_HOME=str(flower_home), PILOT_REDIS_URL=redis.url
         )
-        command = ["flower-superlink", "--insecure", "--port", str(self.port)]
+        command = ["flower-superlink", "--port", str(self.port)]
         command += ["--disable-runtime-dependency-installation"]
+        command += self._keys.superlink_options() if self._keys else ["--insecure"]
         self._start(command, self.env, "superlink")
         wait_until(lambda: listening(self.port), 60, "the SuperLink")
         return self
@@ -65,11 +72,20 @@ class Deployment:
         command += ["--port", str(free_port()), "--node-config", f'name="{name}"']
         self.nodes[name] = self._start(command, self.env | {MARK: self.mark(name)}, name)
 
-    def start_pilot_node(self, name: str) -> None:
-        """The same by `pilot node`, which chooses its port."""
-        command = ["pilot", "node", "--name", name, "--insecure"]
-        command += ["--superlink", f"127.0.0.1:{self.port}"]
-        self.nodes[name] = self._start(command, self.env | {MARK: self.mark(name)}, name)
+    def start_pilot_node(self, name: str, **env: str) -> None:
+        """The same by `pilot node`, which chooses its port; `env`: more variables for it."""
+        command = ["pilot", "node", "--name", name, "--superlink", f"127.0.0.1:{self.port}"]
+        command += self._credentials(name) if self._keys else ["--insecure"]
+        self.nodes[name] = self._start(command, self.env | env | {MARK: self.mark(name)}, name)
+
+    def _credentials(self, name: str) -> list[str]:
+        """SuperNode's options for a new key of the site `name`, which the SuperLink then knows."""
+        assert self._keys is not None
+        key = self._keys.of_site(name)
+        register = [BIN / "flwr", "supernode", "register", key.with_suffix(".pub"), CONNECTION]
+        subprocess.run([*register, "--name", name], env=self.env, check=True, capture_output=True)
+        options = ["--root-certificates", self._keys.ca, "--auth-supernode-private-key", key]
+        return [str(option) for option in options]
 
     def mark(self, name: str) -> str:
         return f"{self.directory}/{name}"
