@@ -7,6 +7,7 @@ is fsynced too; every writer of the project therefore goes through this module.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -68,6 +69,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+    """Write all of `data` to an unbuffered file.
+
+    One write may take only a part: a disk that fills up takes what fits and refuses the next.
+    """
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 from nanochat.batch_encoder import BatchEncoder
 from nanochat.common import UserError, run_command_line
 from nanochat.dataset import iter_texts
-from nanochat.files import atomic_write_json, file_lock, fsync_dir
+from nanochat.files import atomic_write_json, file_lock, fsync_dir, write_all
 from nanochat.packing import Document, PackState, make_packer, row_dtype
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -123,7 +123,7 @@ def pack(job: PackJob, *, num_threads: int = 1) -> PackStats:
         file.truncate(state.rows * job.row_bytes)
         file.seek(0, os.SEEK_END)
         for row in packer.rows(documents):
-            file.write(row.data)
+            write_all(file, row.data)
             if packer.num_rows % _STATE_EVERY_ROWS == 0:
                 os.fsync(file.fileno())
                 atomic_write_json(job.path("state"), dataclasses.asdict(packer.state()))

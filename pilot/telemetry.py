@@ -6,6 +6,7 @@ W&B that fails costs one warning.
 """
 
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nanochat.files import write_all
 from pilot.config import redact_url
 from pilot.faults import fault_point
 
@@ -136,9 +138,8 @@ class Telemetry:
         with self._lock:
             try:
                 fault_point("event.write")
-                # one write each: whole lines also when several threads record
                 with self.events_path.open("ab", buffering=0) as file:
-                    file.write(line)
+                    _append_whole(file, line)
                 self._file_works = True
             except OSError as error:
                 if self._file_works:
@@ -177,6 +178,17 @@ class Telemetry:
             run.finish(exit_code=exit_code)
         except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run has ended well
             logger.warning("W&B failed to finish: %s", redact(str(error)))
+
+
+def _append_whole(file: io.FileIO, line: bytes) -> None:
+    """Append `line`, or raise OSError and leave the file as it was: the next line must not be glued to half
+    of this one."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        write_all(file, line)
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,19 @@ def builtin(base_dir: Path, prepared_base: Path, monkeypatch: pytest.MonkeyPatch
     """NANOCHAT_BASE_DIR with data; shared, so runs in it need names of their own."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared_base))
     return prepared_base
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB; skips where none may be mounted (most containers, and any user but root)."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted: {error}")
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted: {mounted.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)

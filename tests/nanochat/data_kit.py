@@ -1,7 +1,10 @@
-"""Small shards and tokenizers for the tests of the data path."""
+"""Small shards and tokenizers for the tests of the data path, and a disk that is full."""
 
+import contextlib
 import random
-from collections.abc import Sequence
+import resource
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,16 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
             assert_equal(one, other, f"{where}[{i}]")
     else:
         assert a == b, where
+
+
+@contextlib.contextmanager
+def full_disk(limit_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let any file grow beyond that, here and in processes started here."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)

@@ -5,9 +5,7 @@ vocabularies beyond 16 bits are in test_dataloader, interrupted runs in test_res
 """
 
 import contextlib
-import resource
-import signal
-from collections.abc import Iterator
+import io
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +24,16 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import UserError
 from nanochat.dataloader import RowCache
 from nanochat.dataset import get_source
+from nanochat.files import write_all
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 from nanochat.packing import PACKINGS
 from nanochat.tokenizer import get_tokenizer
 
 from . import http_kit
-from .data_kit import byte_tokenizer, texts, write_shard
+from .data_kit import byte_tokenizer, full_disk, texts, write_shard
 from .test_dataset import download
 
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def full_disk(limit_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow beyond that, here and in processes started here."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def _model(vocab_size: int = 300, arch: str = "classic") -> GPT:
@@ -134,6 +120,55 @@ def test_a_disk_that_fills_up_while_packing_is_a_sentence_and_packing_goes_on_la
     assert rows.nbytes > 20_000
     later.close()
     reference.close()
+
+
+def test_rows_that_a_real_disk_has_no_room_for_are_packed_once_it_has(
+    base_dir: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    tokenizer = byte_tokenizer(base_dir / "tokenizer")
+    for shard in (0, 1):
+        write_shard(tmp_path, shard, texts(2000, seed=shard))
+
+    def read(directory: Path) -> np.ndarray[Any, Any]:
+        # rows of 66 bytes, so that the disk ends within one of them
+        source = get_source(tmp_path)
+        options: dict[str, Any] = {"sequence_len": 32, "packing": "stream", "directory": directory}
+        with contextlib.closing(RowCache(source, tokenizer, **options)) as cache:
+            return np.array(cache.rows(0).read(0, 10**9))
+
+    rows = read(tmp_path / "elsewhere")
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * ((1 << 20) - rows.nbytes // 2))
+    with pytest.raises(UserError, match=r"cannot write rows .*No space left.*make room") as error:
+        read(small_disk / "rows")
+    assert "\n" not in str(error.value) and not list((small_disk / "rows").glob("*.rows"))
+    filler.unlink()
+    np.testing.assert_array_equal(read(small_disk / "rows"), rows)
+
+
+def test_a_disk_that_takes_a_part_of_what_is_written_gets_the_rest(tmp_path: Path) -> None:
+    class Partial(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data[:3]))
+
+    with Partial(tmp_path / "rows", "wb") as file:
+        write_all(file, np.arange(5, dtype=np.uint16).data)
+        write_all(file, b"")
+        write_all(file, b"end")
+    assert (tmp_path / "rows").read_bytes() == np.arange(5, dtype=np.uint16).tobytes() + b"end"
+
+
+def test_a_model_that_a_real_disk_has_no_room_for_leaves_the_one_before(small_disk: Path) -> None:
+    model = _model()
+    meta = {"model_config": model.config.to_meta(), "step": 1}
+    save_final_model(small_disk / "final_model.pt", model.state_dict(), meta)
+    before = _files(small_disk)
+    large = {"w": torch.zeros(1 << 18)}
+    with pytest.raises(OSError, match="No space left"):
+        save_final_model(small_disk / "final_model.pt", large, meta)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(small_disk, 2, large, None, meta)
+    assert _files(small_disk) == before
 
 
 @pytest.mark.parametrize("written_before", [False, True])

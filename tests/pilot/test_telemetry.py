@@ -16,6 +16,8 @@ import torch
 from pilot import telemetry
 from pilot.telemetry import Telemetry, configure_logging, jsonable, read_events, redact
 
+from ..nanochat.data_kit import full_disk
+
 
 @pytest.fixture(autouse=True)
 def plain_logger() -> Any:
@@ -158,6 +160,15 @@ def test_a_full_disk_costs_one_warning(tmp_path: Path, caplog: pytest.LogCapture
     stream.event("one")
     stream.event("two")
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+
+
+def test_line_that_did_not_fit_is_no_part_of_the_next_one(tmp_path: Path) -> None:
+    stream = make(tmp_path)
+    stream.event("before")
+    with full_disk(stream.events_path.stat().st_size + 10):  # takes the first bytes of a line
+        stream.event("lost")
+    stream.event("after")
+    assert [event["event"] for event in read_events(stream.events_path)] == ["before", "after"]
 
 
 @pytest.mark.parametrize(("key", "mode"), [("secret", "online"), ("", "offline")])
