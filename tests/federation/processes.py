@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from federation.keys import Keys
 from federation.micro import as_toml
@@ -22,6 +23,7 @@ from benchmarks.chaos.processes import (
     write_connection,
 )
 from pilot.local_redis import LocalRedis
+from pilot.telemetry import read_events
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
@@ -38,6 +40,14 @@ def pilot_run(
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def events(base: Path, run: str, kind: str) -> list[dict[str, Any]]:
+    """What has happened in a run so far, of one kind."""
+    with contextlib.suppress(FileNotFoundError):
+        found = read_events(base / "runs" / run / "events.jsonl")
+        return [event for event in found if event["event"] == kind]
+    return []
 
 
 class Deployment:

@@ -21,7 +21,7 @@ from pilot.records import from_records, to_records
 from pilot.run_state import RunState
 from pilot.snapshot import latest_snapshot
 from pilot.strategy import PilotStrategy
-from pilot.telemetry import Telemetry
+from pilot.telemetry import Telemetry, read_events
 
 SHARD_ROWS = 24
 ROW_TOKENS = 8
@@ -182,3 +182,9 @@ class Server:
 
     def resume(self, **changes: Any) -> "Server":
         return replace(self, term=self.term + 1, **changes)
+
+
+def events(server: Server, kind: str) -> list[dict[str, Any]]:
+    """What happened in the run of `server`, of one kind."""
+    path = server.run_dir / "events.jsonl"
+    return [event for event in read_events(path) if event["event"] == kind]

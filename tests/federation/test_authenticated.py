@@ -4,7 +4,6 @@ import contextlib
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -12,6 +11,7 @@ import redis
 from federation.micro import MICRO
 from federation.processes import (
     Deployment,
+    events,
     killed_at_end,
     pilot_run,
     wait_until,
@@ -19,7 +19,6 @@ from federation.processes import (
 )
 
 from benchmarks.chaos.processes import CONNECTION, marked
-from pilot.telemetry import read_events
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -28,13 +27,6 @@ SHORT_WINDOW = """
 import flwr.common.constant
 flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL = 10
 """
-
-
-def events(base: Path, kind: str) -> list[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):
-        found = read_events(base / "runs" / "authenticated" / "events.jsonl")
-        return [event for event in found if event["event"] == kind]
-    return []
 
 
 def supernode(site: str) -> psutil.Process:
@@ -80,7 +72,7 @@ def test_authenticated_node_that_was_killed_is_refused_for_a_while_and_then_trai
     assert "[code: 2004]" in said, "it was never refused: the test shows nothing"
     ids = re.findall(r"SuperNode ID: (\d+)", said)
     assert len(ids) == 2 and ids[0] == ids[1], "it is known by its key"
-    refused = events(builtin, "reply_refused")
+    refused = events(builtin, "authenticated", "reply_refused")
     assert [event["client"] for event in refused] == ["site-a"]
-    clients = [event["clients"] for event in events(builtin, "round_committed")]
+    clients = [event["clients"] for event in events(builtin, "authenticated", "round_committed")]
     assert clients[0] == 0 and clients[-1] == 1

@@ -3,13 +3,13 @@
 import contextlib
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 from federation.micro import MICRO
 from federation.processes import (
     Deployment,
+    events,
     killed_at_end,
     pilot_run,
     wait_until,
@@ -17,16 +17,8 @@ from federation.processes import (
 )
 
 from benchmarks.chaos.processes import marked
-from pilot.telemetry import read_events
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def events(base: Path, kind: str) -> list[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):
-        found = read_events(base / "runs" / "leaving" / "events.jsonl")
-        return [event for event in found if event["event"] == kind]
-    return []
 
 
 def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_reply(
@@ -60,15 +52,15 @@ def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_re
         assert "leaving: the server has the reply in hand" in said
         # the other by a key that an operator sets; it is back when that is gone
         keys.set("pilot:leaving:stop:site-a", "maintenance", ex=600)
-        wait_until(lambda: len(events(builtin, "reply")) == 2, 120, "both replies")
+        wait_until(lambda: len(events(builtin, "leaving", "reply")) == 2, 120, "both replies")
         keys.delete("pilot:leaving:stop:site-a")
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-5000:]
-    replies = {event["client"]: event for event in events(builtin, "reply")[:2]}
+    replies = {event["client"]: event for event in events(builtin, "leaving", "reply")[:2]}
     assert replies["site-a"]["stopped_by"] == "maintenance"
     assert replies["site-b"]["stopped_by"] in ("its node ends", "pilot node: SIGTERM")
     assert all(event["tokens"] > 0 for event in replies.values())
-    (committed,) = events(builtin, "round_committed")
+    (committed,) = events(builtin, "leaving", "round_committed")
     assert committed["clients"] == 2
     assert committed["tokens"] == sum(event["tokens"] for event in replies.values())
-    assert events(builtin, "reply_refused") == []
+    assert events(builtin, "leaving", "reply_refused") == []

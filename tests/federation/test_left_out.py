@@ -1,31 +1,11 @@
 """Sites whose updates can't be used, in whole runs: counted, left out for a while, back again."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from federation.scripted import FastClock, ScriptedSite, Server, scripted_config
+from federation.scripted import FastClock, ScriptedSite, events, scripted_config
 
-from pilot.local_redis import LocalRedis
 from pilot.snapshot import latest_snapshot
-from pilot.telemetry import read_events
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with LocalRedis() as server:
-        yield server.url
-
-
-@pytest.fixture
-def server(redis_url: str, tmp_path: Path) -> Any:
-    def make(sites: list[ScriptedSite], **values: Any) -> Server:
-        config = scripted_config(run_name=tmp_path.name, **values)
-        return Server(config, sites, tmp_path / "run", redis_url)
-
-    return make
 
 
 def until_round(last: int, spoil: Any) -> Any:
@@ -48,9 +28,8 @@ def test_site_refused_three_times_running_is_left_out_and_the_others_go_on(serve
     assert [record.clients for record in state.history] == [1, 1, 1, 1, 1]
     assert [order.fence.round_number for order in bad.orders if order.segments] == [1, 2, 3]
     assert bad.orders[-1].final, "to evaluate, everybody is good enough"
-    events = list(read_events(run.run_dir / "events.jsonl"))
-    assert [e["client"] for e in events if e["event"] == "client_cooling"] == ["bad"]
-    committed = [e for e in events if e["event"] == "round_committed"]
+    assert [event["client"] for event in events(run, "client_cooling")] == ["bad"]
+    committed = events(run, "round_committed")
     assert "refused=1" in committed[0]["message"] and "refused" not in committed[3]["message"]
 
 

@@ -1,42 +1,20 @@
 """Clients that come, go, fall silent or run out of work while a round runs: real Redis, real messages."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from federation.scripted import FastClock, ScriptedSite, Server, scripted_config
+from federation.scripted import FastClock, ScriptedSite, Server, events
 
 from pilot import strategy
 from pilot.coordinator import ClientCoordinator, ServerCoordinator
-from pilot.local_redis import LocalRedis
 from pilot.messages import LEASE_USED_UP, TrainOrder
 from pilot.open_round import MAX_VAIN_ORDERS
-from pilot.telemetry import read_events
 
 TIMED = {"round_steps": 0, "round_min_duration": 1.0, "round_max_duration": 60.0}
 REAL_TIME = 1.0
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with LocalRedis() as server:
-        yield server.url
-
-
-@pytest.fixture
-def server(redis_url: str, tmp_path: Path) -> Any:
-    def make(sites: list[ScriptedSite], **values: Any) -> Server:
-        config = scripted_config(**{"run_name": tmp_path.name, **values})
-        return Server(config, sites, tmp_path / "run", redis_url)
-
-    return make
-
-
-def events(server: Server, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read_events(server.run_dir / "events.jsonl") if e["event"] == kind]
 
 
 def beat(server: Server, order: TrainOrder, **values: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from federation.micro import MICRO
 from federation.processes import (
     Deployment,
+    events,
     killed_at_end,
     pilot_run,
     wait_until,
@@ -21,16 +22,8 @@ from federation.processes import (
 from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
 from nanochat.checkpoint_manager import load_checkpoint
 from pilot.snapshot import latest_snapshot
-from pilot.telemetry import read_events
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def events(base: Path, run: str, kind: str) -> list[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):
-        path = base / "runs" / run / "events.jsonl"
-        return [event for event in read_events(path) if event["event"] == kind]
-    return []
 
 
 def finished(process: "subprocess.Popen[str]") -> str:

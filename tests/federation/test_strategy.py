@@ -1,44 +1,17 @@
 """The round loop against sites that fail, lie, are late or leave: real Redis, real messages."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from federation.scripted import ROW_TOKENS, FastClock, ScriptedSite, Server, scripted_config
+from federation.scripted import ROW_TOKENS, FastClock, ScriptedSite, events
 
-from pilot.local_redis import LocalRedis
 from pilot.messages import to_header
 from pilot.snapshot import latest_snapshot
 from pilot.strategy import RunFailed
-from pilot.telemetry import read_events
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with LocalRedis() as server:
-        yield server.url
-
-
-@pytest.fixture
-def server(redis_url: str, tmp_path: Path) -> Any:
-    """Makes servers of one run; its name is the test's own, since the tests share a Redis."""
-
-    def make(sites: list[ScriptedSite], **values: Any) -> Server:
-        name = values.pop("run_name", tmp_path.name)
-        config = scripted_config(**{"run_name": name, **values})
-        return Server(config, sites, tmp_path / name, redis_url)
-
-    return make
-
-
-def events(server: Server, kind: str) -> list[dict[str, Any]]:
-    path = server.run_dir / "events.jsonl"
-    return [event for event in read_events(path) if event["event"] == kind]
 
 
 def in_round(number: int, react: Any) -> Any:

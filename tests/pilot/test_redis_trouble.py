@@ -16,20 +16,13 @@ from pilot.local_redis import LocalRedis
 from pilot.messages import Fence
 from pilot.worker.stop import Progress, StopWatcher
 
+from .coordinator_kit import until
 from .redis_fixture import free_port, tcp_redis
 
 __all__ = ["tcp_redis"]  # a fixture
 
-LIMIT_S = 30.0
 HEARTBEAT_S = 0.1
 FENCE = Fence("r", 1, 3, 9)
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def port_of(server: LocalRedis) -> int:
