@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from bpe_child import LENGTH_BYTES, NUM_BYTES
+from bpe_child import LENGTH_BYTES, NUM_BYTES  # type: ignore[import-not-found] # stands beside this file
 
 from nanochat.common import UserError, get_base_dir, run_command_line
 from nanochat.dataset import parquets_iter_batched, prepare_builtin

@@ -60,8 +60,11 @@ class Setting:
         self.ledger = Ledger.from_state(state, shard_order=order)
         self.names = [f"client_{number}" for number in range(self.clients)]
         shards = [self._shards_of(number) for number in range(self.clients)]
-        with_names = list(zip(self.names, shards, strict=True))
-        self._time("register", lambda: [self.ledger.register(n, s) for n, s in with_names])
+        self._time("register", lambda: self._register(shards))
+
+    def _register(self, shards: list[list[int]]) -> None:
+        for name, own in zip(self.names, shards, strict=True):
+            self.ledger.register(name, own)
 
     def _shards_of(self, number: int) -> list[int]:
         if self.disks == "all":

@@ -11,15 +11,19 @@ import importlib.machinery
 import os
 import random
 import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 _FILE = os.environ.get("PILOT_CHAOS_REPLY")
 
 
-def _ordered(words):
+def _ordered(words: Sequence[str]) -> str | None:
     """The word that the injector wrote, if it is one of `words`; it is taken away then."""
     with contextlib.suppress(OSError):
-        path = Path(_FILE)
+        path = Path(_FILE or "")
         word = path.read_text(encoding="utf-8")
         if word in words:
             path.unlink()
@@ -27,8 +31,8 @@ def _ordered(words):
     return None
 
 
-def _spoil_parts(encode):
-    def spoilt(tensors, *arguments, **options):
+def _spoil_parts(encode: Callable[..., Any]) -> Callable[..., Any]:
+    def spoilt(tensors: Any, *arguments: Any, **options: Any) -> Any:
         parts = encode(tensors, *arguments, **options)
         word = _ordered(("nan", "corrupt", "truncate")) if parts else None
         if word:
@@ -46,8 +50,8 @@ def _spoil_parts(encode):
     return spoilt
 
 
-def _spoil_header(to_header):
-    def spoilt(message):
+def _spoil_header(to_header: Callable[..., Any]) -> Callable[..., Any]:
+    def spoilt(message: Any) -> Any:
         header = to_header(message)
         if header.get("kind") == "TrainReply" and header.get("tokens") and _ordered(("misreport",)):
             header["tokens"] = 2 * header["tokens"]
@@ -60,7 +64,9 @@ _WRAPPED = {"pilot.codec": ("encode", _spoil_parts), "pilot.messages": ("to_head
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in _WRAPPED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -68,11 +74,11 @@ class _Finder(importlib.abc.MetaPathFinder):
             attribute, wrap = _WRAPPED[name]
             load = spec.loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module: ModuleType) -> None:
                 load(module)
                 setattr(module, attribute, wrap(getattr(module, attribute)))
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign] # of this spec only
         return spec
 
 
