@@ -15,6 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from pilot.messages import Header, Part
+from pilot.puller import Puller
 from pilot.records import from_records, to_records
 from pilot.rounds import Clock
 
@@ -58,7 +59,7 @@ class Mailbox:
     """All messages of a server that have no answer yet."""
 
     def __init__(self, grid: Grid, clock: Clock) -> None:
-        self._grid, self._clock = grid, clock
+        self._grid, self._clock, self._puller = grid, clock, Puller(grid)
         self._pending: dict[str, _Pending] = {}
 
     def nodes(self) -> set[int]:
@@ -92,11 +93,8 @@ class Mailbox:
 
     def poll(self) -> list[Answer]:
         """The answers that have come since the last call; each message gets exactly one."""
-        answers = []
-        for message_id in list(self._pending):
-            # one a call: Flower downloads all ready replies of a call before it returns
-            for reply in self._grid.pull_messages([message_id]):
-                answers.append(self._open(message_id, reply))
+        came = self._puller.pull(list(self._pending))
+        answers = [self._open(i, reply) for i, reply in came if i in self._pending]
         answers += self._lost()
         return answers
 

@@ -1,9 +1,12 @@
 """Messages over Flower: each gets exactly one answer, whatever becomes of its node."""
 
+import threading
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from pilot.mailbox import FORGET_AFTER_S, LOST_AFTER_S, Answer, Mailbox
 from pilot.messages import Part
@@ -124,3 +127,40 @@ def test_abandoned_answer_that_comes_in_time_is_heard() -> None:
     grid.answer(message_id, {"x": 1})
     assert [answer.header for answer in box.poll()] == [{"x": 1}]
     assert not box.busy(7)
+
+
+def test_reply_that_never_comes_whole_blocks_neither_the_loop_nor_other_replies() -> None:
+    there = threading.Event()
+
+    class HalfUploaded(ManualGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            if any(reply.metadata.src_node_id == 1 for reply in replies):
+                assert there.wait(30)
+            return replies
+
+    grid, clock = HalfUploaded(1, 2), ManualClock()
+    box = Mailbox(grid, clock)  # type: ignore[arg-type]  # what Grid is used for
+    box._puller._patience_s = 0.1
+    one, two = box.send(1, "train", {}), box.send(2, "train", {})
+    grid.answer(one, {})
+    assert box.poll() == []
+    grid.answer(two, {})
+    assert [answer.message_id for answer in box.poll()] == [two]
+    assert box.poll() == [] and box.busy(1), "it is not pulled a second time, which Flower refuses"
+    there.set()
+    until = time.monotonic() + 30
+    while not (answers := box.poll()):
+        assert time.monotonic() < until
+    assert [answer.message_id for answer in answers] == [one] and not box.busy(1)
+
+
+def test_what_pulling_raises_reaches_the_round_loop() -> None:
+    class Broken(ManualGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            raise ConnectionError("no SuperLink")
+
+    box = Mailbox(Broken(1), ManualClock())  # type: ignore[arg-type]  # what Grid is used for
+    box.send(1, "train", {})
+    with pytest.raises(ConnectionError, match="no SuperLink"):
+        box.poll()
