@@ -68,7 +68,6 @@ def test_authenticated_node_that_was_killed_is_refused_for_a_while_and_then_trai
         assert node.wait(60) == 0
         assert not marked(deployment.mark("site-a")), "nothing of it is left"
     said = log.read_text(encoding="utf-8")
-    assert "with code 137; again in 1 s" in said
     assert "[code: 2004]" in said, "it was never refused: the test shows nothing"
     ids = re.findall(r"SuperNode ID: (\d+)", said)
     assert len(ids) == 2 and ids[0] == ids[1], "it is known by its key"
