@@ -16,7 +16,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """7 rows a matmul and 3 a pass: both end in a short rest."""
     monkeypatch.setattr(head, "_MATMUL_ELEMENTS", {"cpu": 7 * VOCAB})
     monkeypatch.setattr(head, "_PASS_ELEMENTS_CPU", 3 * VOCAB)
-    monkeypatch.setattr(head, "_ADD_ELEMENTS", 9 * WIDTH)
+    monkeypatch.setattr(head, "_CAST_ELEMENTS", 9 * WIDTH)
 
 
 def _inputs(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
