@@ -28,8 +28,9 @@ from torch import Tensor
 
 from nanochat import attention, gpt
 from nanochat.acceleration import compiled_block, what_compiling_lacks
-from nanochat.gpt import build_gpt, config_for_depth, run_block
+from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.head import softcap
+from nanochat.layers import run_block
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
 

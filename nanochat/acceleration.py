@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanochat.common import get_base_dir
 from nanochat.flash3 import flash3_for
-from nanochat.gpt import RunBlock, run_block
+from nanochat.layers import RunBlock, run_block
 
 COMPILE_MODES = ("auto", "on", "off")
 

@@ -15,8 +15,9 @@ from nanochat.common import UserError, get_base_dir, print0
 from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
 from nanochat.dataloader import RowCache
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig, RunBlock, build_gpt, config_for_depth
+from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
 from nanochat.interrupt import stop_on_signals
+from nanochat.layers import RunBlock
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
 from nanochat.progress import ProgressLog
 from nanochat.resume import RunState, resolve_step, restore_run, save_run

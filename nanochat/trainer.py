@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nanochat.batches import Batches
 from nanochat.common import UserError
-from nanochat.gpt import GPT, RunBlock, run_block
+from nanochat.gpt import GPT
+from nanochat.layers import RunBlock, run_block
 from nanochat.optim import MuonAdamW
 from nanochat.schedule import Hyper
 

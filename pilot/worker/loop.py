@@ -23,7 +23,8 @@ from nanochat.acceleration import accelerated_block, training_seconds
 from nanochat.common import default_compute_dtype
 from nanochat.dataloader import RowStream
 from nanochat.dataloader import Segment as RowSegment
-from nanochat.gpt import GPT, RunBlock, run_block
+from nanochat.gpt import GPT
+from nanochat.layers import RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from nanochat.trainer import Trainer, rank_slice

@@ -13,7 +13,8 @@ from nanochat.acceleration import (
 )
 from nanochat.attention import _window_mask
 from nanochat.blocked_attention import banded_attention
-from nanochat.gpt import GPTConfig, build_gpt, run_block
+from nanochat.gpt import GPTConfig, build_gpt
+from nanochat.layers import run_block
 
 LONG = 1e6  # seconds
 

@@ -17,7 +17,8 @@ import torch
 from nanochat.acceleration import CompileChoice, choose_compile, training_seconds
 from nanochat.common import UserError
 from nanochat.dataloader import RowStream
-from nanochat.gpt import GPT, run_block
+from nanochat.gpt import GPT
+from nanochat.layers import run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from pilot import plan

@@ -1,0 +1,107 @@
+"""The layers of a GPT: matmuls over fp32 master weights, attention, MLP, and the block of the two."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.attention import apply_rotary, cached_attention, causal_attention
+from nanochat.gpt_config import VE_GATE_CHANNELS, GPTConfig
+from nanochat.kv_cache import KVCache
+
+
+def _leave_unset(_module: nn.Module) -> None:
+    """`init_weights` sets all data; torch's own drawing would cost 2 s of imports on meta tensors."""
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm without weights, over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """A matmul in the input's dtype over an fp32 master weight; never a bias."""
+
+    reset_parameters = _leave_unset
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    reset_parameters = _leave_unset
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, window: int) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim, self.window, self.layer = config.head_dim, window, layer
+        self.qk_scale = 1.2 if config.is_modern else 1.0
+        kv_dim = self.n_kv_head * self.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_v = Linear(config.n_embd, kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if config.has_value_embedding(layer):
+            self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """x: (B, T, C); ve: (B, T, n_kv_head * head_dim) on layers with a value embedding."""
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if ve is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, n_kv_head)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        if self.qk_scale != 1.0:
+            q, k = q * self.qk_scale, k * self.qk_scale
+        if cache is None:
+            y = causal_attention(q, k, v, window=self.window)
+        else:
+            keys, values = cache.get_layer_cache(self.layer)
+            y = cached_attention(q, k, v, keys, values, pos=cache.get_pos(), window=self.window)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, window: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer, window)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, ve, cache)
+        x = x + self.mlp(norm(x))
+        return x
+
+
+def run_block(
+    block: Block, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, cache: KVCache | None
+) -> Tensor:
+    """What a faster form of a block (acceleration.py) computes."""
+    out: Tensor = block(x, cos, sin, ve, cache)
+    return out
+
+
+RunBlock = Callable[[Block, Tensor, Tensor, Tensor, Tensor | None, KVCache | None], Tensor]
