@@ -24,9 +24,9 @@ LOGIT_SOFTCAP = 15.0
 
 # Elements of a chunk of logits: for the matmuls it should be large, for passes over it small enough
 # for a core's caches. GPUs have the memory for large ones, and need them to be busy.
-_MATMUL_ELEMENTS = {"cpu": 1 << 24}
+_MATMUL_ELEMENTS = {"cpu": 1 << 25}
 _MATMUL_ELEMENTS_GPU = 1 << 28
-_PASS_ELEMENTS_CPU = 1 << 18
+_PASS_ELEMENTS_CPU = 1 << 19
 _CAST_ELEMENTS = 1 << 18  # small enough to be converted in a core's caches
 _INNER = 2 / LOGIT_SOFTCAP  # of the logits, in the sigmoid
 _OUTER = 2 * LOGIT_SOFTCAP  # of the sigmoid
@@ -153,20 +153,20 @@ def _passes(scaled: Tensor, targets: Tensor, nats: Tensor, scale: Tensor | None)
     step = len(scaled)
     if scaled.device.type == "cpu":
         step = max(1, _PASS_ELEMENTS_CPU // scaled.size(1))
-    for i in range(0, len(scaled), step):
-        z, target = scaled[i : i + step], targets[i : i + step]
-        counted = (target >= 0).float()
-        target = target.clamp_min(0)[:, None]
+    counted = (targets >= 0).float()
+    totals, bits_of_target = torch.empty_like(nats), torch.empty_like(nats)
+    given = (scaled, targets.clamp_min(0)[:, None], totals[:, None], bits_of_target[:, None])
+    weights = counted if scale is None else _OUTER * scale * counted
+    pieces = zip(*(t.split(step) for t in (*given, weights[:, None])), strict=True)
+    for z, target, total, bits, weight in pieces:
         s = z.float().sigmoid_()  # fp32 is overwritten
         e = torch.mul(s, _BITS)
-        bits_of_target = e.gather(1, target)[:, 0]
-        total = e.exp2_().sum(dim=1)
-        nats[i : i + step] = (total.log2() - bits_of_target) * (counted * math.log(2))
+        torch.gather(e, 1, target, out=bits)
+        torch.sum(e.exp2_(), 1, keepdim=True, out=total)
         if scale is None:
             continue
-        weight = _OUTER * scale * counted
-        e.mul_((weight / total)[:, None])
-        e.scatter_add_(1, target, -weight[:, None])
+        e.mul_(weight / total).scatter_add_(1, target, -weight)
         torch.ops.aten.sigmoid_backward.grad_input(e, s, grad_input=s)
         if s is not z:
             z.copy_(s)
+    torch.mul(totals.log2_().sub_(bits_of_target), counted.mul_(math.log(2)), out=nats)

@@ -44,8 +44,8 @@ def adamw_update(
     """One AdamW step in place: decoupled decay first, then the bias-corrected update.
 
     All tensors are of one shape (n,); moments are fp32, weight and grad may be bf16 (rounded once, at
-    the end). On a CPU pieces that fit its caches are finished one after the other: 107 → 17 ms for a
-    bf16 table of 8.4 million on one thread, and no temporaries to speak of.
+    the end). On a CPU pieces that fit its caches go through torch's fused kernel one after the other,
+    which leaves no temporaries to speak of.
     """
     pieces = [(weight, grad, exp_avg, exp_avg_sq)]
     if weight.device.type == "cpu":
@@ -67,13 +67,31 @@ def _adamw_piece(
     weight_decay: float,
 ) -> None:
     beta1, beta2 = betas
-    grad = grad.float()
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    new = weight.float().mul(1 - lr * weight_decay)
-    new.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
-    weight.copy_(new)
+    grad, new = grad.float(), weight.float()  # themselves, if they are in fp32
+    if weight.device.type == "cpu":
+        torch._fused_adamw_(
+            [new],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(step))],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+    else:
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+        deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+        new.mul_(1 - lr * weight_decay)
+        new.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
+    if new is not weight:
+        weight.copy_(new)
 
 
 def equilibrate_rows(x: Tensor) -> Tensor:

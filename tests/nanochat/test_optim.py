@@ -256,5 +256,6 @@ def test_adamw_in_pieces_is_bit_for_bit_adamw_in_one(
         )
         return [weight, *moments]
 
-    for pieces, whole in zip(run(10), run(1000), strict=True):
+    # whole vectors of any CPU in each piece, and in the last one a rest
+    for pieces, whole in zip(run(32), run(1024), strict=True):
         assert torch.equal(pieces, whole)
