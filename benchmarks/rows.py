@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 import torch
 
 from nanochat.batch_encoder import BatchEncoder
-from nanochat.common import default_compute_dtype, run_command_line
+from nanochat.choices import default_compute_dtype
+from nanochat.common import run_command_line
 from nanochat.dataloader import RowCache
 from nanochat.dataset import Source, get_source, iter_texts, prepare_builtin
 from nanochat.files import sha256_file

@@ -2,7 +2,8 @@
 
 uv run python -m benchmarks.train_step [--configs plain,eager,default]
 
-`plain` is the straightforward step: eager, fp32, all logits at once, a T x T mask for a window.
+`plain` is the straightforward step: eager, fp32, all logits at once, a T x T mask for a window, torch's
+own gradients and memory settings.
 `default` is what a long run gets by itself, `eager` the same without compiling. Each configuration
 lives in a process of its own, so that its peak RSS is its own; they take their steps by turns, so that
 what else the machine does hits all. Compiling is done before, and told as `start_s`. The last line is
@@ -26,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import attention, gpt
-from nanochat.acceleration import compiled_block, what_compiling_lacks
+from nanochat import attention, by_hand, gpt
+from nanochat.acceleration import compiled_block
+from nanochat.choices import what_compiling_lacks
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.head import softcap
 from nanochat.layers import run_block
+from nanochat.memory import keep_freed_memory
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
 
@@ -171,6 +174,9 @@ def make_trainer(
     if name == "plain":
         gpt.head_loss = _plain_head_loss
         attention.blocked_attention = _plain_windowed_attention
+        by_hand._plain = lambda _: True
+    else:
+        keep_freed_memory()  # as every process that trains does
     config = config_for_depth(depth, vocab_size=vocab, sequence_len=sequence_len, arch=arch)
     device = torch.device("cpu")
     run = run_block

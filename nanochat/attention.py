@@ -1,14 +1,13 @@
 """Rotary position embedding and causal attention with a sliding window.
 
-The one place where an attention kernel is chosen: `choose_kernel`. `scaled_dot_product_attention` has a
-fused causal kernel on CPU, CUDA and MPS, and takes an explicit T x T mask for a window shorter than the
-sequence: exact everywhere, but twice the work of a windowed kernel at T = 2048. On CPUs windows have a
-kernel of their own (2.3-2.9 times as fast as the mask at windows of a quarter), on Hopper GPUs
-FlashAttention-3 takes all of them. There is no fp8: matmuls are in bf16 at the least, as the weights'
+choices.py says which kernel. `scaled_dot_product_attention` has a fused causal kernel on CPU, CUDA and MPS,
+and takes an explicit T x T mask for a window shorter than the sequence: exact everywhere, but twice the
+work of a windowed kernel at T = 2048. On CPUs windows have a kernel of their own (2.3-2.9 times as fast as
+the mask at windows of a quarter), on Hopper GPUs FlashAttention-3 takes all of them, on other CUDA GPUs
+FlexAttention where blocks are compiled. There is no fp8: matmuls are in bf16 at the least, as the weights'
 updates were tuned for.
 """
 
-from enum import Enum
 from functools import lru_cache
 
 import torch
@@ -16,28 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.blocked_attention import banded_attention, blocked_attention
+from nanochat.choices import Kernel, choose_kernel
 from nanochat.flash3 import flash3_attention, flash3_for
+from nanochat.flex import flex_attention_of_window
 
 _WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
 _SHORT_WINDOW_DIVISOR = 4
-
-
-class Kernel(Enum):
-    FLASH3 = "FlashAttention-3"
-    CAUSAL = "torch's fused causal attention"
-    BLOCKED = "blocks of queries"
-    MASK = "torch's attention with a mask"
-
-
-def choose_kernel(
-    *, device_type: str, dtype: torch.dtype, length: int, window: int, has_flash3: bool
-) -> Kernel:
-    """What computes attention of `length` positions to `window` positions before each."""
-    if has_flash3 and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return Kernel.FLASH3
-    if window >= length - 1:  # the first position is visible from the last
-        return Kernel.CAUSAL
-    return Kernel.BLOCKED if device_type == "cpu" else Kernel.MASK
 
 
 def rotary_tables(
@@ -85,6 +68,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
         length=q.size(1),
         window=window,
         has_flash3=flash3_for(q.device) is not None,
+        compiled=torch.compiler.is_compiling(),
     )
     return attention_by(kernel, q, k, v, window=window)
 
@@ -95,6 +79,8 @@ def attention_by(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, window: int
         flash3 = flash3_for(q.device)
         assert flash3 is not None
         return flash3_attention(flash3, q, k, v, window=window)
+    if kernel is Kernel.FLEX:
+        return flex_attention_of_window(q, k, v, window=window)
     if kernel is Kernel.BLOCKED:
         if torch.compiler.is_compiling():
             return banded_attention(q, k, v, window=window)

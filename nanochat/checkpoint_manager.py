@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError, default_compute_dtype, get_base_dir
+from nanochat.choices import default_compute_dtype
+from nanochat.common import UserError, get_base_dir
 from nanochat.files import atomic_file, atomic_write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import (

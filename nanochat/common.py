@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import torch
 
-DTYPE_NAMES = ("bfloat16", "float16", "float32")
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 
 _SCRIPT_SEED = 42
@@ -141,41 +140,12 @@ def compute_cleanup() -> None:
         dist.destroy_process_group()
 
 
-def default_compute_dtype(device_type: str) -> "torch.dtype":
-    """The dtype of matmuls on `device_type`; `$NANOCHAT_DTYPE` wins.
-
-    bf16 where the hardware multiplies it natively: CUDA from SM 80 on, and CPUs with avx512_bf16 or
-    AMX (measured there: 1.3-1.8x faster than fp32; CPUs without emulate it and lose). Else fp32.
-    """
-    import torch
-
-    name = os.environ.get("NANOCHAT_DTYPE", "")
-    if name:
-        return dtype_from_name(name)
-    if device_type == "cuda" and torch.cuda.is_available():
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    elif device_type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
-
-
-def dtype_from_name(name: str) -> "torch.dtype":
-    """ "bfloat16" and its like as a torch.dtype; UserError for anything else."""
-    import torch
-
-    if name not in DTYPE_NAMES:
-        raise UserError(f"NANOCHAT_DTYPE is {name!r}: choose one of {', '.join(DTYPE_NAMES)}")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def __getattr__(name: str) -> Any:
     # Outside code imports `COMPUTE_DTYPE`; it is computed when asked for, so that importing this
     # module neither imports torch nor fixes the answer.
     if name == "COMPUTE_DTYPE":
+        from nanochat.choices import default_compute_dtype
+
         return default_compute_dtype(autodetect_device_type())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

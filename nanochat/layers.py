@@ -6,18 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import apply_rotary, cached_attention, causal_attention
+from nanochat.attention import cached_attention, causal_attention
+from nanochat.by_hand import norm, relu_squared_mlp, rotated_norm
 from nanochat.gpt_config import VE_GATE_CHANNELS, GPTConfig
 from nanochat.kv_cache import KVCache
 
 
 def _leave_unset(_module: nn.Module) -> None:
     """`init_weights` sets all data; torch's own drawing would cost 2 s of imports on meta tensors."""
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm without weights, over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 class Linear(nn.Linear):
@@ -61,9 +57,8 @@ class Attention(nn.Module):
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, n_kv_head)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-        if self.qk_scale != 1.0:
-            q, k = q * self.qk_scale, k * self.qk_scale
+        q = rotated_norm(q, cos, sin, scale=self.qk_scale)
+        k = rotated_norm(k, cos, sin, scale=self.qk_scale)
         if cache is None:
             y = causal_attention(q, k, v, window=self.window)
         else:
@@ -79,7 +74,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.acceleration import accelerated_block, training_seconds
+from nanochat.acceleration import accelerated_block
+from nanochat.choices import training_seconds
 from nanochat.common import UserError, get_base_dir, print0
 from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
 from nanochat.dataloader import RowCache
@@ -19,6 +20,7 @@ from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
 from nanochat.interrupt import stop_on_signals
 from nanochat.layers import RunBlock
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
+from nanochat.memory import keep_freed_memory
 from nanochat.progress import ProgressLog
 from nanochat.resume import RunState, resolve_step, restore_run, save_run
 from nanochat.samples import sample_texts
@@ -69,6 +71,8 @@ def pretrain(
     All ranks of a process group call it together. Raises UserError before any long work.
     """
     settings.check()
+    if device.type == "cpu":
+        keep_freed_memory()
     config, cache, tokenizer, spec, num_shards = _open(settings)
     core_tasks = load_tasks(ensure_bundle()) if settings.core_every > 0 else []
     with torch.device("meta"):
@@ -99,7 +103,7 @@ def pretrain(
         device_batch_rows=settings.batch_size,
         rank=rank,
         world_size=world_size,
-        run_block=_run_block(settings, params, num_steps, device, world_size),
+        run_block=_run_block(settings, model, num_steps, world_size),
     )
     directory = get_base_dir() / "base_checkpoints" / settings.tag
     user_config = {**asdict(settings), "num_shards": num_shards}
@@ -178,15 +182,13 @@ def pretrain(
     return state.val_bpb
 
 
-def _run_block(
-    settings: Settings, params: GPT, num_steps: int, device: torch.device, world_size: int
-) -> RunBlock:
+def _run_block(settings: Settings, model: GPT, num_steps: int, world_size: int) -> RunBlock:
     """A block as it is computed in training, chosen by the work of the whole run; one line says how."""
-    flops = float(num_steps * settings.total_batch_size * params.estimate_flops())
-    threads = torch.get_num_threads()
-    seconds = training_seconds(flops, device.type, threads=threads, devices=world_size)
-    run_block, choice = accelerated_block(settings.compile, device=device, run_s=seconds)
-    print0(choice)
+    flops = float(num_steps * settings.total_batch_size * model.estimate_flops())
+    threads, device_type = torch.get_num_threads(), model.get_device().type
+    seconds = training_seconds(flops, device_type, threads=threads, devices=world_size)
+    run_block, choices = accelerated_block(settings.compile, model=model, run_s=seconds)
+    print0(choices)
     return run_block
 
 

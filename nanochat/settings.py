@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from nanochat.acceleration import COMPILE_MODES
+from nanochat.choices import COMPILE_MODES
 from nanochat.common import UserError
 from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS

@@ -8,7 +8,7 @@ Ctrl-C ends the step and saves it; the same command with `--resume-from-step lat
 
 from argparse import SUPPRESS
 
-from nanochat.acceleration import COMPILE_MODES
+from nanochat.choices import COMPILE_MODES
 from nanochat.common import (
     ArgumentParser,
     UserError,

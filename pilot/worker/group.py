@@ -31,9 +31,6 @@ _POLL_S = 0.2
 _TERMINATE_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _PARENT_GONE = 2  # an exit code
-# glibc gives big blocks back to the kernel at every free, and the next micro-batch's logits fault them in
-# again: 1.34 → 0.77 CPU-seconds a step of configs/tiny.toml on one thread (docs/log.md).
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
 def main() -> None:
@@ -82,8 +79,6 @@ def _start_rank(
     environment = dict(os.environ)
     environment |= {"PILOT_RANK": str(rank), "PILOT_WORLD_SIZE": str(world_size)}
     environment["PILOT_SUPERVISOR"] = str(os.getpid())
-    if not Path("/dev/nvidiactl").exists():
-        environment = _KEEP_FREED_MEMORY | environment
     inherited: tuple[int, ...] = ()
     if rank == 0:
         environment["PILOT_LISTENER"] = str(listener.fileno())

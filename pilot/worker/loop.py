@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochat.acceleration import accelerated_block, training_seconds
-from nanochat.common import default_compute_dtype
+from nanochat.acceleration import accelerated_block
+from nanochat.choices import default_compute_dtype, training_seconds
 from nanochat.dataloader import RowStream
 from nanochat.dataloader import Segment as RowSegment
 from nanochat.gpt import GPT
 from nanochat.layers import RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
+from nanochat.memory import keep_freed_memory
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
@@ -63,6 +64,8 @@ class Round:
         with self._stop_watcher() as stop:
             if self.ranks.agree(stop.should_stop()):
                 return self._reply(stop.reason), {}
+            if self.ranks.device.type == "cpu":
+                keep_freed_memory()
             self._limit_threads()
             data = open_data(self.config)
             compute_dtype = default_compute_dtype(self.ranks.device.type)
@@ -231,14 +234,14 @@ class Round:
         of_round = config.round_steps * config.total_batch_size or config.target_tokens
         total = self.order.total_tokens
         total_s, round_s = seconds(total), seconds(of_round or total)
-        block, choice = accelerated_block(
+        block, choices = accelerated_block(
             config.compile,
-            device=self.ranks.device,
+            model=model,
             run_s=total_s,
             process_s=total_s if config.worker_idle else min(config.round_max_duration, round_s),
         )
-        if self.ranks.first and (choice.on or self.order.fence.round_number == 1):
-            log.info("%s", choice)
+        if self.ranks.first and (choices.compiling.on or self.order.fence.round_number == 1):
+            log.info("%s", choices)
         return block
 
     def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:

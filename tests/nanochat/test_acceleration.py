@@ -1,58 +1,16 @@
-"""When a training step is compiled; and what is compiled computes what the plain block does."""
+"""What is compiled computes what the plain block does."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanochat import acceleration
-from nanochat.acceleration import (
-    CompileChoice,
-    choose_compile,
-    training_seconds,
-    what_compiling_lacks,
-)
+from nanochat import acceleration, attention
 from nanochat.attention import _window_mask
 from nanochat.blocked_attention import banded_attention
+from nanochat.choices import Kernel
+from nanochat.flex import prepare_flex
 from nanochat.gpt import GPTConfig, build_gpt
 from nanochat.layers import run_block
-
-LONG = 1e6  # seconds
-
-
-def test_compiling_is_chosen_where_it_is_repaid() -> None:
-    assert choose_compile("auto", missing="", run_s=LONG).on
-    assert choose_compile("auto", missing="", run_s=LONG, process_s=LONG).on
-    assert not choose_compile("auto", missing="", run_s=30.0).on
-    assert not choose_compile("auto", missing="", run_s=LONG, process_s=5.0).on
-
-
-@pytest.mark.parametrize("mode", ["auto", "on"])
-def test_without_a_compiler_the_step_stays_eager_and_the_line_says_why(mode: str) -> None:
-    choice = choose_compile(mode, missing="there is no C++ compiler", run_s=LONG)
-    assert choice == CompileChoice(False, "there is no C++ compiler")
-    assert str(choice) == "Compiling the training step: off (there is no C++ compiler)"
-
-
-def test_a_mode_that_is_told_wins_over_the_work_left() -> None:
-    assert choose_compile("on", missing="", run_s=1.0).on
-    assert not choose_compile("off", missing="", run_s=LONG).on
-    with pytest.raises(ValueError, match="auto, on, off"):
-        choose_compile("perhaps", missing="", run_s=LONG)
-
-
-def test_guessed_seconds_fall_with_threads_and_devices() -> None:
-    one = training_seconds(1e12, "cpu", threads=1)
-    assert training_seconds(1e12, "cpu", threads=4, devices=2) == pytest.approx(one / 8)
-    assert training_seconds(1e12, "cuda", threads=1) < one
-
-
-def test_a_machine_without_compiler_or_headers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert what_compiling_lacks("mps")
-    monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
-    assert "compiler" in what_compiling_lacks("cpu")
-    monkeypatch.setattr(acceleration.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(acceleration.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
-    assert "headers" in what_compiling_lacks("cpu")
 
 
 def test_a_toolchain_that_is_broken_means_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +79,24 @@ def test_a_block_that_goes_through_the_compilers_front_computes_the_same() -> No
         torch.testing.assert_close(
             fast, plain, atol=1e-5 * float(plain.abs().max()) + 1e-9, rtol=1e-4
         )
+
+
+def test_flex_attention_is_traced_into_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, but run without generated code: its mask is found, and nothing breaks the graph."""
+    config = GPTConfig(
+        sequence_len=160, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, arch="modern"
+    )
+    model = build_gpt(config, device=torch.device("cpu"), seed=0, compute_dtype=torch.float32)
+    ids = torch.randint(64, (2, 161), generator=torch.Generator().manual_seed(2))
+    plain = model(ids[:, :-1], ids[:, 1:]).item()
+
+    def as_on_cuda(*, window: int, length: int, **_: object) -> Kernel:
+        return Kernel.FLEX if window < length - 1 else Kernel.CAUSAL
+
+    monkeypatch.setattr(attention, "choose_kernel", as_on_cuda)
+    for window in model.windows:
+        prepare_flex(160, window, torch.device("cpu"))
+    traced = torch.compile(run_block, backend="eager", dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        fast = model(ids[:, :-1], ids[:, 1:], run_block=traced)
+    assert float(fast) == pytest.approx(plain, rel=1e-5)

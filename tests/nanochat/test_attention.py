@@ -6,17 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import flash3
+from nanochat import flash3, flex
 from nanochat.attention import (
-    Kernel,
     apply_rotary,
     attention_by,
     cached_attention,
     causal_attention,
-    choose_kernel,
     layer_windows,
     rotary_tables,
 )
+from nanochat.choices import Kernel
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -45,38 +44,17 @@ def test_attention_sees_itself_and_its_window(window: int, kv_heads: int) -> Non
     torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("device_type", "dtype", "window", "has_flash3", "kernel"),
-    [
-        ("cpu", torch.float32, 127, False, Kernel.CAUSAL),  # all of 128 positions
-        ("cpu", torch.bfloat16, 126, False, Kernel.BLOCKED),
-        ("cuda", torch.bfloat16, 2048, False, Kernel.CAUSAL),
-        ("cuda", torch.bfloat16, 32, False, Kernel.MASK),
-        ("mps", torch.float32, 32, False, Kernel.MASK),
-        ("cuda", torch.bfloat16, 32, True, Kernel.FLASH3),
-        ("cuda", torch.float16, 2048, True, Kernel.FLASH3),
-        ("cuda", torch.float32, 32, True, Kernel.MASK),  # it has no fp32
-        ("cuda", torch.float32, 2048, True, Kernel.CAUSAL),
-        ("cpu", torch.bfloat16, 32, True, Kernel.BLOCKED),
-    ],
-)
-def test_the_kernel_follows_from_device_dtype_and_window(
-    device_type: str, dtype: torch.dtype, window: int, has_flash3: bool, kernel: Kernel
-) -> None:
-    chosen = choose_kernel(
-        device_type=device_type, dtype=dtype, length=128, window=window, has_flash3=has_flash3
-    )
-    assert chosen is kernel
-
-
 @pytest.mark.parametrize("window", [0, 1, 7, 22])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("kernel", [Kernel.MASK, Kernel.BLOCKED])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kernel", [Kernel.MASK, Kernel.BLOCKED, Kernel.FLEX])
 def test_every_kernel_for_windows_computes_the_same(
     kernel: Kernel, kv_heads: int, window: int
 ) -> None:
     generator = torch.Generator().manual_seed(window)
     q, k, v = (torch.randn(2, 24, h, 8, generator=generator) for h in (4, kv_heads, kv_heads))
+    if kernel is Kernel.FLEX:  # without a compiler it computes all scores
+        flex.prepare_flex(24, window, q.device)
     y = attention_by(kernel, q, k, v, window=window)
     torch.testing.assert_close(y.double(), _reference(q, k, v, window), atol=2e-6, rtol=2e-5)
 

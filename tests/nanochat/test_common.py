@@ -34,28 +34,6 @@ def test_importing_common_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_dtype_of_the_environment_wins_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("bfloat16", "float16", "float32"):
-        monkeypatch.setenv("NANOCHAT_DTYPE", name)
-        assert common.default_compute_dtype("cpu") == getattr(torch, name)
-        assert getattr(torch, name) == common.COMPUTE_DTYPE
-    monkeypatch.setenv("NANOCHAT_DTYPE", "int8")
-    with pytest.raises(UserError, match="bfloat16, float16, float32"):
-        common.default_compute_dtype("cpu")
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_cpu_computes_in_bf16_only_where_it_is_native(
-    native: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    expected = torch.bfloat16 if native else torch.float32
-    assert common.default_compute_dtype("cpu") == expected
-    assert common.default_compute_dtype("mps") == torch.float32
-
-
 def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

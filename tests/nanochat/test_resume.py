@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import load_checkpoint
+from nanochat.choices import what_compiling_lacks
 from nanochat.common import run_command_line
 from scripts import base_train
 
@@ -109,6 +111,25 @@ def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(
         assert_equal(_everything(whole, step), _everything(broken_one, step))
     place = _everything(whole, steps)["meta"]["dataloader_state_dict"]
     assert place["row"] > 0 and (steps < STEPS or place["epoch"] > 0)  # no trivial place
+
+
+@pytest.mark.skipif(what_compiling_lacks("cpu") != "", reason=what_compiling_lacks("cpu"))
+def test_compiled_steps_of_two_processes_are_those_of_one(corpus: Path, base_dir: Path) -> None:
+    train = [*COMMON, "--source", str(corpus), "--compile", "on"]
+    train += ["--num-iterations", "4", "--save-every", "2"]
+
+    def run(*arguments: str) -> None:
+        process = _begin("-m", "scripts.base_train", *train, *arguments)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and "compiling on" in output, output
+
+    run("--run", "whole")
+    whole, broken = (_directory(base_dir, name) for name in ("whole", "broken"))
+    broken.mkdir()
+    for path in whole.glob("*_000002*"):
+        shutil.copy(path, broken)
+    run("--run", "broken", "--resume-from-step", "latest")
+    assert_equal(_everything(whole, 4), _everything(broken, 4))
 
 
 def test_ctrl_c_ends_the_step_saves_it_and_the_run_goes_on(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.acceleration import CompileChoice, choose_compile, training_seconds
+from nanochat.choices import Choices, CompileChoice, choose_compile, training_seconds
 from nanochat.common import UserError
 from nanochat.dataloader import RowStream
 from nanochat.gpt import GPT
@@ -310,9 +310,9 @@ def test_whether_a_round_compiles_follows_from_the_configuration_alone(
 ) -> None:
     asked: list[dict[str, Any]] = []
 
-    def accelerated(mode: str, **seconds: Any) -> tuple[Any, CompileChoice]:
+    def accelerated(mode: str, **seconds: Any) -> tuple[Any, Choices]:
         asked.append({"mode": mode, **seconds})
-        return run_block, CompileChoice(False, "a test")
+        return run_block, Choices(torch.float32, (), CompileChoice(False, "a test"))
 
     monkeypatch.setattr(loop, "accelerated_block", accelerated)
     config = site_config(site, **values, compile="on", round_max_duration=1e9)
