@@ -4,7 +4,8 @@ uv run python -m benchmarks.train_step [--configs plain,eager,default]
 
 `plain` is the straightforward step: eager, fp32, all logits at once, a T x T mask for a window, torch's
 own gradients and memory settings.
-`default` is what a long run gets by itself, `eager` the same without compiling. Each configuration
+`default` is what a long run gets by itself; `eager` and `compiled` are the same without and with compiled
+blocks. Each configuration
 lives in a process of its own, so that its peak RSS is its own; they take their steps by turns, so that
 what else the machine does hits all. Compiling is done before, and told as `start_s`. The last line is
 JSON: `ratio_4096`, `ratio_32768` (tokens/s, default to plain), `rss_ratio_32768`, and the parts.
@@ -28,16 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat import attention, by_hand, gpt
-from nanochat.acceleration import compiled_block
-from nanochat.choices import what_compiling_lacks
+from nanochat.acceleration import accelerated_block
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.head import softcap
-from nanochat.layers import run_block
+from nanochat.layers import RunBlock, run_block
 from nanochat.memory import keep_freed_memory
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
 
 STAGES = ("forward", "head", "backward", "optimizer")
+_LONG_RUN_S = 1e6
 HYPER = Hyper(lr_multiplier=1.0, momentum=0.9, weight_decay=0.1)
 
 
@@ -170,7 +171,7 @@ def make_trainer(
     batch_tokens: int,
     seed: int = 0,
 ) -> tuple[Trainer, dict[str, Any]]:
-    """The configuration `name` (plain, eager or default) of this process, and what it chose."""
+    """The configuration `name` (plain, eager, default or compiled) of this process, and what it chose."""
     if name == "plain":
         gpt.head_loss = _plain_head_loss
         attention.blocked_attention = _plain_windowed_attention
@@ -179,11 +180,12 @@ def make_trainer(
         keep_freed_memory()  # as every process that trains does
     config = config_for_depth(depth, vocab_size=vocab, sequence_len=sequence_len, arch=arch)
     device = torch.device("cpu")
-    run = run_block
-    if name == "default" and not what_compiling_lacks("cpu"):
-        run = compiled_block(device) or run_block
+    run: RunBlock = run_block
     dtype = torch.float32 if name == "plain" else None
     model = build_gpt(config, device=device, seed=seed, compute_dtype=dtype)
+    if name in ("default", "compiled"):
+        mode = "auto" if name == "default" else "on"
+        run, _ = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)
     rates = learning_rates(arch).scaled(scale_lr_for_batch(batch_tokens))
     trainer = Trainer(
         model,

@@ -34,7 +34,9 @@ def accelerated_block(
     device = model.get_device()
     missing = what_compiling_lacks(device.type)
     run: RunBlock = run_block
-    choice = choose_compile(mode, missing=missing, run_s=run_s, process_s=process_s)
+    choice = choose_compile(
+        mode, device_type=device.type, missing=missing, run_s=run_s, process_s=process_s
+    )
     if choice.on:
         if (compiled := compiled_block(device)) is not None:
             run = compiled

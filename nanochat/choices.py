@@ -151,7 +151,7 @@ def choose_kernel(
 
 
 def choose_compile(
-    mode: str, *, missing: str, run_s: float, process_s: float | None = None
+    mode: str, *, device_type: str, missing: str, run_s: float, process_s: float | None = None
 ) -> CompileChoice:
     """What `compile = mode` means where `missing` ("": nothing) keeps a compiler from working.
 
@@ -166,6 +166,8 @@ def choose_compile(
         return CompileChoice(False, missing)
     if mode == "on":
         return CompileChoice(True, "as it was told")
+    if device_type == "cpu":
+        return CompileChoice(False, "on a CPU it saves little and takes some 300 MB")
     process_s = run_s if process_s is None else process_s
     if run_s < _MIN_RUN_S:
         return CompileChoice(

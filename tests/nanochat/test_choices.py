@@ -20,24 +20,25 @@ LONG = 1e6  # seconds
 
 
 def test_compiling_is_chosen_where_it_is_repaid() -> None:
-    assert choose_compile("auto", missing="", run_s=LONG).on
-    assert choose_compile("auto", missing="", run_s=LONG, process_s=LONG).on
-    assert not choose_compile("auto", missing="", run_s=30.0).on
-    assert not choose_compile("auto", missing="", run_s=LONG, process_s=5.0).on
+    assert choose_compile("auto", device_type="cuda", missing="", run_s=LONG).on
+    assert choose_compile("auto", device_type="cuda", missing="", run_s=LONG, process_s=LONG).on
+    assert not choose_compile("auto", device_type="cuda", missing="", run_s=30.0).on
+    assert not choose_compile("auto", device_type="cpu", missing="", run_s=LONG).on
+    assert not choose_compile("auto", device_type="cuda", missing="", run_s=LONG, process_s=5.0).on
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_without_a_compiler_the_step_stays_eager_and_the_line_says_why(mode: str) -> None:
-    choice = choose_compile(mode, missing="there is no C++ compiler", run_s=LONG)
+    choice = choose_compile(mode, device_type="cpu", missing="there is no C++ compiler", run_s=LONG)
     assert choice == CompileChoice(False, "there is no C++ compiler")
     assert str(choice) == "compiling off (there is no C++ compiler)"
 
 
 def test_a_mode_that_is_told_wins_over_the_work_left() -> None:
-    assert choose_compile("on", missing="", run_s=1.0).on
-    assert not choose_compile("off", missing="", run_s=LONG).on
+    assert choose_compile("on", device_type="cuda", missing="", run_s=1.0).on
+    assert not choose_compile("off", device_type="cuda", missing="", run_s=LONG).on
     with pytest.raises(ValueError, match="auto, on, off"):
-        choose_compile("perhaps", missing="", run_s=LONG)
+        choose_compile("perhaps", device_type="cuda", missing="", run_s=LONG)
 
 
 def test_guessed_seconds_fall_with_threads_and_devices() -> None:

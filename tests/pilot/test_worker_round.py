@@ -315,7 +315,7 @@ def test_whether_a_round_compiles_follows_from_the_configuration_alone(
         return run_block, Choices(torch.float32, (), CompileChoice(False, "a test"))
 
     monkeypatch.setattr(loop, "accelerated_block", accelerated)
-    config = site_config(site, **values, compile="on", round_max_duration=1e9)
+    config = site_config(site, **values, compile="on", round_max_duration=1e9, worker_idle=0.0)
     run(config, [[0, 0, 0, BATCH_ROWS]], seconds_left=0.5)
     run(config, [], final=True)
     (once,) = asked
@@ -329,4 +329,6 @@ def test_the_first_run_of_a_newcomer_is_not_compiled() -> None:
         model = GPT(plan.model_config(config), compute_dtype=torch.float32)
     flops = model.estimate_flops() * plan.total_tokens(config)
     seconds = training_seconds(flops, "cpu", threads=1)
-    assert not choose_compile("auto", missing="", run_s=seconds, process_s=seconds).on
+    assert not choose_compile(
+        "auto", device_type="cuda", missing="", run_s=seconds, process_s=seconds
+    ).on
