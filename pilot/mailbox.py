@@ -2,8 +2,8 @@
 
 What Flower leaves open is closed here (FLOWER.md): an unknown node drops out of a push without a word, a
 reply can be pulled only once, an error names no node, and a node that restarts between two polls
-never answers and never fails. So each message is pushed alone and remembered, and one whose node is
-away for `LOST_AFTER_S` counts as lost.
+never answers and never fails. So each message is pushed alone and remembered, and one whose node has been
+away, or another process, for `LOST_AFTER_S` counts as lost.
 """
 
 import math
@@ -50,7 +50,11 @@ class Answer:
 
 @dataclass
 class _Pending:
+    """`activated_at`: when Flower had let the node in, as first seen after the sending; a node with a key keeps
+    its id through restarts, and only this tells that another process answers to it now."""
+
     node_id: int
+    activated_at: str | None = None
     absent_since_s: float | None = None
     forget_at_s: float = math.inf
 
@@ -64,7 +68,7 @@ class Mailbox:
 
     def nodes(self) -> set[int]:
         """Nodes that Flower believes to be online."""
-        return set(self._grid.get_node_ids())
+        return {node.node_id for node in self._grid.get_nodes()}
 
     def busy(self, node_id: int) -> bool:
         """Whether a message to the node has no answer yet: a node takes one at a time."""
@@ -111,20 +115,24 @@ class Mailbox:
         return Answer(message_id, node_id, header, parts)
 
     def _lost(self) -> list[Answer]:
-        online, now_s = self.nodes(), self._clock.now_s()
+        online = {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+        now_s = self._clock.now_s()
         lost = []
         for message_id, pending in list(self._pending.items()):
             if now_s >= pending.forget_at_s:
                 del self._pending[message_id]
                 continue
-            if pending.node_id in online:
+            if pending.activated_at is None:
+                pending.activated_at = online.get(pending.node_id)
+            if pending.node_id in online and online[pending.node_id] == pending.activated_at:
                 pending.absent_since_s = None
                 continue
             if pending.absent_since_s is None:
                 pending.absent_since_s = now_s
             if now_s - pending.absent_since_s >= LOST_AFTER_S:
                 del self._pending[message_id]
-                lost.append(
-                    Answer(message_id, pending.node_id, {}, [], "its node is gone", lost=True)
+                reason = (
+                    "its node was started anew" if pending.node_id in online else "its node is gone"
                 )
+                lost.append(Answer(message_id, pending.node_id, {}, [], reason, lost=True))
         return lost

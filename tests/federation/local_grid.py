@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 Handler = Callable[[str, RecordDict], RecordDict]
@@ -44,8 +45,8 @@ class LocalGrid:
                 reply = Message(Error(2, str(error)), reply_to=message)
             self._replies[message_id] = reply
 
-    def get_node_ids(self) -> Iterable[int]:
-        return sorted(self.online)
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node_id) for node_id in sorted(self.online)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from pilot.messages import Part
@@ -29,12 +30,16 @@ class ManualGrid:
         # Flower refuses to make messages outside a run
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.online, self.unknown = set(nodes), unknown
+        self.activated: dict[int, str] = {}  # when a node was let in, if not at first
         self.pushed: dict[str, Message] = {}
         self.ready: dict[str, Message] = {}
         self.pulls = 0
 
-    def get_node_ids(self) -> Iterable[int]:
-        return iter(sorted(self.online))
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=node_id, last_activated_at=self.activated.get(node_id, "at first"))
+            for node_id in sorted(self.online)
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:

@@ -78,6 +78,27 @@ def test_message_whose_node_stays_away_is_lost_and_not_before() -> None:
     assert not box.busy(1) and box.busy(2)
 
 
+def test_message_to_a_node_that_is_another_process_by_now_is_lost_though_it_was_never_away() -> (
+    None
+):
+    box, grid, clock = make(1, 2)
+    message_id = box.send(1, "train", {})
+    other = box.send(2, "train", {})
+    assert box.poll() == []
+    grid.activated[1] = "later"  # killed, and let in again under its id between two polls
+    assert box.poll() == []
+    clock.at_s += LOST_AFTER_S
+    (answer,) = box.poll()
+    assert (answer.message_id, answer.error) == (message_id, "its node was started anew")
+    assert answer.lost and not box.busy(1)
+    again = box.send(1, "train", {})
+    clock.at_s += 10 * LOST_AFTER_S
+    assert box.poll() == []
+    for sent in (again, other):
+        grid.answer(sent, {})
+    assert {answer.message_id for answer in box.poll()} == {again, other}
+
+
 def test_node_that_was_away_for_a_moment_loses_nothing() -> None:
     box, grid, clock = make(1)
     message_id = box.send(1, "train", {})
