@@ -25,7 +25,7 @@ _POLAR_COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _POLAR_SAFETY = 1.01
-_PIECE = 1 << 17  # elements of AdamW on a CPU
+_PIECE = 1 << 20  # elements of AdamW on a CPU: 86 ms a step at a vocabulary of 32,768, 94 with 2^17
 _TINY = 1e-10  # keeps divisions by a norm finite where a gradient is exactly zero
 
 
