@@ -124,7 +124,8 @@ class PilotStrategy:
     def _gather(self, wanted: int, *, to_train: bool) -> list[Site]:
         """Wait until `wanted` sites can take work, and a little for those that may come back.
 
-        Raises RunFailed after `clients-timeout` seconds without them, or when they can't come.
+        Raises RunFailed after `clients-timeout` seconds without them, or when they can't come; not as long as
+        one is there that is only left out for a while.
         """
         began_s = told_s = self.clock.now_s()
         while True:
@@ -135,8 +136,11 @@ class PilotStrategy:
             if self._all_there(len(sites), wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return sites
-            why = self.roster.waiting_for(wanted)
-            if self.roster.hopeless(wanted) or waited_s >= self.config.clients_timeout:
+            why, cooling = self.roster.waiting_for(wanted), self._cooling_sites()
+            if cooling:
+                why += f"; left out for a while: {', '.join(site.name for site in cooling)}"
+            timed_out = waited_s >= self.config.clients_timeout and not cooling
+            if self.roster.hopeless(wanted) or timed_out:
                 raise RunFailed(f"not enough clients to go on: {why}")
             if self.clock.now_s() - told_s >= 5.0:
                 log.info("Waiting for clients: %s", why)
@@ -161,6 +165,11 @@ class PilotStrategy:
             sites = [site for site in sites if self.state.ledger.free_for(site.name)]
             sites = [site for site in sites if self.cooling.ready(site.name)]
         return sites
+
+    def _cooling_sites(self) -> list[Site]:
+        """Sites that are there and will get work again, but not before their cooling time is over."""
+        sites = [site for site in self.roster.ready() if site.name not in self._leaving]
+        return [site for site in sites if not self.cooling.ready(site.name)]
 
     # -- 1. open, 2. send ------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """Sites whose updates can't be used, in whole runs: counted, left out for a while, back again."""
 
+import logging
 from typing import Any
 
+import pytest
 import torch
 from federation.scripted import FastClock, ScriptedSite, events, scripted_config
 
@@ -33,14 +35,21 @@ def test_site_refused_three_times_running_is_left_out_and_the_others_go_on(serve
     assert "refused=1" in committed[0]["message"] and "refused" not in committed[3]["message"]
 
 
-def test_run_whose_only_site_is_left_out_waits_for_it(server: Any) -> None:
-    run = server([ScriptedSite("alone")], num_rounds=2, min_clients=1, cooling_time=20.0)
+def test_run_whose_only_site_is_left_out_waits_for_it_and_says_so(
+    server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pilot"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="pilot")
+    # it is there: whether anybody comes is not the question
+    values = {"cooling_time": 20.0, "clients_timeout": 5.0}
+    run = server([ScriptedSite("alone")], num_rounds=2, min_clients=1, **values)
     run.state.admission.in_a_row["alone"] = 3
     clock = FastClock(speed=20)
     state = run.run(clock)
     assert [record.clients for record in state.history] == [1, 1]
     assert clock.now_s() >= 20.0
     assert state.admission.in_a_row == {}
+    assert "1 of 1 clients can take part; left out for a while: alone" in caplog.text
 
 
 def test_only_site_is_refused_three_times_and_the_run_goes_on_after_its_cooling_time(
