@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import attention, by_hand, gpt
+from nanochat import attention, by_hand, gpt, optim
 from nanochat.acceleration import accelerated_block
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.head import softcap
@@ -176,6 +176,7 @@ def make_trainer(
         gpt.head_loss = _plain_head_loss
         attention.blocked_attention = _plain_windowed_attention
         by_hand._plain = lambda _: True
+        optim.adamw_update = _plain_adamw
     else:
         keep_freed_memory()  # as every process that trains does
     config = config_for_depth(depth, vocab_size=vocab, sequence_len=sequence_len, arch=arch)
@@ -226,6 +227,27 @@ def _plain_head_loss(
 ) -> Tensor:
     logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+
+
+def _plain_adamw(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW as its paper writes it (arXiv 1711.05101), an operation after the other."""
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    weight.mul_(1 - lr * weight_decay)
+    weight.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
 
 
 def _plain_windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
