@@ -21,8 +21,9 @@ Beats = Mapping[str, "Beat"]
 # it took before, is not coming.
 _START_MIN_S = 45.0
 _START_FACTOR = 4.0
-# At the end of a round, a client that fell silent less than so long ago is waited for: one that was only
-# frozen or cut off for a moment has a whole reply to give.
+# At the end of a round, a client that fell silent is waited for as long as all together need to train what
+# it has trained, and at most so long since: one that was only frozen or cut off for a moment has a whole reply
+# to give, but the others stand still meanwhile.
 _REPRIEVE_S = 10.0
 
 log = logging.getLogger("pilot")
@@ -127,13 +128,31 @@ class RoundMonitor:
 
     @property
     def awaited(self) -> list[Work]:
-        """Whose reply is still to be expected: who is heard, or was so until a moment ago."""
-        latest_s = self._looked_at_s - _REPRIEVE_S
+        """Whose reply is worth waiting for: who is heard, or was so until a moment ago; once the round has
+        ended, not who had not begun by then."""
+        unbegun = self.unbegun
         return [
             work
             for work in self.open_round.pending.values()
-            if self._silent_since_s.get(work.site.name, self._looked_at_s) > latest_s
+            if work.site.name not in unbegun
+            and self._looked_at_s - self._silent_since_s.get(work.site.name, math.inf)
+            < self._reprieve_s(work.site.name)
         ]
+
+    @property
+    def unbegun(self) -> set[str]:
+        """Clients of a round that has ended that have not begun, as far as heartbeats tell."""
+        if self.ended_at_s is None or not self._heard:
+            return set()
+        sites = [work.site for work in self.open_round.pending.values()]
+        return {s.name for s in sites if s.name not in self._heard and not s.hello.warning}
+
+    def _reprieve_s(self, name: str) -> float:
+        sites = [work.site for work in self.open_round.pending.values()]
+        sites += [taken.work.site for taken in self.open_round.taken]
+        rates = {site.name: site.tokens_per_s or 0.0 for site in sites}
+        beat, rate = self.beats.get(name), sum(rates.values())
+        return min(_REPRIEVE_S, beat.tokens / rate) if beat and rate else _REPRIEVE_S
 
     def measure(self, work: Work, reply: TrainReply, now_s: float) -> None:
         """Learn from a reply what this site's rounds cost besides training."""

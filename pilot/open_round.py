@@ -264,10 +264,14 @@ class OpenRound:
             **values,
         )
 
-    def give_up(self, reason: str, *, silent: Collection[str] = ()) -> None:
+    def give_up(
+        self, reason: str, *, silent: Collection[str] = (), unbegun: Collection[str] = ()
+    ) -> None:
         """Nobody waits any longer: what is still out is refused for `reason`, its rows go back."""
+        reasons = dict.fromkeys(unbegun, "its client had not begun when the round ended")
+        reasons |= dict.fromkeys(silent, "its client is silent")
         for work in list(self.pending.values()):
-            self._lose(work, "its client is silent" if work.site.name in silent else reason)
+            self._lose(work, reasons.get(work.site.name, reason))
         self.pending.clear()
 
     # -- the close -------------------------------------------------------------------------------

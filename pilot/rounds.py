@@ -136,6 +136,8 @@ def remaining_s(rules: RoundRules, view: RoundView) -> float:
     """Seconds until the round ends, as far as one can tell now."""
     left = rules.max_duration_s - view.elapsed_s
     if not rules.fixed_steps:
+        if view.tokens >= rules.tokens_wanted:
+            return 0.0
         if view.tokens_per_s > 0:
             left = min(left, (rules.tokens_wanted - view.tokens) / view.tokens_per_s)
         if rules.target_tokens == 0 and view.training + view.waiting >= rules.quorum:

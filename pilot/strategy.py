@@ -289,13 +289,15 @@ class PilotStrategy:
         if patience_s is None:
             patience_s = grace_s(uploads_s(monitor.awaited), self.config.grace_max)
         deadline_s = self.clock.now_s() + patience_s
-        while monitor.awaited and self.clock.now_s() < deadline_s:
-            self._tick(open_round)
+        while open_round.pending:
+            self._tick(open_round)  # once at least: who began in the last moment is heard then
             self._raise_if_interrupted()
+            if not monitor.awaited or self.clock.now_s() >= deadline_s:
+                break
         for message_id in open_round.pending:
             self.mailbox.abandon(message_id)
         reason = f"no reply within the {patience_s:.0f} s of grace"
-        open_round.give_up(reason, silent=monitor.silent)
+        open_round.give_up(reason, silent=monitor.silent, unbegun=monitor.unbegun)
         self._monitor = None
 
     # -- 6. outer step, then commit --------------------------------------------------------------

@@ -72,6 +72,33 @@ def test_a_client_that_misses_three_heartbeats_is_silent_and_its_return_is_told(
     assert watched.told() == [("client_silent", "b"), ("client_back", "b")]
 
 
+def test_a_silent_client_is_waited_for_as_long_as_all_need_to_train_what_it_has(
+    watched: Watched,
+) -> None:
+    watched.works["a"].site.tokens_per_s, watched.works["b"].site.tokens_per_s = 15.0, 10.0
+    watched.look(110.0, a=beat(), b=beat(age=3.1, tokens=50))  # two seconds' work of both
+    watched.look(111.9, a=beat(), b=beat(age=5.0, tokens=50))
+    assert [work.site.name for work in watched.monitor.awaited] == ["a", "b"]
+    watched.look(112.1, a=beat(), b=beat(age=5.2, tokens=50))
+    assert [work.site.name for work in watched.monitor.awaited] == ["a"]
+
+
+def test_who_had_not_begun_at_the_end_of_a_round_is_not_waited_for(watched: Watched) -> None:
+    watched.look(110.0, a=beat())
+    assert [work.site.name for work in watched.monitor.awaited] == ["a", "b"], "it goes on"
+    watched.monitor.ended_at_s = 110.0
+    assert [work.site.name for work in watched.monitor.awaited] == ["a"]
+    assert watched.monitor.unbegun == {"b"}
+    watched.works["b"].site.hello = HelloReply(warning="cannot reach Redis")
+    assert [work.site.name for work in watched.monitor.awaited] == ["a", "b"], "it can't be heard"
+
+
+def test_where_nobody_is_heard_all_are_waited_for_at_the_end(watched: Watched) -> None:
+    watched.look(110.0)
+    watched.monitor.ended_at_s = 110.0
+    assert [work.site.name for work in watched.monitor.awaited] == ["a", "b"]
+
+
 def test_a_client_whose_reply_is_on_its_way_is_not_silent(watched: Watched) -> None:
     assert watched.look(150.0, a=beat(), b=beat(age=40.0, state="sending")) == set()
 

@@ -116,6 +116,7 @@ def test_clock_never_goes_back() -> None:
         (TARGET, {"tokens": 400, "tokens_per_s": 50.0}, 2.0),
         (TARGET, {"tokens": 600, "tokens_per_s": 50.0}, 0.0),
         (TARGET, {"tokens": 400}, 95.0),
+        (TARGET, {"tokens": 500}, 0.0),  # all have used up their leases: nobody is at work
         (FIXED, {"tokens": 400, "tokens_per_s": 50.0}, 95.0),
     ],
 )
