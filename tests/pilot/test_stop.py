@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,13 @@ from pilot.coordinator import ClientCoordinator, ServerCoordinator
 from pilot.notice import notice_files, noticed
 from pilot.worker.stop import Progress, StopWatcher
 
+from .coordinator_kit import until
 from .redis_fixture import redis_url
 
 __all__ = ["redis_url"]  # a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30.0
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def alone(seconds_left: float = 600.0) -> StopWatcher:
