@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from pilot.worker.site import hello
 from pilot.worker.wire import WireError, receive_frame, send_frame
 
 _LOOK_S = 0.2
-_CLIENTAPP_GONE = 3  # an exit code
+_FAILED, _CLIENTAPP_GONE = 1, 3  # exit codes
 
 
 def main() -> None:
@@ -47,11 +48,15 @@ def main() -> None:
             _Server(directory, idle_s).serve()
         else:
             _follow(directory)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - told, printed, and the end of this process
         # last words for the handle: the reason, not "a process ended with code 1"
         told = isinstance(error, (UserError, PilotError))
         last_words(directory, str(error) if told else f"{type(error).__name__}: {error}")
-        raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        # An interpreter that ends takes gloo and NCCL apart while their threads wait for other ranks:
+        # they may abort, and "killed by signal 6" would be the reason that the user reads.
+        os._exit(_FAILED)
 
 
 class _Server:

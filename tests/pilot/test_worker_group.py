@@ -229,6 +229,22 @@ def test_mistake_of_a_user_in_mid_round_is_told_in_its_own_words(site: Path) -> 
     assert "\n" not in str(caught.value) and gone(members)
 
 
+def test_library_that_aborts_at_exit_does_not_hide_why_a_rank_failed(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what gloo does now and then, when its threads still wait for another rank
+    aborts = "import atexit, os\nif 'PILOT_RANK' in os.environ: atexit.register(os.abort)\n"
+    (tmp_path / "sitecustomize.py").write_text(aborts)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = site_config(site, eval_rows=10_000)
+    order = train_order(config, [[0, 0, 0, -1]], eval_first_row=9_000, eval_end_row=9_999)
+    with (
+        WorkerHandle(device="cpu") as worker,
+        pytest.raises(WorkerError, match=r"^the validation shard 2 has only .* rows"),
+    ):
+        ask(worker, order, first_weights(config))
+
+
 def test_killed_process_ends_the_group_with_a_sentence(
     site: Path, redis_url: str, leader: ServerCoordinator
 ) -> None:
