@@ -152,7 +152,7 @@ class _Node:
                 if reason := self._told():
                     return supernode, reason
                 if self._clientapp_lost():
-                    self.say("the ClientApp was killed: the SuperNode starts anew")
+                    self.say("the ClientApp died with an order in hand: the SuperNode starts anew")
                     keeper.stop(supernode, timeout_s=ENDING_S + 2 * keeper.KILL_S)
                     break
                 time.sleep(_POLL_S)

@@ -50,8 +50,11 @@ log = logging.getLogger("pilot.worker")
 class Round:
     """One client's work in one round; `run` reads as step 3 of ARCHITECTURE.md."""
 
-    def __init__(self, order: TrainOrder, ranks: Ranks, received: float) -> None:
+    def __init__(
+        self, order: TrainOrder, ranks: Ranks, received: float, *, resident: bool = False
+    ) -> None:
         self.order, self.ranks, self.received = order, ranks, received
+        self._resident = resident  # whether these processes may have further rounds
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
         self.batches = 0
@@ -197,7 +200,7 @@ class Round:
                     nats += self._show(bar, stream, pending, pending_tokens, began)
                     pending.zero_()
                     pending_tokens, read_at = 0, time.monotonic()
-            nats += pending.double().cpu()
+            nats += pending.cpu().double()  # float64 does not exist on MPS
         train_s = time.monotonic() - began
         row_counts = self._row_counts(data, stream, stop)
         stop.tell("sending")
@@ -238,7 +241,7 @@ class Round:
             config.compile,
             model=model,
             run_s=total_s,
-            process_s=total_s if config.worker_idle else min(config.round_max_duration, round_s),
+            process_s=total_s if self._resident else min(config.round_max_duration, round_s),
         )
         if self.ranks.first and (choices.compiling.on or self.order.fence.round_number == 1):
             log.info("%s", choices)
@@ -298,7 +301,7 @@ class Round:
         self, bar: "tqdm[object]", stream: RowStream, nats: Tensor, tokens: int, began: float
     ) -> Tensor:
         """Read the loss from the device, tell it to whoever watches, and return the nats read."""
-        read = nats.double().cpu()
+        read = nats.cpu().double()
         progress = self.progress
         # rank 0 has about 1/n of the tokens; what the heartbeat shows need not be exact
         loss = float(read) * self.ranks.world_size / tokens

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import autodetect_device_type
+
+# The others wait while rank 0 packs rows, or for the next order. torch's 30 minutes may be too short for
+# that; what hangs is ended by the round's deadline, the supervisor and `worker-idle`.
+_CONTROL_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Ranks:
                 rank=rank,
                 world_size=world_size,
             )
-            control = dist.new_group(backend="gloo")  # type: ignore[assignment]  # we are a member
+            control = dist.new_group(  # type: ignore[assignment]  # we are a member
+                backend="gloo", timeout=_CONTROL_TIMEOUT
+            )
         threads = max(1, torch.get_num_threads() // world_size)
         return Ranks(rank, world_size, device, control, threads)
 

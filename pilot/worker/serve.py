@@ -47,7 +47,7 @@ def main() -> None:
         if rank == 0:
             _Server(directory, idle_s).serve()
         else:
-            _follow(directory)
+            _follow(directory, idle_s)
     except Exception as error:  # noqa: BLE001 - told, printed, and the end of this process
         # last words for the handle: the reason, not "a process ended with code 1"
         told = isinstance(error, (UserError, PilotError))
@@ -117,19 +117,19 @@ class _Server:
         if self._ranks is None:
             self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         self._ranks.broadcast_json(to_header(order))
-        task = Round(order, self._ranks, received)
+        task = Round(order, self._ranks, received, resident=self._idle_s > 0)
         reply, update = task.run(weights)
         return reply, update, not (order.final or task.leaving)
 
 
-def _follow(directory: Path) -> None:
+def _follow(directory: Path, idle_s: float) -> None:
     """Any other rank: the same rounds, told by rank 0, which alone speaks."""
     logging.getLogger("nanochat").setLevel(logging.WARNING)
     ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
     while (header := ranks.broadcast_json(None)) is not None:
         order = from_header(header)
         assert isinstance(order, TrainOrder)
-        Round(order, ranks, time.monotonic()).run({})
+        Round(order, ranks, time.monotonic(), resident=idle_s > 0).run({})
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing in hand: it may end here
     ranks.leave()
 
