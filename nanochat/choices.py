@@ -142,7 +142,7 @@ def choose_kernel(
         return Kernel.FLASH3
     if window >= length - 1:  # the first position is visible from the last
         return Kernel.CAUSAL
-    if device_type == "cpu":
+    if device_type == "cpu" and dtype != torch.float16:  # its exp(score) overflows fp16
         return Kernel.BLOCKED
     return Kernel.FLEX if device_type == "cuda" and compiled else Kernel.MASK
 

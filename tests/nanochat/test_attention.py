@@ -159,6 +159,12 @@ def test_windowed_attention_and_its_gradients_are_those_of_a_mask(
         torch.testing.assert_close(found.double(), reference, atol=bound, rtol=bound)
 
 
+def test_float16_on_a_cpu_survives_scores_whose_exp_it_cannot_hold() -> None:
+    q, v = torch.full((1, 80, 1, 144), 1.2), torch.randn(1, 80, 1, 144)  # scores of 17
+    y = causal_attention(q.half(), q.half(), v.half(), window=16)
+    torch.testing.assert_close(y.double(), _reference(q, q, v, 16), rtol=0, atol=1e-2)
+
+
 def test_a_mask_made_in_an_evaluation_serves_in_training() -> None:
     for kernel in (Kernel.MASK, Kernel.BLOCKED):
         q = torch.randn(1, 37, 2, 8)

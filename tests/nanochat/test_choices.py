@@ -83,6 +83,7 @@ def test_cpu_computes_in_bf16_only_where_it_is_native(
     [
         ("cpu", torch.float32, 127, False, False, Kernel.CAUSAL),  # all of 128 positions
         ("cpu", torch.bfloat16, 126, False, False, Kernel.BLOCKED),
+        ("cpu", torch.float16, 32, False, False, Kernel.MASK),
         ("cuda", torch.bfloat16, 2048, False, False, Kernel.CAUSAL),
         ("cuda", torch.bfloat16, 32, False, False, Kernel.MASK),
         ("cuda", torch.bfloat16, 32, False, True, Kernel.FLEX),
