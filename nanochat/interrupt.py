@@ -1,6 +1,7 @@
 """Ctrl-C that lets a step end: the first one asks, the second one insists.
 
-SIGTERM asks too: it is what torchrun hands on, and what schedulers send before they kill.
+SIGTERM asks too: it is what torchrun hands on, and what schedulers send before they kill. torchrun
+itself kills 30 s after it handed one on: `torchrun --shutdown-timeout SECONDS` for longer steps.
 """
 
 import contextlib

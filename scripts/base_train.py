@@ -4,6 +4,7 @@ python -m scripts.base_train --depth 4 --source builtin …
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 --run baseline
 
 Ctrl-C ends the step and saves it; the same command with `--resume-from-step latest` goes on.
+torchrun kills 30 s after Ctrl-C: give it `--shutdown-timeout SECONDS` if a step and its save take longer.
 """
 
 from argparse import SUPPRESS
