@@ -5,7 +5,13 @@ python nanochat_train.py --num-steps 50 --batch-size 2 --max-length 512
 Without a data set or a tokenizer it makes its own from the text that Python brings along.
 """
 
-from nanochat.common import ArgumentParser, UserError, compute_init, run_command_line
+from nanochat.common import (
+    ArgumentParser,
+    UserError,
+    compute_init,
+    get_dist_info,
+    run_command_line,
+)
 from nanochat.dataset import get_source
 from nanochat.gpt_config import ARCHITECTURES
 from nanochat.pretrain import pretrain
@@ -36,6 +42,8 @@ def _parser() -> ArgumentParser:
 
 def main() -> None:
     args = _parser().parse_args()
+    if get_dist_info()[3] > 1:
+        raise UserError("this trains in one process: for several, start scripts.base_train")
     settings = Settings(
         run=args.run,
         depth=args.depth,

@@ -178,8 +178,7 @@ def pretrain(
     cache.close()
     if stopping:
         raise KeyboardInterrupt
-    assert state.val_bpb is not None
-    return state.val_bpb
+    return math.nan if state.val_bpb is None else state.val_bpb  # None: it was not finite
 
 
 def _run_block(settings: Settings, model: GPT, num_steps: int, world_size: int) -> RunBlock:

@@ -1,6 +1,7 @@
 """What a run on one machine tells: a progress bar, lines, Weights & Biases."""
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochat.common import get_base_dir
+from nanochat.common import UserError, get_base_dir
 from nanochat.core_bundle import CoreResult
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -54,7 +55,10 @@ class ProgressLog:
         lr_multiplier: float,
         position: tuple[int, int, int, int | None],
     ) -> None:
-        """Take note of a step whose nats, those of this rank, are still on the device."""
+        """Take note of a step whose nats, those of this rank, are still on the device.
+
+        Raises UserError when a loss that is read is not finite.
+        """
         self._bar.update()
         self._pending.append(nats)
         if done % self._log_every and done != self._num_steps:
@@ -64,6 +68,11 @@ class ProgressLog:
             dist.all_reduce(total)
         tokens = len(self._pending) * self._step_tokens
         self.loss = loss = float(total) / tokens  # here the device is waited for
+        if not math.isfinite(loss):  # the same on all ranks: they stop together
+            raise UserError(
+                f"the loss is {loss} at step {done}, the run has diverged: begin another one with a "
+                "lower --lr (checkpoints written before are kept)"
+            )
         now = time.monotonic()
         elapsed_s = max(now - self._since, 1e-9)
         rate, self._since, self._pending = tokens / elapsed_s, now, []

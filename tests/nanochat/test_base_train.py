@@ -190,6 +190,30 @@ def test_vanilla_training_needs_nothing_prepared(
     assert (base_dir / "base_checkpoints" / "vanilla" / "model_000001.pt").exists()
 
 
+def test_the_vanilla_command_refuses_several_processes(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert _call(nanochat_train.main, monkeypatch=monkeypatch) != 0
+    assert "start scripts.base_train" in capsys.readouterr().err
+
+
+def test_a_diverged_run_ends_in_one_sentence_and_keeps_its_checkpoints(
+    corpus: Path,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*TINY, "--source", str(corpus), "--run", "diverged", "--lr", "1e38"]
+    arguments += ["--log-every", "1", "--save-every", "1"]
+    assert _call(base_train.main, *arguments, monkeypatch=monkeypatch) != 0
+    assert "the run has diverged" in capsys.readouterr().err
+    written = {path.name for path in (base_dir / "base_checkpoints" / "diverged").iterdir()}
+    assert {"model_000001.pt", "meta_000001.json"} <= written
+    assert "model_000003.pt" not in written
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
