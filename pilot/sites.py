@@ -14,6 +14,7 @@ from pilot.messages import HelloOrder, HelloReply, from_header, package_hash, to
 from pilot.rounds import Clock
 
 ASK_AGAIN_S = 30.0
+LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the site
 
 log = logging.getLogger("pilot")
 
@@ -96,7 +97,7 @@ class Roster:
             hello = HelloReply(error=str(error))
         name = str(answer.header.get("node_name") or f"node {node_id}")
         if hello.error:
-            self._refuse(name, node_id, hello.error)
+            self._refuse(name, node_id, hello.error, LOST_AGAIN_S if answer.lost else ASK_AGAIN_S)
             return True
         if hello.warning:
             log.warning("Node %s: %s", name, hello.warning)
@@ -111,7 +112,7 @@ class Roster:
         for name, site in list(self._answered.items()):
             del self._answered[name]
             if reason := self._mismatch(site.hello):
-                self._refuse(name, site.node_id, reason)
+                self._refuse(name, site.node_id, reason, ASK_AGAIN_S)
                 continue
             site.remember(self._measured.get(name))
             self._accepted[name] = self._measured[name] = site
@@ -148,11 +149,11 @@ class Roster:
             "data, tokenizer and package versions"
         )
 
-    def _refuse(self, name: str, node_id: int, reason: str) -> None:
+    def _refuse(self, name: str, node_id: int, reason: str, again_s: float) -> None:
         if self.refusals.get(name) != reason:
             log.warning("Node %s is refused: %s", name, reason)
         self.refusals[name] = reason
-        self._known[node_id] = self.clock.now_s() + ASK_AGAIN_S  # somebody may repair it
+        self._known[node_id] = self.clock.now_s() + again_s  # somebody may repair it
 
     def accepted(self) -> list[Site]:
         """Sites that may train, busy or not, in the natural order of their names."""

@@ -37,7 +37,7 @@ _TICK_S = 0.25
 _REDIS_EVERY_S = 1.0
 _TELL_EVERY_S = 2.0
 _IDLE_TICK_S = 1.0  # where nobody works yet
-# After the first round, clients that are back within this time are waited for, once each time they leave.
+# Clients that answer or are back within this time are waited for, once each time that some are missing.
 RETURN_S = 15.0
 # Rounds in a row in which workers gave nothing but errors, before the run gives up.
 MAX_FAILED_ROUNDS = 3
@@ -147,16 +147,17 @@ class PilotStrategy:
                 told_s = self.clock.now_s()
 
     def _all_there(self, there: int, wanted: int) -> bool:
-        """Whether a round may open with so many sites, or who is missing has been waited for."""
+        """Whether a round may open with so many sites, or who is missing has been waited for.
+
+        A site that was asked what it is and doesn't say is missing like one that left: its node may hang.
+        """
         now_s = self.clock.now_s()
-        if there >= max(wanted, self.config.min_clients):
-            if not self.roster.questions_open:
-                self._incomplete_since_s = None
-                return True
-        elif self._incomplete_since_s is None:
+        if there >= max(wanted, self.config.min_clients) and not self.roster.questions_open:
+            self._incomplete_since_s = None
+            return True
+        if self._incomplete_since_s is None:
             self._incomplete_since_s = now_s
-        waited_s = now_s - (self._incomplete_since_s or now_s)
-        return there >= wanted and waited_s >= RETURN_S
+        return there >= wanted and now_s - self._incomplete_since_s >= RETURN_S
 
     def _available(self, *, to_train: bool) -> list[Site]:
         """Sites that can take work now: idle, not leaving, not cooling, and with rows left to train on."""

@@ -1,6 +1,7 @@
 """Clients that come, go, fall silent or run out of work while a round runs: real Redis, real messages."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -195,6 +196,26 @@ def test_a_round_of_nobody_ends_when_somebody_comes(server: Any) -> None:
     assert [record.reason for record in state.history] == ["nobody-left", "all-replied"]
     assert [record.clients for record in state.history] == [0, 1]
     assert state.empty_rounds == 1
+
+
+def test_a_node_that_never_says_what_it_is_holds_up_no_round(server: Any) -> None:
+    released = threading.Event()
+
+    class Mute(ScriptedSite):
+        def __call__(self, *_: Any) -> Any:
+            released.wait(30)
+
+    def comes(order: TrainOrder, *_: Any) -> None:
+        if order.fence.round_number == 1:
+            run.grid.add(200, Mute("mute"))
+
+    run = server([ScriptedSite("works", react=comes)], num_rounds=2, min_clients=1)
+    began = time.monotonic()
+    state = run.run(FastClock(speed=10.0))
+    waited_s = time.monotonic() - began
+    released.set()
+    assert [record.clients for record in state.history] == [1, 1]
+    assert waited_s < 30, "a round opened only when its node had answered"
 
 
 def test_every_reply_that_is_on_disk_is_acknowledged_to_its_client(

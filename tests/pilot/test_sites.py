@@ -4,10 +4,11 @@ import logging
 from typing import Any
 
 import pytest
+from flwr.common.constant import ErrorCode
 
 from pilot.mailbox import LOST_AFTER_S, Mailbox
 from pilot.messages import HelloOrder, HelloReply, package_hash, to_header
-from pilot.sites import ASK_AGAIN_S, Roster, natural
+from pilot.sites import ASK_AGAIN_S, LOST_AGAIN_S, Roster, natural
 
 from .grid_fixture import ManualClock, ManualGrid
 
@@ -133,6 +134,15 @@ def test_newer_node_of_the_same_name_supersedes_the_older_and_keeps_its_speed() 
     them.grid.online.discard(1)
     them.turn()
     assert them.names == ["a"]
+
+
+def test_site_whose_hello_was_lost_is_asked_again_soon() -> None:
+    them = Federation(1)
+    them.grid.fail(them.grid.to(1)[-1], ErrorCode.CLIENT_APP_CRASHED)
+    them.turn()
+    them.clock.at_s += LOST_AGAIN_S
+    them.turn()
+    assert len(them.grid.to(1)) == 2
 
 
 def test_node_that_leaves_is_forgotten_and_asked_again_when_it_comes_back() -> None:
