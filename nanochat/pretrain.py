@@ -91,6 +91,7 @@ def pretrain(
     rates = learning_rates(
         config.arch,
         lr=settings.lr,
+        matrix_lr=settings.matrix_lr,
         embedding_lr=settings.embedding_lr,
         unembedding_lr=settings.unembedding_lr,
         scalar_lr=settings.scalar_lr,

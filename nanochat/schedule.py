@@ -169,13 +169,22 @@ def learning_rates(
     arch: str,
     *,
     lr: float | None = None,
+    matrix_lr: float | None = None,
     embedding_lr: float | None = None,
     unembedding_lr: float | None = None,
     scalar_lr: float | None = None,
 ) -> LearningRates:
-    """An architecture's rates. `lr` is Muon's; the others keep their ratio to it unless given."""
+    """An architecture's rates. `lr` is Muon's; the others keep their ratio to it unless given.
+
+    matrix_lr is Muon's alone, as upstream's: the others do not follow it.
+    """
     rates = _LEARNING_RATES[arch]
     if lr is not None:
         rates = rates.scaled(lr / rates.matrix)
-    given = {"embedding": embedding_lr, "unembedding": unembedding_lr, "scalar": scalar_lr}
+    given = {
+        "matrix": matrix_lr,
+        "embedding": embedding_lr,
+        "unembedding": unembedding_lr,
+        "scalar": scalar_lr,
+    }
     return rates.replace(**{k: v for k, v in given.items() if v is not None})

@@ -35,6 +35,7 @@ class Settings:
     target_flops: float | None = None
     target_param_data_ratio: float = 20.0
     lr: float | None = None
+    matrix_lr: float | None = None
     embedding_lr: float | None = None
     unembedding_lr: float | None = None
     scalar_lr: float | None = None

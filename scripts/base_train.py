@@ -62,7 +62,8 @@ def _parser() -> ArgumentParser:
     # the optimizer
     add("--batch-size", "--device-batch-size", help="rows a device takes at once")
     add("--total-batch-size", help="tokens of an optimizer step; -1: from the run's length")
-    add("--lr", "--matrix-lr", type=float, help="Muon's learning rate; the others follow it")
+    add("--lr", type=float, help="Muon's learning rate; the others follow it")
+    add("--matrix-lr", type=float, help="Muon's learning rate alone, instead of that")
     add("--embedding-lr", type=float, help="learning rate of the embeddings")
     add("--unembedding-lr", type=float, help="learning rate of the head")
     add("--scalar-lr", type=float, help="learning rate of the modern scalars")

@@ -214,6 +214,11 @@ def test_a_diverged_run_ends_in_one_sentence_and_keeps_its_checkpoints(
     assert "model_000003.pt" not in written
 
 
+def test_matrix_lr_is_a_setting_of_its_own() -> None:
+    args = base_train._parser().parse_args(["--matrix-lr", "0.1"])
+    assert (args.lr, args.matrix_lr) == (None, 0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -87,6 +87,12 @@ def test_scaling_rules() -> None:
     assert scaled == pytest.approx(0.28 * 2 / 4)
 
 
+@pytest.mark.parametrize("group", ["matrix", "embedding", "unembedding", "scalar"])
+def test_a_rate_of_its_own_changes_its_group_alone(group: str) -> None:
+    expected = learning_rates("modern").replace(**{group: 0.123})
+    assert learning_rates("modern", **{f"{group}_lr": 0.123}) == expected
+
+
 def test_other_rates_keep_their_ratio_to_lr_unless_given() -> None:
     default, given = learning_rates("modern"), learning_rates("modern", lr=0.01, scalar_lr=0.3)
     assert (default.matrix, default.embedding, default.unembedding) == (0.02, 0.3, 0.008)
