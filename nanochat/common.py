@@ -27,7 +27,10 @@ class UserError(Exception):
 
 def get_base_dir() -> Path:
     """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; made if missing, read anew at each call."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    try:
+        base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    except RuntimeError as error:  # a user id without a name, as containers have
+        raise UserError("this user has no home directory: set NANOCHAT_BASE_DIR") from error
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -100,6 +100,11 @@ def _run_locally(
     connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
 ) -> Outcome:
     """A simulation on a SuperLink of its own, which ends with it."""
+    if any(character.isspace() for character in sys.executable):
+        raise PilotError(
+            f"Ray, which simulates the clients, can't start {sys.executable}: "
+            "put the project into a directory without spaces in its path"
+        )
     console.show(f"Starting Flower for {connection.clients} simulated clients")
     with SuperLink(connection, app) as superlink:
         config = _write_overrides(superlink.scratch, overrides)
@@ -203,6 +208,7 @@ def _signals_as_exceptions() -> Iterator[None]:
     before = {
         signum: signal.signal(signum, interrupt)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN  # nohup
     }
     try:
         yield
@@ -229,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=(
             "examples:\n"
             "  pilot run local-simulation --run-config configs/tiny.toml\n"
-            "  pilot run local-simulation --run-config configs/tiny.toml 'rounds=3 lr=0.01'\n"
+            "  pilot run local-simulation --run-config configs/tiny.toml 'num-rounds=3 lr=0.01'\n"
             "  pilot run local-deployment --run-config 'run-name=\"d20\"'\n\n"
             "Connections are the [superlink.NAME] tables of $FLWR_HOME/config.toml, or of\n"
             ".flwr/config.toml in the project; run-config keys and their defaults are those of\n"

@@ -58,7 +58,7 @@ class NodeOptions:
 def node_directory(name: str) -> Path:
     """`$NANOCHAT_BASE_DIR/nodes/<name>`: what a node and its ClientApps tell one another."""
     base = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-    return Path(base).expanduser() / "nodes" / name
+    return Path(base).expanduser().absolute() / "nodes" / name
 
 
 def run_node(options: NodeOptions, *, say: Callable[[str], None]) -> int:
@@ -91,6 +91,7 @@ def _signals() -> Iterator[list[int]]:
     before = {
         signum: signal.signal(signum, lambda number, _frame: came.append(number))
         for signum in SIGNALS
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN  # nohup
     }
     try:
         yield came
@@ -140,7 +141,9 @@ class _Node:
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {**flower_environment(), NODE_VARIABLE: str(self.directory)}
         if self.options.preempt_file:
-            environment[PREEMPT_VARIABLE] = self.options.preempt_file
+            environment[PREEMPT_VARIABLE] = str(
+                Path(self.options.preempt_file).expanduser().absolute()
+            )
         command = supernode_command(self.options.name, self.options.supernode)
         return keeper.start(command, env=environment, output=None, grace_s=ENDING_S)
 

@@ -74,11 +74,12 @@ class WorkerHandle:
         command += ["--device", self._device]
         if self._lodging is not None:
             command += ["--idle", str(self._idle_s)]
-        # The group imports the installed package, not the bundle that Flower put first on our path.
+        # The group works where we do, since paths may be relative, but imports the installed package only.
         # It is born with SIGTERM held back: one that comes before it can drain must not kill it.
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            self._group = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=self._dir)
+            self._group = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._pid = self._group.pid

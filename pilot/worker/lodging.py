@@ -20,11 +20,13 @@ import psutil
 
 _LOCK_NAME = "lock"
 _ATTEMPTS = 3
+# 103 bytes for a socket's path on all systems, less those of "/pilot-<uid>-<16 digits>/worker.sock"
+_MAX_PARENT_BYTES = 103 - 46
 
 
 def new_directory() -> Path:
     """A private directory for a group that ends with its ClientApp."""
-    return Path(tempfile.mkdtemp(prefix="pilot-", dir=_scratch()))
+    return Path(tempfile.mkdtemp(prefix="pilot-", dir=_parent()))
 
 
 class Lodging:
@@ -41,7 +43,7 @@ class Lodging:
         """
         text = json.dumps([employer.pid, employer.create_time(), sys.executable, *facts])
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        directory = Path(_scratch() or tempfile.gettempdir()) / f"pilot-{os.getuid()}-{name}"
+        directory = _parent() / f"pilot-{os.getuid()}-{name}"
         for _ in range(_ATTEMPTS):  # a group that ends removes it, perhaps just now
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
@@ -67,8 +69,11 @@ def clear(directory: Path) -> None:
             os.close(lock)
 
 
-def _scratch() -> str | None:
-    return os.environ.get("PILOT_SCRATCH_DIR")  # of `pilot run`, gone with it
+def _parent() -> Path:
+    """Where directories of groups are made: short enough for the path of a socket in them."""
+    scratch = os.environ.get("PILOT_SCRATCH_DIR")  # of `pilot run`, gone with it
+    parent = Path(scratch or tempfile.gettempdir())
+    return parent if len(os.fsencode(parent)) <= _MAX_PARENT_BYTES else Path("/tmp")
 
 
 def _is_private(directory: Path) -> bool:

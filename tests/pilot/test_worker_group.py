@@ -207,6 +207,31 @@ def test_drain_right_after_the_start_is_not_the_death_of_the_group(site: Path) -
 # -- failures ------------------------------------------------------------------------------------
 
 
+def test_paths_that_are_relative_mean_the_same_to_workers_as_to_us(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(site.parent)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", site.name)
+    order = HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url="")
+    with WorkerHandle(device="cpu") as worker:
+        reply = from_header(worker.ask(to_header(order))[0])
+    assert isinstance(reply, HelloReply) and not reply.error
+    assert reply.fingerprints["tokenizer"], "the tokenizer of our base directory was found"
+
+
+def test_temporary_directory_with_a_long_path_has_room_for_a_group(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.delenv("PILOT_SCRATCH_DIR", raising=False)
+    order = HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url="")
+    with WorkerHandle(device="cpu") as worker:
+        reply = from_header(worker.ask(to_header(order))[0])
+    assert isinstance(reply, HelloReply) and not reply.error
+
+
 def test_missing_dataset_is_the_answer_to_a_hello(site: Path) -> None:
     config = site_config(site, source="climbmix")
     order = HelloOrder(run="r", config=config.to_mapping(), redis_url="")
