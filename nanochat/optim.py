@@ -24,6 +24,7 @@ _POLAR_COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+POLAR_STEPS = len(_POLAR_COEFFICIENTS)
 _POLAR_SAFETY = 1.01
 _PIECE = 1 << 20  # elements of AdamW on a CPU: 86 ms a step at a vocabulary of 32,768, 94 with 2^17
 _TINY = 1e-10  # keeps divisions by a norm finite where a gradient is exactly zero
@@ -100,15 +101,18 @@ def equilibrate_rows(x: Tensor) -> Tensor:
     return x * (norms.mean(dim=-2, keepdim=True) / norms.clamp_min(_TINY))
 
 
-def polar_express(x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def polar_express(
+    x: Tensor, *, dtype: torch.dtype = torch.float32, steps: int = POLAR_STEPS
+) -> Tensor:
     """About the orthogonal factor of the polar decomposition of each matrix (..., m, n).
 
-    Iterates on the smaller Gram matrix, in `dtype`; bf16 is what the safety margin is made for.
+    Iterates `steps` times, at most 5, on the smaller Gram matrix, in `dtype`; bf16 is what the safety
+    margin is made for.
     """
     x = x.to(dtype)
     x = x / (_POLAR_SAFETY * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.size(-2) > x.size(-1)
-    for a, b, c in _POLAR_COEFFICIENTS:
+    for a, b, c in _POLAR_COEFFICIENTS[:steps]:
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = b * gram + c * (gram @ gram)
         x = a * x + (x @ polynomial if tall else polynomial @ x)
@@ -148,6 +152,7 @@ def muon_update(
     beta2: float,
     weight_decay: float,
     polar_dtype: torch.dtype,
+    polar_steps: int = POLAR_STEPS,
 ) -> None:
     """One Muon step in place on a stack of matrices (k, m, n), fp32.
 
@@ -156,7 +161,8 @@ def muon_update(
     """
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = equilibrate_rows(torch.lerp(grads, momentum_buffer, momentum))
-    update = snap_norm(polar_express(update, dtype=polar_dtype).float())
+    update = polar_express(update, dtype=polar_dtype, steps=polar_steps)
+    update = snap_norm(update.float())
     update = reduce_variance(update, second_moment, beta2=beta2)
     lr = lr * math.sqrt(max(1.0, weights.size(-2) / weights.size(-1)))
     if weight_decay:
@@ -219,8 +225,9 @@ class _Unit:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups say `kind`: "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum, beta2,
-    weight_decay; matrices of one shape). Every group gets `initial_lr`, for schedules.
+    """Groups say `kind`: "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum,
+    ns_steps, beta2, weight_decay; matrices of one shape). Every group gets `initial_lr`, for
+    schedules: with it, groups have the keys that upstream's have.
 
     All ranks must call `step` together; a parameter without a gradient on a rank counts as zeros
     there. `state_dict` is this rank's shard: load it on the same rank of as many.
@@ -375,6 +382,7 @@ class MuonAdamW(torch.optim.Optimizer):
             beta2=group["beta2"],
             weight_decay=group["weight_decay"],
             polar_dtype=self._polar_dtype,
+            polar_steps=group["ns_steps"],
         )
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nanochat.optim import POLAR_STEPS
 from nanochat.schedule import LearningRates
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def param_groups(
                 "params": [p for p in matrices if p.shape == shape],
                 "lr": rates.matrix,
                 "momentum": 0.95,
+                "ns_steps": POLAR_STEPS,
                 "beta2": 0.9,
                 "weight_decay": weight_decay,
             }
