@@ -27,6 +27,7 @@ from nanochat.dataset import (
     DEFAULT_SOURCE,
     TEXT_COLUMN,
     Source,
+    check_shard,
     get_source,
     iter_texts,
     prepare_builtin,
@@ -104,6 +105,8 @@ def train(
     """
     tokenizer_module.check_trainable()
     choice = choose(source, options, directory)
+    for shard in choice.shards:
+        _check(source.shard_path(shard))
     directory.mkdir(parents=True, exist_ok=True)
     _write(choice, directory, {})
     paths = [source.shard_path(shard) for shard in choice.shards]
@@ -122,6 +125,13 @@ def train(
             raise
         _write(choice, directory, {"chars": int(bar.n), "fingerprint": tokenizer.fingerprint()})
     return tokenizer
+
+
+def _check(path: Path) -> None:
+    try:
+        check_shard(path)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:

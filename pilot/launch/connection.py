@@ -41,7 +41,13 @@ class Connection:
 
     @property
     def clients(self) -> int:
-        return int(self.table.get("options", {}).get("num-supernodes", 2))
+        number = self.table.get("options", {}).get("num-supernodes", 2)
+        try:
+            return int(number)
+        except (TypeError, ValueError):
+            raise PilotError(
+                f'options.num-supernodes of {self.name} is "{number}": it must be a whole number'
+            ) from None
 
     def resource(self, name: str, default: float) -> float:
         """What each simulated client asks for: "num-cpus" or "num-gpus"."""
@@ -51,8 +57,8 @@ class Connection:
 
 def find_flwr_home(app: Path) -> Path:
     """$FLWR_HOME, else the project's `.flwr`, else Flower's own default."""
-    if "FLWR_HOME" in os.environ:
-        return Path(os.environ["FLWR_HOME"]).expanduser().absolute()
+    if home := os.environ.get("FLWR_HOME"):
+        return Path(home).expanduser().absolute()
     if (app / ".flwr" / "config.toml").exists():
         return app / ".flwr"
     return Path.home() / ".flwr"

@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat import tokenizer as tokenizer_module
@@ -112,6 +114,21 @@ def test_a_vocabulary_that_the_text_cannot_fill_leaves_nothing_behind(shards, tm
     with pytest.raises(UserError, match="fills a vocabulary"):
         tok_train.train(get_source(shards), options, tmp_path / "tok")
     assert not (tmp_path / "tok").exists()
+
+
+@pytest.mark.parametrize("how", ["no parquet", "no text"])
+def test_a_shard_that_cannot_be_used_is_one_sentence_and_leaves_nothing_behind(
+    shards, tmp_path, monkeypatch, capsys, base_dir, how
+):
+    first = sorted(shards.iterdir())[0]
+    if how == "no parquet":
+        first.write_bytes(first.read_bytes()[:100])
+    else:
+        pq.write_table(pa.table({"words": ["a"]}), first)
+    assert run_main(monkeypatch, "--vocab-size=400", f"--source={shards}") not in (0, None)
+    error = capsys.readouterr().err
+    assert f"{first} cannot be used" in error and "Traceback" not in error
+    assert not (base_dir / "tokenizer").exists()
 
 
 def test_num_shards_gives_the_same_tokenizer_whatever_else_is_there(shards, tmp_path):

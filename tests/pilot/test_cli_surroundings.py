@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pilot import cli
-from pilot.config import RunConfig
+from pilot.config import PilotError, RunConfig
+from pilot.launch.connection import Connection, find_flwr_home
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +44,14 @@ def test_simulation_in_a_directory_with_spaces_is_refused_in_a_sentence(
     monkeypatch.setattr("sys.executable", "/home/me/my project/.venv/bin/python")
     assert cli.main(command) == 2
     assert "without spaces" in capsys.readouterr().err
+
+
+def test_number_of_clients_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    connection = Connection("sim", {"options": {"num-supernodes": "two"}}, tmp_path)
+    with pytest.raises(PilotError, match='num-supernodes of sim is "two"'):
+        _ = connection.clients
+
+
+def test_empty_flwr_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", "")
+    assert find_flwr_home(ROOT) == ROOT / ".flwr"
