@@ -3,18 +3,19 @@
 There is no DDP wrapper: `step` takes the mean of the gradients over the ranks by reduce-scatter,
 each rank updates the shard whose state it keeps, and an all-gather hands the new weights round.
 That is one path for gloo and nccl, it holds 1/n of the optimizer state on each of n ranks, and it
-makes the weights bit-identical on all ranks, since each element is computed once and copied. The
-collectives of all groups are started before the first is waited for.
+makes the weights bit-identical on all ranks, since each element is computed once and copied. (Of
+parameters under 1,024 elements every rank keeps all, as upstream does, and updates it from the same
+all-reduced gradient.) The collectives of all groups are started before the first is waited for.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nanochat.shards import Shards
 
 # Polar express (arXiv 2505.16932): the best odd quintic for each of 5 iterations, safety 2e-2.
 _POLAR_COEFFICIENTS = (
@@ -171,59 +172,6 @@ def muon_update(
     weights.sub_(update, alpha=lr)
 
 
-@dataclass
-class _Unit:
-    """What is sharded over the ranks as one array: an AdamW parameter, or a Muon group's stack.
-
-    The array has `count` items along its first dimension, padded to a multiple of the world size.
-    """
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    own_grads: Tensor | None = None
-    own_weights: Tensor | None = None
-    everyone: Tensor | None = None
-    work: dist.Work | None = None
-
-    def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-
-    @property
-    def is_muon(self) -> bool:
-        return bool(self.group["kind"] == "muon")
-
-    @property
-    def count(self) -> int:
-        return len(self.params) if self.is_muon else self.params[0].numel()
-
-    def pack(self, tensors: Iterable[Tensor | None], padded: int) -> Tensor:
-        """One array of `padded` items, a view where it can be; None counts as zeros."""
-        first = self.params[0]
-        tensors = list(tensors)
-        if not self.is_muon and padded == self.count and tensors[0] is not None:
-            return tensors[0].reshape(-1)
-        item = first.shape if self.is_muon else torch.Size()
-        array = torch.zeros((padded, *item), dtype=first.dtype, device=first.device)
-        for i, tensor in enumerate(tensors):
-            if tensor is None:
-                continue
-            if self.is_muon:
-                array[i].copy_(tensor)
-            else:
-                array[: self.count].copy_(tensor.reshape(-1))
-        return array
-
-    def unpack(self, array: Tensor) -> None:
-        """Copy the new weights into the parameters."""
-        if not self.is_muon:
-            self.params[0].copy_(array[: self.count].view_as(self.params[0]))
-            return
-        for i, param in enumerate(self.params):
-            param.copy_(array[i])
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """Groups say `kind`: "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum,
     ns_steps, beta2, weight_decay; matrices of one shape). Every group gets `initial_lr`, for
@@ -269,9 +217,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a shard saved by the same rank of as many; moments stay (or become) fp32.
+        """Take over a shard saved by the same rank of as many, ours or upstream's; moments stay (or
+        become) fp32. What a group of the file does not say (`ns_steps`, once) stays as it is.
 
-        Raises ValueError if the groups are not of the same sizes.
+        Raises ValueError if the groups or the moments are not of the same sizes.
         """
         saved = state_dict["param_groups"]
         sizes = [
@@ -279,14 +228,23 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
         if sizes[0] != sizes[1]:
             raise ValueError(f"groups of {sizes[0]} parameters do not fit groups of {sizes[1]}")
+        state = _fitted_state(self.param_groups, state_dict)
         self.state.clear()
+        for param, values in state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    value = value.to(param.device, torch.float32, copy=True)
+                self.state[param][name] = value
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({**values, "params": group["params"]})
-            for param, number in zip(group["params"], values["params"], strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
-                    if isinstance(value, Tensor) and value.dim() > 0:
-                        value = value.to(param.device, torch.float32, copy=True)
-                    self.state[param][name] = value
+
+    def fits(self, state: dict[int, dict[str, Any]]) -> bool:
+        """Whether `state`, by the parameter's number, is one of this rank of as many."""
+        try:
+            _fitted_state(self.param_groups, self.state_dict() | {"state": state})
+        except ValueError:
+            return False
+        return True
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -294,68 +252,63 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
         rank, world_size = _rank_and_world_size()
-        units = [
-            _Unit(group, params)
-            for group in self.param_groups
-            for params in ([group["params"]] if group["kind"] == "muon" else _each(group["params"]))
-        ]
-        for unit in units:
-            self._start_reduce(unit, world_size)
-        for unit in units:
-            unit.wait()
-            self._update(unit, rank, world_size)
-        for unit in units:
-            unit.wait()
-            if unit.everyone is not None:
-                unit.unpack(unit.everyone)
+        shares = [one for group in self.param_groups for one in _shards(group)]
+        for one in shares:
+            self._start_reduce(one, world_size)
+        for one in shares:
+            one.wait()
+            self._update(one, rank, world_size)
+        for one in shares:
+            one.wait()
+            if one.everyone is not None:
+                one.unpack(one.everyone)
 
-    def _start_reduce(self, unit: _Unit, world_size: int) -> None:
-        chunk = -(-unit.count // world_size)
-        grads = unit.pack((p.grad for p in unit.params), chunk * world_size)
-        unit.own_grads = grads
-        if world_size > 1:
-            unit.own_grads = torch.empty_like(grads[:chunk])
-            unit.work = dist.reduce_scatter_tensor(unit.own_grads, grads, async_op=True)
+    def _start_reduce(self, one: Shards, world_size: int) -> None:
+        chunk = one.chunk(world_size)
+        padded = one.count if one.is_whole else chunk * world_size
+        one.own_grads = grads = one.pack((p.grad for p in one.params), padded)
+        if world_size > 1 and one.is_whole:
+            one.work = dist.all_reduce(grads, async_op=True)
+        elif world_size > 1:
+            one.own_grads = torch.empty_like(grads[:chunk])
+            one.work = dist.reduce_scatter_tensor(one.own_grads, grads, async_op=True)
 
-    def _update(self, unit: _Unit, rank: int, world_size: int) -> None:
-        """Update this rank's shard and start handing it round."""
-        assert unit.own_grads is not None
-        grads, unit.own_grads = unit.own_grads, None
+    def _update(self, one: Shards, rank: int, world_size: int) -> None:
+        """Update this rank's chunk and start handing it round."""
+        assert one.own_grads is not None
+        grads, one.own_grads = one.own_grads, None
         chunk = grads.size(0)
-        begin = min(rank * chunk, unit.count)
-        size = min(begin + chunk, unit.count) - begin  # the last ranks may hold padding only
+        begin, size = one.own(rank, world_size)  # the last ranks may hold padding only
         if world_size > 1:
             grads.div_(world_size)
-        if unit.is_muon:
-            weights = unit.pack(unit.params[begin : begin + size], chunk)
+        if one.is_muon:
+            weights = one.pack(one.params[begin : begin + size], chunk)
         else:
-            weights = unit.params[0].view(-1)[begin : begin + size]
+            weights = one.params[0][begin : begin + size]
         if size:
-            rule = self._muon if unit.is_muon else self._adamw
-            rule(unit, weights[:size], grads[:size])
-        if world_size == 1:
-            unit.everyone = weights if unit.is_muon else None  # AdamW has worked in place
+            rule = self._muon if one.is_muon else self._adamw
+            rule(one, weights, grads, size)
+        if world_size == 1 or one.is_whole:
+            one.everyone = weights if one.is_muon else None  # AdamW has worked in place
             return
-        if not unit.is_muon:
+        if not one.is_muon:
             own = torch.zeros_like(grads, dtype=weights.dtype)
             own[:size].copy_(weights)
             weights = own
-        unit.own_weights = weights
-        unit.everyone = weights.new_empty((chunk * world_size, *weights.shape[1:]))
-        unit.work = dist.all_gather_into_tensor(unit.everyone, weights, async_op=True)
+        one.own_weights = weights
+        one.everyone = weights.new_empty((chunk * world_size, *weights.shape[1:]))
+        one.work = dist.all_gather_into_tensor(one.everyone, weights, async_op=True)
 
-    def _adamw(self, unit: _Unit, weights: Tensor, grads: Tensor) -> None:
-        group, state = unit.group, self.state[unit.params[0]]
+    def _adamw(self, one: Shards, weights: Tensor, grads: Tensor, size: int) -> None:
+        group, state = one.group, self.state[one.params[0]]
         if not state:
-            whole = weights.numel() == unit.params[0].numel()
-            shape = unit.params[0].shape if whole else weights.shape
             state["step"] = 0
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(shape, dtype=torch.float32, device=weights.device)
+                state[name] = torch.zeros_like(weights, dtype=torch.float32)
         state["step"] += 1
         adamw_update(
-            weights,
-            grads,
+            weights.view(-1),
+            grads[:size].view(-1),
             state["exp_avg"].view(-1),
             state["exp_avg_sq"].view(-1),
             step=int(state["step"]),
@@ -365,18 +318,18 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
         )
 
-    def _muon(self, unit: _Unit, weights: Tensor, grads: Tensor) -> None:
-        group, state = unit.group, self.state[unit.params[0]]
-        if not state:
+    def _muon(self, one: Shards, weights: Tensor, grads: Tensor, size: int) -> None:
+        group, state = one.group, self.state[one.params[0]]
+        if not state:  # padding included, as upstream has it
             state["momentum_buffer"] = torch.zeros_like(weights)
             factored = list(weights.shape)
             factored[_shorter_dim(weights.shape)] = 1
             state["second_momentum_buffer"] = weights.new_zeros(factored)
         muon_update(
-            weights,
-            grads,
-            state["momentum_buffer"],
-            state["second_momentum_buffer"],
+            weights[:size],
+            grads[:size],
+            state["momentum_buffer"][:size],
+            state["second_momentum_buffer"][:size],
             lr=group["lr"],
             momentum=group["momentum"],
             beta2=group["beta2"],
@@ -386,8 +339,27 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _each(params: list[Tensor]) -> list[list[Tensor]]:
-    return [[p] for p in params]
+def _shards(group: dict[str, Any]) -> list[Shards]:
+    """All of a Muon group is one array, each parameter of an AdamW group another."""
+    params: list[Tensor] = group["params"]
+    arrays = [params] if group["kind"] == "muon" else [[param] for param in params]
+    return [Shards(group, array) for array in arrays]
+
+
+def _fitted_state(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """The state of a file by parameter, in this rank's shapes; of a Muon group the first has it."""
+    state: dict[Tensor, dict[str, Any]] = {}
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        numbers = dict(zip(group["params"], saved["params"], strict=True))
+        for one in _shards(group):
+            param = one.params[0]
+            for name, value in state_dict["state"].get(numbers[param], {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    value = one.fitted(value, *_rank_and_world_size())
+                state.setdefault(param, {})[name] = value
+    return state
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -47,6 +47,9 @@ class InnerState:
         """
         wanted = self._path(merged) if merged else None
         found = self._read(wanted) if wanted else None
+        if found is not None and not optimizer.fits(_nested(found)):
+            log.warning("%s is of an older version and is passed over", wanted)
+            found = None
         everybody = self._ranks.sum([float(found is not None)])[0] == self._ranks.world_size
         self._remove_all_but(wanted if everybody else None)
         if found is None or not everybody:

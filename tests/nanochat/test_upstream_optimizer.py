@@ -1,7 +1,7 @@
-"""The optimizer's files move between us and upstream: the same keys in the groups.
+"""The optimizer's files move between us and upstream: the same keys, the same shapes on every rank.
 
 Upstream's optimizers are torch's `Optimizer` with its own `load_state_dict`, over groups with these
-keys.
+keys; what they keep of a parameter is told by `_upstream_shapes`.
 """
 
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochat import optim
 from nanochat.gpt import GPT, GPTConfig, build_gpt
@@ -136,3 +136,87 @@ def test_muon_takes_as_many_polar_iterations_as_its_group_says(
     assert set(asked) == {3}
     x = torch.randn(2, 6, 4)
     assert not torch.equal(polar_express(x, steps=3), polar_express(x))
+
+
+def _upstream_shapes(group: dict[str, Any], world_size: int) -> list[dict[str, tuple[int, ...]]]:
+    """Of each parameter's state on a rank that has something to update."""
+    if group["kind"] == "muon":
+        m, n = group["params"][0].shape
+        chunk = -(-len(group["params"]) // world_size)
+        factored = (chunk, m, 1) if m >= n else (chunk, 1, n)
+        first = {"momentum_buffer": (chunk, m, n), "second_momentum_buffer": factored}
+        return [first, *({} for _ in group["params"][1:])]
+    found = []
+    for param in group["params"]:
+        rows = param.shape[0] if param.numel() < 1024 else param.shape[0] // world_size
+        shape = (rows, *param.shape[1:])
+        found.append({"exp_avg": shape, "exp_avg_sq": shape})
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_rank_keeps_what_upstreams_keeps(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_rank_and_world_size", lambda: (max(0, world_size - 2), world_size))
+    _no_collectives(monkeypatch)
+    model = _model()
+    optimizer = model.setup_optimizer()
+    _train(model, optimizer)
+    for group in optimizer.param_groups:
+        expected = _upstream_shapes(group, world_size)
+        for param, shapes in zip(group["params"], expected, strict=True):
+            state = optimizer.state.get(param, {})
+            kept = {k: tuple(v.shape) for k, v in state.items() if k != "step"}
+            assert kept == shapes or (group["kind"] == "muon" and not kept)  # none of its matrices
+
+
+def _no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank alone: it hears zeros of the others."""
+
+    class Done:
+        def wait(self) -> None: ...
+
+    def scatter(own: Tensor, whole: Tensor, **_: Any) -> Done:
+        own.copy_(whole[: len(own)])
+        return Done()
+
+    def gather(whole: Tensor, own: Tensor, **_: Any) -> Done:
+        whole.zero_()[: len(own)].copy_(own)
+        return Done()
+
+    monkeypatch.setattr(optim.dist, "reduce_scatter_tensor", scatter)
+    monkeypatch.setattr(optim.dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(optim.dist, "all_reduce", lambda *_, **__: Done())
+
+
+def _adamw(*shape: int) -> MuonAdamW:
+    params = [nn.Parameter(torch.zeros(shape))]
+    group = {"kind": "adamw", "params": params, "lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-10}
+    return MuonAdamW([{**group, "weight_decay": 0.0}])
+
+
+def _with_state(optimizer: MuonAdamW, moments: Tensor) -> dict[str, Any]:
+    state = {"step": 1, "exp_avg": moments, "exp_avg_sq": moments}
+    return {**optimizer.state_dict(), "state": {0: state}}
+
+
+def test_a_flat_chunk_of_an_older_file_becomes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "_rank_and_world_size", lambda: (1, 2))
+    optimizer = _adamw(64, 32)
+    optimizer.load_state_dict(_with_state(optimizer, torch.arange(32 * 32.0)))
+    (param,) = optimizer.param_groups[0]["params"]
+    assert torch.equal(optimizer.state[param]["exp_avg"], torch.arange(32 * 32.0).view(32, 32))
+
+
+@pytest.mark.parametrize("shape", [(8,), (50, 32)])
+def test_a_chunk_of_an_older_file_that_would_have_to_be_cut_anew_is_refused(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_rank_and_world_size", lambda: (0, 3))
+    optimizer = _adamw(*shape)
+    chunk = -(-torch.Size(shape).numel() // 3)
+    old = _with_state(optimizer, torch.zeros(chunk))
+    assert not optimizer.fits(old["state"])
+    with pytest.raises(ValueError, match="not rank 0's of 3"):
+        optimizer.load_state_dict(old)
