@@ -230,6 +230,8 @@ def config_from_meta(meta: Meta, state: State) -> GPTConfig:
     No `arch` means modern, unless the weights have no `resid_lambdas`; before windows there was no
     `window_pattern`, and all layers saw everything.
     """
+    if not isinstance(meta.get("model_config"), dict):
+        raise UserError("the checkpoint does not say what model it is of: it has no model_config")
     values = dict(meta["model_config"])
     values.setdefault("arch", "modern" if "resid_lambdas" in state else "classic")
     values.setdefault("window_pattern", "L")
@@ -304,7 +306,8 @@ def _load_meta(path: Path) -> Meta:
         raise UserError(f"{path} is missing: that checkpoint was not written whole") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    assert isinstance(meta, dict)
+    if not isinstance(meta, dict):
+        raise UserError(f"{path} is not the description of a checkpoint: it holds no JSON object")
     return meta
 
 

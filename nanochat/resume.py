@@ -5,6 +5,7 @@ All ranks write their shards before rank 0 writes the meta file: a step that has
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 
 LATEST = "latest"
+_NO_BPB = sys.float_info.max  # upstream begins with infinity, which JSON does not have
 
 Meta = dict[str, Any]
 
@@ -78,8 +80,9 @@ class RunState:
                 "row": self.row,
             },
             "loop_state": {
-                "min_val_bpb": self.min_val_bpb,
-                "smooth_train_loss": self.train_loss,
+                # upstream compares and multiplies them: never null
+                "min_val_bpb": _NO_BPB if self.min_val_bpb is None else self.min_val_bpb,
+                "smooth_train_loss": self.train_loss or 0.0,
                 "total_training_time": self.training_time_s,
             },
         }
@@ -89,14 +92,15 @@ class RunState:
         """Raises UserError for the checkpoint of a program that keeps no row."""
         try:
             place, loop = meta["dataloader_state_dict"], meta["loop_state"]
+            least = loop["min_val_bpb"]
             return RunState(
                 step=meta["step"],
                 epoch=place["epoch"],
                 shard=place["pq_idx"],
                 row=place["row"],
                 val_bpb=meta["val_bpb"],
-                min_val_bpb=loop["min_val_bpb"],
-                train_loss=loop["smooth_train_loss"],
+                min_val_bpb=None if least is None or least >= _NO_BPB else least,
+                train_loss=loop["smooth_train_loss"] or None,
                 training_time_s=loop["total_training_time"],
             )
         except (KeyError, TypeError) as error:

@@ -222,7 +222,11 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     save_final_model(tmp_path / "headless.pt", state, _meta(model))
     save_checkpoint(tmp_path / "steps", 1, model.state_dict(), None, _meta(model))
     (tmp_path / "steps" / "meta_000001.json").write_text("{")
-    for name in ("junk.pt", "other.pt", "moe.pt", "headless.pt", "steps", "nowhere"):
+    save_checkpoint(tmp_path / "list", 1, model.state_dict(), None, _meta(model))
+    (tmp_path / "list" / "meta_000001.json").write_text("[]")
+    save_final_model(tmp_path / "bare.pt", model.state_dict(), {})
+    names = ("junk.pt", "other.pt", "moe.pt", "headless.pt", "steps", "list", "bare.pt", "nowhere")
+    for name in names:
         with pytest.raises(UserError) as error:
             load_any(tmp_path / name, CPU)
         assert "\n" not in str(error.value)

@@ -19,6 +19,7 @@ from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.choices import what_compiling_lacks
 from nanochat.common import run_command_line
+from nanochat.resume import RunState
 from scripts import base_train
 
 from .data_kit import assert_equal, byte_tokenizer, texts, write_shard
@@ -280,3 +281,13 @@ def test_core_without_its_bundle_is_refused_before_any_training(
     assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 2
     assert "eval_bundle.zip cannot be unpacked" in capsys.readouterr().err
     assert not (base_dir / "base_checkpoints").exists()
+
+
+def test_figures_that_are_not_known_yet_are_numbers_for_upstream_and_unknown_for_us() -> None:
+    meta = RunState(step=3, shard=0).to_meta()
+    loop = json.loads(json.dumps(meta, allow_nan=False))["loop_state"]
+    assert min(2.0, loop["min_val_bpb"]) == 2.0
+    assert 0.9 * loop["smooth_train_loss"] == 0
+    assert RunState.from_meta(meta) == RunState(step=3, shard=0)
+    meta["loop_state"] |= {"min_val_bpb": None, "smooth_train_loss": None}  # as it was once
+    assert RunState.from_meta(meta) == RunState(step=3, shard=0)
