@@ -127,7 +127,7 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.dev
         device = torch.device(device_type)
     if device_type == "mps" and world_size > 1:
         raise UserError("several processes cannot share the MPS device: start one, or use cpu")
-    if ddp and not dist.is_initialized():
+    if ddp and device_type != "mps" and not dist.is_initialized():  # no backend knows MPS
         if device_type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:

@@ -116,6 +116,8 @@ def _devices(config: RunConfig) -> tuple[int, str]:
                 f"client-processes is {config.client_processes}, but here are {count} GPUs"
             )
         return config.client_processes or count, torch.cuda.get_device_name(0)
+    if kind == "mps" and config.client_processes > 1:
+        raise UserError("several processes can't share the MPS device: set client-processes to 1")
     return config.client_processes or 1, f"{kind} ({os.cpu_count()} cores)"
 
 

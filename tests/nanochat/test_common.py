@@ -51,6 +51,17 @@ def test_a_device_that_is_not_there_is_a_user_error() -> None:
             common.compute_init("cuda")
 
 
+def test_mps_has_no_process_group_and_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert common.compute_init("mps")[3] == 1
+    assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="share the MPS device"):
+        common.compute_init("mps")
+
+
 def test_options_may_be_written_with_dashes_or_underscores() -> None:
     parser = ArgumentParser()
     parser.add_argument("--max-chars", type=int)
