@@ -97,7 +97,8 @@ class InnerState:
     def _remove_all_but(self, kept: Path | None) -> None:
         """Each rank removes its own files, rank 0 also those of a group of another size."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        for path in self._directory.glob("*.safetensors") if self._directory.is_dir() else ():
+        # half-written ones of killed processes too: their names go on behind it
+        for path in self._directory.glob("*.safetensors*") if self._directory.is_dir() else ():
             own = f".rank{rank}of{world_size}." in path.name
             other_size = f"of{world_size}." not in path.name
             if path != kept and (own or (other_size and self._ranks.first)):

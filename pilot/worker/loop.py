@@ -27,7 +27,6 @@ from nanochat.gpt import GPT
 from nanochat.layers import RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.memory import keep_freed_memory
-from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
 from pilot.config import RunConfig
@@ -140,7 +139,8 @@ class Round:
         mine = rank_slice(end - first, rank=self.ranks.rank, world_size=self.ranks.world_size)
         rows = data.validation_rows(first, end)[mine]
         batches = self._batches(rows, -(-(end - first) // self.ranks.world_size), stop)
-        token_bytes = get_token_bytes(tokenizer_dir(self.config.tokenizer), self.ranks.device)
+        # of the tokenizer that the sites agree on, not of a file beside it
+        token_bytes = torch.tensor(data.tokenizer.token_bytes(), device=self.ranks.device)
         nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
         return (0.0, 0) if self.ranks.agree(bool(stop.leaving)) else (nats, int(num_bytes))
 

@@ -136,10 +136,12 @@ def test_a_damaged_or_missing_state_costs_the_state_and_not_the_round(site: Path
         path.unlink()
     client.round("merged")
     (path,) = inner_state_dir("inner", "damaged").glob("*.safetensors")
+    half = path.with_name(f".{path.name}.1.tmp")  # of a process that was killed as it wrote
+    half.write_bytes(b"half")
     older = {name: t[:1].clone() if t.dim() else t for name, t in load_file(path).items()}
     save_file(older, path)  # cut otherwise, by another version of the program
     client.round("merged")
-    assert client.row == 4 * BATCH_ROWS
+    assert client.row == 4 * BATCH_ROWS and not half.exists()
 
 
 def test_the_final_order_removes_what_the_client_has_kept(site: Path) -> None:
