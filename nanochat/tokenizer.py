@@ -335,6 +335,15 @@ def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> 
     )
 
 
+def check_overwritable(directory: Path) -> None:
+    """Raise UserError if `directory` holds a tokenizer that another program, as upstream, has made."""
+    if (directory / _PICKLE).exists() and not (directory / _JSON).exists():
+        raise UserError(
+            f"{directory / _PICKLE} was not made by this program, and others may need it: move it away, "
+            "or train into another directory with --tokenizer"
+        )
+
+
 def _missing(directory: Path) -> str:
     train = "python -m scripts.tok_train --max-chars=4000000000 --vocab-size=65536"
     if directory.name != DEFAULT_DIRECTORY:
@@ -342,7 +351,7 @@ def _missing(directory: Path) -> str:
     if (directory / _PICKLE).exists():
         return (
             f"{directory} has a {_PICKLE} only, which is never loaded (unpickling runs code): "
-            f"train one with `{train}`"
+            f"if another program needs it, move it away; then train one with `{train}`"
         )
     return f"there is no tokenizer in {directory}: make one with `{train}`"
 

@@ -104,6 +104,8 @@ def train(
     fill; nothing is left behind then. An interruption leaves the choice of shards.
     """
     tokenizer_module.check_trainable()
+    if not (directory / CHOICE_FILE).exists():  # else it is ours, interrupted
+        tokenizer_module.check_overwritable(directory)
     choice = choose(source, options, directory)
     for shard in choice.shards:
         _check(source.shard_path(shard))

@@ -131,6 +131,15 @@ def test_a_shard_that_cannot_be_used_is_one_sentence_and_leaves_nothing_behind(
     assert not (base_dir / "tokenizer").exists()
 
 
+def test_the_tokenizer_of_another_program_is_not_overwritten(shards, monkeypatch, capsys, base_dir):
+    theirs = base_dir / "tokenizer" / "tokenizer.pkl"  # all that upstream leaves
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"upstream's")
+    assert run_main(monkeypatch, "--vocab-size=400", f"--source={shards}") not in (0, None)
+    assert "move it away" in capsys.readouterr().err
+    assert theirs.read_bytes() == b"upstream's"
+
+
 def test_num_shards_gives_the_same_tokenizer_whatever_else_is_there(shards, tmp_path):
     one = tok_train.train(get_source(shards), replace(OPTIONS, num_shards=1), tmp_path / "tok")
     assert one.fingerprint() == trained_on(0)
