@@ -39,11 +39,11 @@ class InnerState:
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self._directory, self._ranks = directory, ranks
 
-    def restore(self, optimizer: MuonAdamW, merged: Sequence[int]) -> bool:
+    def restore(self, optimizer: MuonAdamW, merged: Sequence[int], fence: Fence) -> bool:
         """Put back the state that `merged` ([term, round, lease], or empty: none) left.
 
-        Everything else is removed. False: there is none, and the optimizer stays as it is, on all
-        ranks alike.
+        Everything else is removed but what earlier orders of the round of `fence` left, which may be merged
+        yet. False: there is none, and the optimizer stays as it is, on all ranks alike.
         """
         wanted = self._path(merged) if merged else None
         found = self._read(wanted) if wanted else None
@@ -51,7 +51,7 @@ class InnerState:
             log.warning("%s is of an older version and is passed over", wanted)
             found = None
         everybody = self._ranks.sum([float(found is not None)])[0] == self._ranks.world_size
-        self._remove_all_but(wanted if everybody else None)
+        self._remove_all_but(wanted if everybody else None, fence)
         if found is None or not everybody:
             if merged and self._ranks.first:
                 log.info("The state of the inner optimizer is not on this site: it starts anew")
@@ -94,13 +94,16 @@ class InnerState:
             log.warning("%s is damaged and is passed over: %s", path, error)
             return None
 
-    def _remove_all_but(self, kept: Path | None) -> None:
+    def _remove_all_but(self, kept: Path | None, fence: Fence) -> None:
         """Each rank removes its own files, rank 0 also those of a group of another size."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
+        of_this_round = f"{fence.term}-{fence.round_number}-"
         # half-written ones of killed processes too: their names go on behind it
         for path in self._directory.glob("*.safetensors*") if self._directory.is_dir() else ():
             own = f".rank{rank}of{world_size}." in path.name
             other_size = f"of{world_size}." not in path.name
+            if path.name.startswith(of_this_round):
+                continue
             if path != kept and (own or (other_size and self._ranks.first)):
                 path.unlink(missing_ok=True)
 

@@ -160,7 +160,7 @@ class Round:
         optimizer = plan.make_optimizer(config, model)
         keeps = config.inner_state == "keep" and bool(self.order.segments)
         if keeps:
-            self.inner.restore(optimizer, self.order.merged)
+            self.inner.restore(optimizer, self.order.merged, self.order.fence)
         trainer = Trainer(
             model,
             optimizer,

@@ -163,3 +163,25 @@ def test_a_state_of_another_number_of_processes_is_not_taken(site: Path) -> None
     client.round("merged")
     names = [path.name for path in inner_state_dir("inner", "resized").glob("*")]
     assert names == ["1-2-20.rank0of1.safetensors"]
+
+
+def test_a_second_order_of_a_round_leaves_what_the_first_one_left(site: Path) -> None:
+    client = federation(site, "twice")
+    client.round("merged")
+    before = list(client.merged)
+    client.round("merged")
+    first = client.state()
+    assert first
+    # asked again in that round, in vain: the reply to the first order is not merged yet
+    order = train_order(
+        client.config,
+        segments(client.row, 1),  # too few for a step
+        client="twice",
+        fence=Fence("inner", 1, 2, 99),
+        merged=before,
+    )
+    Round(order, ALONE, time.monotonic()).run(client.weights)
+    assert client.state() == first
+    client.round("merged")
+    names = {path.name for path in inner_state_dir("inner", "twice").glob("*")}
+    assert names == {"1-2-20.rank0of1.safetensors", "1-3-30.rank0of1.safetensors"}
