@@ -18,6 +18,7 @@ from pilot.rounds import Clock
 
 # Of fewer accepted updates the median says little: one outlier would be half of it.
 MIN_NORMS = 3
+MAX_NORM = 1e25  # times the tokens of a round it is still finite in fp32
 # Norms fall as a run goes on: the median shall be that of the last rounds, not of the run.
 MAX_NORMS = 100
 REFUSALS_IN_A_ROW = 3
@@ -93,8 +94,10 @@ def norm_refusal(norm: float, earlier: Sequence[float], *, max_ratio: float) -> 
     """Why an update of L2 norm `norm` may not be merged after updates of norms `earlier`, or None.
 
     `earlier` are of rounds before this one, never of this one: who arrives first decides nothing. With
-    fewer than MIN_NORMS of them, or a `max_ratio` of 0, any norm will do.
+    fewer than MIN_NORMS of them, or a `max_ratio` of 0, any norm up to MAX_NORM will do.
     """
+    if norm > MAX_NORM:
+        return f"its norm {norm:.4g} is beyond what a mean in fp32 can hold"
     if max_ratio == 0 or len(earlier) < MIN_NORMS:
         return None
     median = statistics.median(earlier)

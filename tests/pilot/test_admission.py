@@ -167,3 +167,8 @@ def test_resumed_server_lets_the_cooling_time_begin_anew(clock: HandClock) -> No
     assert not cooling.ready("a")
     clock.time_s += 5.0
     assert cooling.ready("a")
+
+
+def test_norm_that_a_mean_in_fp32_could_not_hold_is_refused_whatever_came_before() -> None:
+    assert norm_refusal(1e25, [], max_ratio=0) is None
+    assert "fp32" in (norm_refusal(1e30, [], max_ratio=10) or "")
