@@ -162,6 +162,11 @@ class ServerCoordinator:
 
     # -- single clients --------------------------------------------------------------------------
 
+    @property
+    def failing(self) -> bool:
+        """Whether Redis fails for this server."""
+        return self._link.failing
+
     def heartbeats(self, clients: Iterable[str]) -> dict[str, dict[str, str]]:
         """The last sign of life in this round of each of `clients` that has given one.
 

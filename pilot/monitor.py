@@ -68,20 +68,30 @@ class RoundMonitor:
     ended_at_s: float | None = None
     silent: set[str] = field(default_factory=set)  # clients that owe a reply and are not heard
     beats: Beats = field(default_factory=dict)
-    _heard: set[str] = field(default_factory=set)
+    _heard_s: dict[str, float] = field(default_factory=dict)  # when a client was last heard
+    _blind_s: float = -math.inf  # when Redis last failed: nobody can be heard then
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _looked_at_s: float = 0.0
 
-    def look(self, heartbeats: Mapping[str, Mapping[str, str]], now_s: float) -> None:
-        """Take in the last signs of life of those that owe a reply; changes are told once."""
+    def look(
+        self, heartbeats: Mapping[str, Mapping[str, str]], now_s: float, *, blind: bool = False
+    ) -> None:
+        """Take in the last signs of life of those that owe a reply; changes are told once.
+
+        `blind`: Redis fails. Nobody becomes silent then, and afterwards all have time to be heard again.
+        """
         self._looked_at_s = now_s
-        self.beats = beats = {name: Beat.of(values) for name, values in heartbeats.items()}
+        self.beats = beats = self._of_their_orders(heartbeats, now_s)
+        if blind:
+            self._blind_s = now_s
+            return
         silent = set()
         for work in self.open_round.pending.values():
             name = work.site.name
-            if name in beats and name not in self._heard:
-                self._heard.add(name)
-                work.site.start_s = now_s - work.sent_at_s
+            if name in beats:
+                if self._heard_s.get(name, -math.inf) < work.sent_at_s:
+                    work.site.start_s = now_s - work.sent_at_s
+                self._heard_s[name] = now_s - beats[name].age_s
             if self._is_silent(work, beats.get(name), now_s):
                 silent.add(name)
         owing = {work.site.name for work in self.open_round.pending.values()}
@@ -92,6 +102,14 @@ class RoundMonitor:
         self.silent = silent
         self._silent_since_s = {n: self._silent_since_s.get(n, now_s) for n in silent}
 
+    def _of_their_orders(
+        self, heartbeats: Mapping[str, Mapping[str, str]], now_s: float
+    ) -> dict[str, Beat]:
+        """Without those that came before the order: they are of another one of this round."""
+        sent_s = {w.site.name: w.sent_at_s for w in self.open_round.pending.values()}
+        beats = {name: Beat.of(values) for name, values in heartbeats.items()}
+        return {n: b for n, b in beats.items() if now_s - b.age_s >= sent_s.get(n, -math.inf)}
+
     def _is_silent(self, work: Work, beat: Beat | None, now_s: float) -> bool:
         if beat is None:
             starts = [w.site.start_s or 0.0 for w in (work, *self.open_round.pending.values())]
@@ -99,7 +117,8 @@ class RoundMonitor:
             # 0: its first round and everybody's, or it can't reach Redis: nothing follows from silence
             if not longest_s or work.site.hello.warning:
                 return False
-            return now_s - work.sent_at_s > max(_START_MIN_S, _START_FACTOR * longest_s)
+            since_s = max(work.sent_at_s, self._blind_s, self._heard_s.get(work.site.name, 0.0))
+            return now_s - since_s > max(_START_MIN_S, _START_FACTOR * longest_s)
         if beat.state == "sending":  # the worker is done: Flower carries its reply
             return False
         return beat.age_s > silence_s(self.heartbeat_s)
@@ -142,10 +161,15 @@ class RoundMonitor:
     @property
     def unbegun(self) -> set[str]:
         """Clients of a round that has ended that have not begun, as far as heartbeats tell."""
-        if self.ended_at_s is None or not self._heard:
+        if self.ended_at_s is None or not self._heard_s:
             return set()
-        sites = [work.site for work in self.open_round.pending.values()]
-        return {s.name for s in sites if s.name not in self._heard and not s.hello.warning}
+        unheard = [
+            work.site
+            for work in self.open_round.pending.values()
+            if self._heard_s.get(work.site.name, -math.inf) < work.sent_at_s
+            and self._blind_s < work.sent_at_s  # else it may have begun
+        ]
+        return {site.name for site in unheard if not site.hello.warning}
 
     def _reprieve_s(self, name: str) -> float:
         sites = [work.site for work in self.open_round.pending.values()]

@@ -251,7 +251,8 @@ class PilotStrategy:
         if open_round is None or self._monitor is None:
             return
         owing = [work.site.name for work in open_round.pending.values()]
-        self._monitor.look(self.coordinator.heartbeats(owing), now_s)
+        heartbeats = self.coordinator.heartbeats(owing)
+        self._monitor.look(heartbeats, now_s, blind=self.coordinator.failing)
         if now_s - self._told_at_s >= _TELL_EVERY_S:
             self._told_at_s = now_s
             target = self.config.target_tokens or self.state.total_tokens - self.state.tokens
@@ -287,6 +288,7 @@ class PilotStrategy:
         """Wait for the replies that are still to come: as long as they have ever taken, and more, or
         for `patience_s` seconds where they have more to do than to be sent."""
         monitor = self._monitor or self._follow(open_round)
+        measured = patience_s is None
         if patience_s is None:
             patience_s = grace_s(uploads_s(monitor.awaited), self.config.grace_max)
         deadline_s = self.clock.now_s() + patience_s
@@ -295,6 +297,9 @@ class PilotStrategy:
             self._raise_if_interrupted()
             if not monitor.awaited or self.clock.now_s() >= deadline_s:
                 break
+        for work in monitor.awaited if measured else ():
+            # it takes longer than it did: three times as long next time
+            work.site.upload_s = max(work.site.upload_s or 0.0, patience_s)
         for message_id in open_round.pending:
             self.mailbox.abandon(message_id)
         reason = f"no reply within the {patience_s:.0f} s of grace"

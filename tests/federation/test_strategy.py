@@ -1,6 +1,7 @@
 """The round loop against sites that fail, lie, are late or leave: real Redis, real messages."""
 
 import re
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from federation.scripted import ROW_TOKENS, FastClock, ScriptedSite, events
 
-from pilot.messages import to_header
+from pilot.messages import TrainOrder, to_header
 from pilot.snapshot import latest_snapshot
 from pilot.strategy import RunFailed
 
@@ -102,6 +103,17 @@ def test_a_late_reply_is_refused_and_its_rows_go_back(server: Any) -> None:
     assert "no reply within the 5 s of grace" in reasons
     assert "it answers a round that is over" in reasons
     assert state.ledger.rows_committed == state.tokens // ROW_TOKENS
+
+
+def test_a_site_that_has_become_slow_is_waited_for_longer_each_time(server: Any) -> None:
+    def slow(order: TrainOrder, *_: Any) -> None:
+        time.sleep(0.7 if order.fence.round_number == 1 else 2.3)  # 2 and 18 s after the end
+
+    only = ScriptedSite("only", react=slow)
+    run = server([only], num_rounds=4, min_clients=1, grace_max=600, round_max_duration=5)
+    state = run.run(FastClock(speed=10))
+    clients = [record.clients for record in state.history]
+    assert clients[0] == 1 and sum(clients[2:]) >= 1, "three times what it took once is too little"
 
 
 def test_a_site_that_leaves_for_good_does_not_hold_the_round(server: Any) -> None:

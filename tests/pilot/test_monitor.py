@@ -38,10 +38,10 @@ class Watched:
         self.monitor = RoundMonitor(self.round, telemetry, heartbeat_s=1.0)
         self.directory = directory
 
-    def look(self, now_s: float, **beats: dict[str, Any]) -> set[str]:
+    def look(self, now_s: float, *, blind: bool = False, **beats: dict[str, Any]) -> set[str]:
         """Who is silent after these beats."""
         values = {n: {k: str(v) for k, v in beat.items()} for n, beat in beats.items()}
-        self.monitor.look(values, now_s)
+        self.monitor.look(values, now_s, blind=blind)
         return self.monitor.silent
 
     def told(self) -> list[tuple[str, str]]:
@@ -70,6 +70,34 @@ def test_a_client_that_misses_three_heartbeats_is_silent_and_its_return_is_told(
     assert [work.site.name for work in watched.monitor.awaited] == ["a"]
     assert watched.look(122.0, a=beat(), b=beat()) == set()
     assert watched.told() == [("client_silent", "b"), ("client_back", "b")]
+
+
+def test_nobody_becomes_silent_or_unbegun_while_redis_fails(watched: Watched) -> None:
+    watched.look(102.0, a=beat(), b=beat())
+    for now_s in (110.0, 400.0):
+        assert watched.look(now_s, blind=True) == set()
+    watched.monitor.ended_at_s = 401.0
+    assert [work.site.name for work in watched.monitor.awaited] == ["a", "b"]
+    assert watched.look(402.0) == set(), "Redis is back and empty: they have time to be heard again"
+    assert watched.look(440.0, a=beat()) == set()
+    assert watched.look(446.0, a=beat()) == {"b"}
+
+
+def test_a_client_whose_order_came_while_redis_failed_may_have_begun(watched: Watched) -> None:
+    watched.look(102.0, a=beat())
+    watched.look(110.0, blind=True)
+    watched.monitor.ended_at_s = 120.0
+    assert watched.monitor.unbegun == set()
+
+
+def test_signs_of_life_before_an_order_are_not_of_that_order(watched: Watched) -> None:
+    watched.look(110.0, a=beat(), b=beat())
+    del watched.round.pending["m-b"]
+    again = replace(watched.works["b"], message_id="m-b2", sent_at_s=120.0)
+    watched.round.add(again)
+    assert watched.look(125.0, a=beat(), b=beat(age=10.0, tokens=600)) == set()
+    view = watched.monitor.view(125.0, waiting=0, rows_left=True)
+    assert (view.tokens, view.training) == (50, 1)
 
 
 def test_a_silent_client_is_waited_for_as_long_as_all_need_to_train_what_it_has(
