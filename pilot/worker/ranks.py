@@ -21,7 +21,7 @@ from torch import Tensor
 from nanochat.common import autodetect_device_type
 
 # The others wait while rank 0 packs rows, or for the next order. torch's 30 minutes may be too short for
-# that; what hangs is ended by the round's deadline, the supervisor and `worker-idle`.
+# that; when a rank fails, the supervisor ends them all at once.
 _CONTROL_TIMEOUT = timedelta(days=7)
 
 
