@@ -20,13 +20,12 @@ import psutil
 
 _LOCK_NAME = "lock"
 _ATTEMPTS = 3
-# 103 bytes for a socket's path on all systems, less those of "/pilot-<uid>-<16 digits>/worker.sock"
-_MAX_PARENT_BYTES = 103 - 46
+_MAX_SOCKET_PATH_BYTES = 103  # on all systems
 
 
 def new_directory() -> Path:
     """A private directory for a group that ends with its ClientApp."""
-    return Path(tempfile.mkdtemp(prefix="pilot-", dir=_parent()))
+    return Path(tempfile.mkdtemp(prefix="pilot-", dir=_parent("pilot-xxxxxxxx")))
 
 
 class Lodging:
@@ -43,7 +42,8 @@ class Lodging:
         """
         text = json.dumps([employer.pid, employer.create_time(), sys.executable, *facts])
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        directory = _parent() / f"pilot-{os.getuid()}-{name}"
+        name = f"pilot-{os.getuid()}-{name}"
+        directory = _parent(name) / name
         for _ in range(_ATTEMPTS):  # a group that ends removes it, perhaps just now
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
@@ -69,11 +69,12 @@ def clear(directory: Path) -> None:
             os.close(lock)
 
 
-def _parent() -> Path:
-    """Where directories of groups are made: short enough for the path of a socket in them."""
+def _parent(name: str) -> Path:
+    """Where the directory `name` of a group is made: short enough for the path of a socket in it."""
     scratch = os.environ.get("PILOT_SCRATCH_DIR")  # of `pilot run`, gone with it
     parent = Path(scratch or tempfile.gettempdir())
-    return parent if len(os.fsencode(parent)) <= _MAX_PARENT_BYTES else Path("/tmp")
+    longest = os.fsencode(parent / name / "worker.sock")
+    return parent if len(longest) <= _MAX_SOCKET_PATH_BYTES else Path("/tmp")
 
 
 def _is_private(directory: Path) -> bool:
