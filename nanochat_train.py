@@ -5,18 +5,14 @@ python nanochat_train.py --num-steps 50 --batch-size 2 --max-length 512
 Without a data set or a tokenizer it makes its own from the text that Python brings along.
 """
 
-from nanochat.common import (
-    ArgumentParser,
-    UserError,
-    compute_init,
-    get_dist_info,
-    run_command_line,
-)
-from nanochat.dataset import get_source
+from nanochat.builtin import ensure_builtin_tokenizer
+from nanochat.common import ArgumentParser, compute_init, get_dist_info, run_command_line
+from nanochat.errors import UserError
 from nanochat.gpt_config import ARCHITECTURES
 from nanochat.pretrain import pretrain
 from nanochat.settings import Settings
-from nanochat.tokenizer import ensure_builtin_tokenizer, get_tokenizer
+from nanochat.source import get_source
+from nanochat.tokenizer import get_tokenizer
 
 _BUILTIN_TOKENIZER, _BUILTIN_VOCAB_SIZE = "tokenizer_builtin_4096", 4096
 

@@ -30,8 +30,10 @@ from typing import Any
 import pyarrow.parquet as pq
 from bpe_child import LENGTH_BYTES, NUM_BYTES  # type: ignore[import-not-found] # stands beside this file
 
-from nanochat.common import UserError, get_base_dir, run_command_line
-from nanochat.dataset import parquets_iter_batched, prepare_builtin
+from nanochat.builtin import prepare_builtin
+from nanochat.common import get_base_dir, run_command_line
+from nanochat.errors import UserError
+from nanochat.source import parquets_iter_batched
 
 REQUIREMENTS = {"rustbpe": "rustbpe>=0.1,<0.2", "tokenizers": "tokenizers>=0.21"}
 RATIOS = {"ratio": "total_s", "cpu_ratio": "cpu_s", "rss_ratio": "peak_rss_bytes"}

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanochat.dataloader import shard_order
-from pilot.ledger import Ledger, Segment
+from nanochat.rows.stream import shard_order
+from pilot.rules.ledger import Ledger, Segment
 
 SHARD_ROWS = 50_000
 LEASE_ROWS = 1024  # 32 steps of 32 rows; half of it is used

@@ -5,7 +5,7 @@ python benchmarks/rows.py --text ../shared/data/books --seq-len 2048 --rounds 5
 
 `--text` is a directory of parquet shards with a column `text`, or `builtin`. Upstream's loader is
 `reference_rows` below, written from its description: batches of 128 documents tokenized with
-tiktoken, best-fit from a list of 1000 by linear scan. Ours is what runs in production, `row_packer.pack`,
+tiktoken, best-fit from a list of 1000 by linear scan. Ours is what runs in production, `packer.pack`,
 with its parquet reading, its file and its fsyncs. Both take one thread and the same documents; rounds
 are interleaved, figures are medians of CPU seconds, set-up excluded. On a busy machine trust the ratios.
 
@@ -30,16 +30,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.batch_encoder import BatchEncoder
-from nanochat.choices import default_compute_dtype
+from nanochat.builtin import prepare_builtin
 from nanochat.common import run_command_line
-from nanochat.dataloader import RowCache
-from nanochat.dataset import Source, get_source, iter_texts, prepare_builtin
 from nanochat.files import sha256_file
 from nanochat.gpt import build_gpt, config_for_depth
-from nanochat.packing import BUFFER_DOCUMENTS, make_packer
-from nanochat.row_packer import PackJob, PackStats, pack
+from nanochat.kernels.choices import default_compute_dtype
+from nanochat.rows.cache import RowCache
+from nanochat.rows.encoder import BatchEncoder
+from nanochat.rows.packer import PackJob, PackStats, pack
+from nanochat.rows.packing import BUFFER_DOCUMENTS, make_packer
 from nanochat.schedule import make_schedule
+from nanochat.source import Source, get_source, iter_texts
 from nanochat.tokenizer import RustBPETokenizer, cropped
 from nanochat.trainer import Trainer
 

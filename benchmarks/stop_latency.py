@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import run_command_line
-from pilot.config import PilotError, RunConfig
-from pilot.coordinator import ServerCoordinator
-from pilot.local_redis import LocalRedis
+from pilot.config import RunConfig
+from pilot.coordination.coordinator import ServerCoordinator
+from pilot.errors import PilotError
+from pilot.processes.local_redis import LocalRedis
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN, CLIENT = "stop-latency", "bench"
@@ -124,12 +125,12 @@ def _work(arguments: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from nanochat.dataloader import RowStream
+    from nanochat.rows.stream import RowStream
     from pilot import plan
-    from pilot.messages import Fence, TrainOrder
-    from pilot.worker.loop import Round
-    from pilot.worker.ranks import Ranks
-    from pilot.worker.stop import StopWatcher
+    from pilot.site.ranks import Ranks
+    from pilot.site.round import Round
+    from pilot.site.stop import StopWatcher
+    from pilot.wire.messages import Fence, TrainOrder
 
     class TimedRound(Round):
         """Notes when it looked whether to stop: before each micro-step and after reading rows."""

@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import attention, by_hand, gpt, optim
+from nanochat import gpt, optim
 from nanochat.acceleration import accelerated_block
 from nanochat.gpt import build_gpt, config_for_depth
-from nanochat.head import softcap
+from nanochat.kernels import attention, cpu
+from nanochat.kernels.head import softcap
 from nanochat.layers import RunBlock, run_block
 from nanochat.memory import keep_freed_memory
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
@@ -175,7 +176,7 @@ def make_trainer(
     if name == "plain":
         gpt.head_loss = _plain_head_loss
         attention.blocked_attention = _plain_windowed_attention
-        by_hand._plain = lambda _: True
+        cpu._plain = lambda _: True
         optim.adamw_update = _plain_adamw
     else:
         keep_freed_memory()  # as every process that trains does

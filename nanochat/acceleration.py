@@ -9,17 +9,17 @@ import os
 import torch
 from torch import Tensor
 
-from nanochat.choices import (
+from nanochat.common import get_base_dir
+from nanochat.gpt import GPT
+from nanochat.kernels.choices import (
     Choices,
     CompileChoice,
     choose_compile,
     make_choices,
     what_compiling_lacks,
 )
-from nanochat.common import get_base_dir
-from nanochat.flash3 import flash3_for
-from nanochat.flex import prepare_flex
-from nanochat.gpt import GPT
+from nanochat.kernels.flash3 import flash3_for
+from nanochat.kernels.flex import prepare_flex
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Block, RunBlock, run_block
 

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.files import atomic_file, atomic_write_json, file_lock, sha256_file
 
 NUM_TRAIN_SHARDS = 8

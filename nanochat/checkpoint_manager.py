@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.choices import default_compute_dtype
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.errors import UserError
 from nanochat.files import atomic_file, atomic_write_json
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.choices import default_compute_dtype
 from nanochat.tokenizer import (
     DEFAULT_DIRECTORY,
     RustBPETokenizer,

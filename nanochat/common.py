@@ -13,16 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nanochat.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 
 _SCRIPT_SEED = 42
-
-
-class UserError(Exception):
-    """A mistake its reader can repair: one sentence that says what is wrong and what to do."""
 
 
 def get_base_dir() -> Path:
@@ -147,7 +145,7 @@ def __getattr__(name: str) -> Any:
     # Outside code imports `COMPUTE_DTYPE`; it is computed when asked for, so that importing this
     # module neither imports torch nor fixes the answer.
     if name == "COMPUTE_DTYPE":
-        from nanochat.choices import default_compute_dtype
+        from nanochat.kernels.choices import default_compute_dtype
 
         return default_compute_dtype(autodetect_device_type())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import get_base_dir
 from nanochat.core_eval import Item, centred, evaluate_task
 from nanochat.download import Downloader, DownloadError
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_json, atomic_write_text, file_lock
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer

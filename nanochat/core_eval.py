@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
 

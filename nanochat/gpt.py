@@ -16,12 +16,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nanochat.attention import layer_windows, rotary_tables
-from nanochat.by_hand import norm
-from nanochat.choices import default_compute_dtype
 from nanochat.common import autodetect_device_type
 from nanochat.gpt_config import SMEAR_CHANNELS, GPTConfig, config_for_depth
-from nanochat.head import head_loss, softcap
+from nanochat.kernels.attention import layer_windows, rotary_tables
+from nanochat.kernels.choices import default_compute_dtype
+from nanochat.kernels.cpu import norm
+from nanochat.kernels.head import head_loss, softcap
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Block, Embedding, Linear, RunBlock, run_block
 from nanochat.optim import MuonAdamW

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 
 ARCHITECTURES = ("classic", "modern")
 

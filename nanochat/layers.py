@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import cached_attention, causal_attention
-from nanochat.by_hand import norm, relu_squared_mlp, rotated_norm
 from nanochat.gpt_config import VE_GATE_CHANNELS, GPTConfig
+from nanochat.kernels.attention import cached_attention, causal_attention
+from nanochat.kernels.cpu import norm, relu_squared_mlp, rotated_norm
 from nanochat.kv_cache import KVCache
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_json, atomic_write_text, fsync_dir
 from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig

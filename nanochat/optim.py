@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.shards import Shards
+from nanochat.optimizer_shards import Shards
 
 # Polar express (arXiv 2505.16932): the best odd quintic for each of 5 iterations, safety 2e-2.
 _POLAR_COEFFICIENTS = (

@@ -11,18 +11,21 @@ import numpy as np
 import torch
 
 from nanochat.acceleration import accelerated_block
-from nanochat.choices import training_seconds
-from nanochat.common import UserError, get_base_dir, print0
+from nanochat.common import get_base_dir, print0
 from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
-from nanochat.dataloader import RowCache
+from nanochat.data_spec import DataSpec, count_train_shards, open_source, validation_rows
 from nanochat.engine import Engine
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
 from nanochat.interrupt import stop_on_signals
+from nanochat.kernels.choices import training_seconds
 from nanochat.layers import RunBlock
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
 from nanochat.memory import keep_freed_memory
 from nanochat.progress import ProgressLog
 from nanochat.resume import RunState, resolve_step, restore_run, save_run
+from nanochat.rows.cache import RowCache
+from nanochat.rows.stream import EpochStream
 from nanochat.samples import sample_texts
 from nanochat.schedule import (
     REFERENCE_BATCH_TOKENS,
@@ -34,16 +37,9 @@ from nanochat.schedule import (
     scale_weight_decay_for_tokens,
 )
 from nanochat.settings import Settings
+from nanochat.source import default_packing
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.trainer import Trainer, rank_slice
-from nanochat.training_data import (
-    DataSpec,
-    EpochStream,
-    count_train_shards,
-    default_packing,
-    open_source,
-    validation_rows,
-)
 
 _DEFAULT_WEIGHT_DECAY = {"pilot": 0.2, "upstream": 0.28}
 _BATCH_EXPONENT = 0.383

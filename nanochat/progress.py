@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import get_base_dir
 from nanochat.core_bundle import CoreResult
+from nanochat.errors import UserError
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 

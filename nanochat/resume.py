@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     save_optimizer,
 )
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 

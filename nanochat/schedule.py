@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 
 REFERENCE_BATCH_TOKENS = 2**19  # the batch at which the learning rates were tuned
 _REFERENCE_DEPTH = 12  # and the depth at which the weight decay was

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from nanochat.choices import COMPILE_MODES
-from nanochat.common import UserError
+from nanochat.errors import UserError
+from nanochat.kernels.choices import COMPILE_MODES
 from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS
 

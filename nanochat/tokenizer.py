@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import tiktoken
 
-from nanochat.common import UserError, get_base_dir
-from nanochat.files import atomic_file, atomic_write_bytes, file_lock
+from nanochat.common import get_base_dir
+from nanochat.errors import UserError
+from nanochat.files import atomic_file, atomic_write_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ SPLIT_PATTERN = (
 _LONGEST_SPACE = 100_000
 _LONG_SPACE = re.compile(rf"(\s{{{_LONGEST_SPACE}}})")
 DEFAULT_DIRECTORY = "tokenizer"
-_JSON, _PICKLE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
+TOKENIZER_FILE, _PICKLE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
 _FORMAT = "nanochat-bpe-1"
 _NUM_BYTES = 256
 MIN_VOCAB_SIZE = _NUM_BYTES + len(SPECIAL_TOKENS)
@@ -96,7 +97,7 @@ class RustBPETokenizer:
     def from_directory(cls, tokenizer_dir: str | Path) -> "RustBPETokenizer":
         """Load `tokenizer.json`; raises UserError when it is missing or damaged."""
         directory = Path(tokenizer_dir)
-        path = directory / _JSON
+        path = directory / TOKENIZER_FILE
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
             if entry["format"] != _FORMAT:
@@ -120,11 +121,11 @@ class RustBPETokenizer:
 
         directory = Path(tokenizer_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _JSON).unlink(missing_ok=True)
+        (directory / TOKENIZER_FILE).unlink(missing_ok=True)
         atomic_write_bytes(directory / _PICKLE, pickle.dumps(self.enc))
         with atomic_file(directory / _TOKEN_BYTES) as file:
             torch.save(torch.tensor(self.token_bytes(), dtype=torch.int32), file)
-        atomic_write_bytes(directory / _JSON, self._to_json())
+        atomic_write_bytes(directory / TOKENIZER_FILE, self._to_json())
         self.directory = directory
 
     def fingerprint(self) -> str:
@@ -266,32 +267,6 @@ def train_and_save(
     return tokenizer
 
 
-def ensure_builtin_tokenizer(directory: str | Path, vocab_size: int) -> RustBPETokenizer:
-    """The tokenizer in `directory`; if there is none, one trained on the built-in corpus.
-
-    Two processes at once: one trains, the other waits. Raises UserError if the one there has
-    another vocabulary size.
-    """
-    from nanochat import dataset
-
-    path = tokenizer_dir(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    with file_lock(path / ".lock"):
-        if (path / _JSON).exists():
-            tokenizer = RustBPETokenizer.from_directory(path)
-        else:
-            source = dataset.prepare_builtin()
-            batches = dataset.parquets_iter_batched("train", source=source)
-            texts = itertools.chain.from_iterable(batches)
-            tokenizer = train_and_save(texts, vocab_size, path)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise UserError(
-            f"the tokenizer in {path} has {tokenizer.get_vocab_size()} tokens, not {vocab_size}: "
-            "name another directory, or set the vocabulary size to its size"
-        )
-    return tokenizer
-
-
 def check_vocab_size(vocab_size: int) -> None:
     """Raise UserError unless all 256 bytes and the special tokens fit into `vocab_size`."""
     if vocab_size < MIN_VOCAB_SIZE:
@@ -337,7 +312,7 @@ def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> 
 
 def check_overwritable(directory: Path) -> None:
     """Raise UserError if `directory` holds a tokenizer that another program, as upstream, has made."""
-    if (directory / _PICKLE).exists() and not (directory / _JSON).exists():
+    if (directory / _PICKLE).exists() and not (directory / TOKENIZER_FILE).exists():
         raise UserError(
             f"{directory / _PICKLE} was not made by this program, and others may need it: move it away, "
             "or train into another directory with --tokenizer"

@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import ArgumentParser, UserError, run_command_line
+from nanochat.common import ArgumentParser, run_command_line
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_json
 from nanochat.tokenizer import DEFAULT_DIRECTORY, RustBPETokenizer, get_tokenizer
 

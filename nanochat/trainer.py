@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochat.batches import Batches
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.layers import RunBlock, run_block
 from nanochat.optim import MuonAdamW

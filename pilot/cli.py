@@ -21,12 +21,14 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from pilot.config import PilotError, RunConfig, load_run_config, redact_url
+from pilot.config import RunConfig, load_run_config
+from pilot.errors import PilotError
 from pilot.launch import connection as connections
 from pilot.launch.connection import Connection
 from pilot.launch.flower_run import FlowerRun, Outcome
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
+from pilot.redis_url import redact_url
 
 PROGRESS_MARK = (
     "shard_progress="  # the server's progress lines: `client_0: loss=… shard_progress=…`

@@ -1,6 +1,6 @@
 """The ClientApp: moves bytes between Flower and this site's worker group, and nothing else.
 
-It imports neither torch nor nanochat: a message is a new process (FLOWER.md), and what fails in a
+It imports neither torch nor nanochat: a message is a new process (docs/flower.md), and what fails in a
 worker must become a reply with a reason, never an exception that Flower reports seconds later. A site
 that is to leave takes no new work: it says so at once.
 """
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pilot import in_flight
-from pilot.config import PilotError
-from pilot.coordinator import ClientCoordinator, resolve_url
-from pilot.messages import (
+from pilot.coordination.coordinator import ClientCoordinator, resolve_url
+from pilot.errors import PilotError
+from pilot.site import in_flight
+from pilot.site.handle import WorkerError, WorkerHandle
+from pilot.site.notice import notice_files, noticed
+from pilot.wire.messages import (
     Header,
     HelloOrder,
     HelloReply,
@@ -26,9 +28,7 @@ from pilot.messages import (
     from_header,
     to_header,
 )
-from pilot.notice import notice_files, noticed
-from pilot.records import from_records, to_records
-from pilot.worker.handle import WorkerError, WorkerHandle
+from pilot.wire.records import from_records, to_records
 
 LEAVING = "leaving"  # `stopped_by` of an order that came too late
 _LEAVE_EXPIRY_S = 60.0

@@ -15,21 +15,25 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler
 
-from nanochat.common import UserError
-from nanochat.dataloader import shard_order
-from pilot import plan, report
-from pilot.config import DEFAULTS, PilotError, RunConfig, redact_url
-from pilot.coordinator import ServerCoordinator, resolve_url
-from pilot.ledger import Ledger
-from pilot.local_redis import LocalRedis
-from pilot.mailbox import Mailbox
-from pilot.results import write_results
-from pilot.rounds import MonotonicClock
-from pilot.run_dir import generated_name, next_term, open_run_dir
-from pilot.run_state import RunState
-from pilot.snapshot import latest_snapshot
-from pilot.strategy import PilotStrategy, RunInterrupted
-from pilot.telemetry import Telemetry, configure_logging
+from nanochat.errors import UserError
+from nanochat.rows.stream import shard_order
+from pilot import plan
+from pilot.config import DEFAULTS, RunConfig
+from pilot.coordination.coordinator import ServerCoordinator, resolve_url
+from pilot.errors import PilotError
+from pilot.processes.local_redis import LocalRedis
+from pilot.redis_url import redact_url
+from pilot.rules.ledger import Ledger
+from pilot.rules.rounds import MonotonicClock
+from pilot.run.directory import generated_name, next_term, open_run_dir
+from pilot.run.results import write_results
+from pilot.run.snapshot import latest_snapshot
+from pilot.run.state import RunState
+from pilot.server import report
+from pilot.server.console import configure_logging
+from pilot.server.mailbox import Mailbox
+from pilot.server.round_loop import RoundLoop, RunInterrupted
+from pilot.server.telemetry import Telemetry
 
 _SIMULATION = "flwr-simulation"
 
@@ -106,7 +110,7 @@ def _lead(
         ) as telemetry:
             report.run_started(state, term, telemetry)
             clock = MonotonicClock()
-            PilotStrategy(
+            RoundLoop(
                 config,
                 state,
                 term=term,

@@ -16,7 +16,6 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_tokenizer, load_any
 from nanochat.common import (
     ArgumentParser,
-    UserError,
     compute_cleanup,
     compute_init,
     get_base_dir,
@@ -24,13 +23,15 @@ from nanochat.common import (
     run_command_line,
 )
 from nanochat.core_bundle import ensure_bundle, evaluate_core, load_tasks
+from nanochat.data_spec import DataSpec, open_source, validation_rows
 from nanochat.engine import Engine
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
 from nanochat.samples import sample_texts
+from nanochat.source import default_packing
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import rank_slice
-from nanochat.training_data import DataSpec, default_packing, open_source, validation_rows
 
 EVALUATIONS = ("core", "bpb", "sample")
 

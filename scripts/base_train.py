@@ -9,18 +9,13 @@ torchrun kills 30 s after Ctrl-C: give it `--shutdown-timeout SECONDS` if a step
 
 from argparse import SUPPRESS
 
-from nanochat.choices import COMPILE_MODES
-from nanochat.common import (
-    ArgumentParser,
-    UserError,
-    compute_cleanup,
-    compute_init,
-    run_command_line,
-)
+from nanochat.common import ArgumentParser, compute_cleanup, compute_init, run_command_line
+from nanochat.errors import UserError
 from nanochat.gpt_config import ARCHITECTURES
-from nanochat.packing import PACKINGS
+from nanochat.kernels.choices import COMPILE_MODES
 from nanochat.pretrain import pretrain
 from nanochat.progress import WANDB_MODES
+from nanochat.rows.packing import PACKINGS
 from nanochat.schedule import SCHEDULE_KINDS
 from nanochat.settings import Settings
 

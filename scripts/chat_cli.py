@@ -10,8 +10,9 @@ from argparse import Namespace
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_tokenizer, load_any
-from nanochat.common import ArgumentParser, UserError, check_device_type, run_command_line
+from nanochat.common import ArgumentParser, check_device_type, run_command_line
 from nanochat.engine import Engine
+from nanochat.errors import UserError
 
 
 def _parser() -> ArgumentParser:

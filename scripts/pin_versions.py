@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import ArgumentParser, UserError, run_command_line
+from nanochat.common import ArgumentParser, run_command_line
+from nanochat.errors import UserError
 from nanochat.files import atomic_write_text
 
 ROOT = Path(__file__).resolve().parents[1]

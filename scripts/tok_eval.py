@@ -14,14 +14,10 @@ from dataclasses import dataclass
 import requests
 import tiktoken
 
-from nanochat.common import ArgumentParser, UserError, run_command_line
-from nanochat.dataset import (
-    COLLECTIONS,
-    DEFAULT_SOURCE,
-    get_source,
-    parquets_iter_batched,
-    prepare_builtin,
-)
+from nanochat.builtin import prepare_builtin
+from nanochat.common import ArgumentParser, run_command_line
+from nanochat.errors import UserError
+from nanochat.source import COLLECTIONS, DEFAULT_SOURCE, get_source, parquets_iter_batched
 from nanochat.tokenizer import DEFAULT_DIRECTORY, cropped, get_tokenizer
 
 PUBLIC = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}  # tiktoken's name, and whose it is

@@ -21,8 +21,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from nanochat import tokenizer as tokenizer_module
-from nanochat.common import ArgumentParser, UserError, run_command_line
-from nanochat.dataset import (
+from nanochat.builtin import prepare_builtin
+from nanochat.common import ArgumentParser, run_command_line
+from nanochat.errors import UserError
+from nanochat.files import atomic_write_json
+from nanochat.source import (
     COLLECTIONS,
     DEFAULT_SOURCE,
     TEXT_COLUMN,
@@ -30,9 +33,7 @@ from nanochat.dataset import (
     check_shard,
     get_source,
     iter_texts,
-    prepare_builtin,
 )
-from nanochat.files import atomic_write_json
 from nanochat.tokenizer import RustBPETokenizer, cropped, tokenizer_dir
 
 CHOICE_FILE = "training.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.tokenizer import ensure_builtin_tokenizer, tokenizer_dir
+from nanochat.builtin import ensure_builtin_tokenizer
+from nanochat.tokenizer import tokenizer_dir
 
 TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
 

@@ -80,7 +80,7 @@ class Limits:
     @staticmethod
     def of(config: Mapping[str, Any], *, restart_s: float) -> "Limits":
         """A round ends at `round-max-duration` and waits `grace-max` for replies; between rounds the server
-        waits at most RETURN_S (15 s, pilot/strategy.py) for sites that may come back. A site that has
+        waits at most RETURN_S (15 s, pilot/server/round_loop.py) for sites that may come back. A site that has
         nothing to do is there within a restart."""
         slack_s = 10.0  # outer step, snapshot, ticks of a busy machine
         return Limits(

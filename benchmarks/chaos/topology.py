@@ -36,7 +36,7 @@ from benchmarks.chaos.processes import (
     write_connection,
 )
 from benchmarks.chaos.proxy import Line, Network
-from pilot.local_redis import find_server
+from pilot.processes.local_redis import find_server
 
 SUPERVISE_S = 0.25
 RESTART_S = 1.0  # between two starts of the same service

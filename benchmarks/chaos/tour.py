@@ -20,7 +20,7 @@ from benchmarks.chaos.injector import Injector
 from benchmarks.chaos.processes import BIN, ROOT
 from benchmarks.chaos.topology import Federation
 from pilot.config import DEFAULTS
-from pilot.telemetry import read_events
+from pilot.run.events import read_events
 
 TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilot.config import PilotError
+from pilot.errors import PilotError
 
 LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
 CONNECT_TIMEOUT_S = 5.0

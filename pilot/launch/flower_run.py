@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pilot.config import PilotError
+from pilot.errors import PilotError
 from pilot.launch.connection import flower_program, plain
 
 COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports

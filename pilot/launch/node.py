@@ -1,7 +1,7 @@
 """`pilot node`: a SuperNode that comes back by itself, and leaves without losing its last reply.
 
 Flower uploads a reply only after our function has returned, and loses the reply of a node that went
-offline just then (FLOWER.md). So on a signal or a preemption notice this process tells workers and
+offline just then (docs/flower.md). So on a signal or a preemption notice this process tells workers and
 server that the site leaves, waits until the server says that it has the reply in hand on its disk, and
 only then ends the SuperNode. It never waits longer than it was told to. A SuperNode that ends by
 itself is started again: after a kill -9 Flower refuses an authenticated node for about 53 s.
@@ -22,15 +22,16 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from pilot import in_flight, keeper
-from pilot.config import PilotError
-from pilot.coordinator import ClientCoordinator, ping, resolve_url
-from pilot.in_flight import InFlight
+from pilot.coordination.coordinator import ClientCoordinator, ping, resolve_url
+from pilot.errors import PilotError
 from pilot.launch.connection import flower_environment, flower_program
-from pilot.notice import LEAVE_NAME, NODE_VARIABLE, PREEMPT_VARIABLE, notice_files, noticed
+from pilot.processes import keeper
+from pilot.site import in_flight
+from pilot.site.in_flight import InFlight
+from pilot.site.notice import LEAVE_NAME, NODE_VARIABLE, PREEMPT_VARIABLE, notice_files, noticed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Beyond the drain deadline, for the upload: 1 GB took 76 s there and back on loopback (FLOWER.md).
+# Beyond the drain deadline, for the upload: 1 GB took 76 s there and back on loopback (docs/flower.md).
 UPLOAD_S = 60.0
 BLIND_UPLOAD_S = 5.0  # without Redis nobody tells when the SuperNode has sent what it was given
 ENDING_S = 10.0  # for the SuperNode to say goodbye to the SuperLink
@@ -165,7 +166,7 @@ class _Node:
 
     def _clientapp_lost(self) -> bool:
         """Whether the ClientApp died with an order in hand: the SuperNode would notice in about a minute,
-        and takes no other order before (FLOWER.md)."""
+        and takes no other order before (docs/flower.md)."""
         order = in_flight.read(self.directory)
         if order is None or order.state != in_flight.WORKING or _alive(order.pid):
             return False

@@ -3,7 +3,7 @@
 Flower's managed `:local:` SuperLink is found by port only, keeps the environment of whoever started
 it first, and never ends; its simulation starts one actor a CPU of the machine (measured with 1.41).
 Here it gets a free port, the present environment, and a state of its own in a scratch directory, and
-runs under a keeper (`pilot.keeper`): nothing of it survives, however we end.
+runs under a keeper (`pilot.processes.keeper`): nothing of it survives, however we end.
 """
 
 import json
@@ -21,9 +21,9 @@ from typing import IO, Any
 
 import psutil
 
-from pilot import keeper
-from pilot.config import PilotError
+from pilot.errors import PilotError
 from pilot.launch.connection import Connection, dump_toml, flower_environment, flower_program, plain
+from pilot.processes import keeper
 
 START_TIMEOUT_S = 90.0  # a SuperLink needs 3 s to start, on a loaded machine 15 s
 START_ATTEMPTS = 3  # a free port may be taken before the SuperLink binds it

@@ -10,10 +10,10 @@ import pytest
 from benchmarks.chaos import checker
 from benchmarks.chaos.checker import Books, Limits, Merged, Outage
 from pilot.config import RunConfig
-from pilot.ledger import Ledger, Segment
-from pilot.messages import Fence
-from pilot.run_state import MergedReply, RunState
-from pilot.snapshot import write_snapshot
+from pilot.rules.ledger import Ledger, Segment
+from pilot.run.snapshot import write_snapshot
+from pilot.run.state import MergedReply, RunState
+from pilot.wire.messages import Fence
 
 RUN, T = "run", 64
 LIMITS = Limits(round_s=40.0, gap_s=20.0, finish_s=60.0, restart_s=30.0)

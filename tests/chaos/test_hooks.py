@@ -13,8 +13,8 @@ PROGRAM = """
 import os
 from pathlib import Path
 import torch
-from pilot.codec import CodecError, decode, encode
-from pilot.messages import Fence, TrainReply, to_header
+from pilot.wire.codec import CodecError, decode, encode
+from pilot.wire.messages import Fence, TrainReply, to_header
 order = Path(os.environ["PILOT_CHAOS_REPLY"])
 update = {"a": torch.ones(2), "b": torch.ones(4096)}
 reply = TrainReply(fence=Fence("run", 1, 1, 1), client="c", tokens=64)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from federation.scripted import ScriptedSite, Server, scripted_config
 
-from pilot.local_redis import LocalRedis
+from pilot.processes.local_redis import LocalRedis
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,15 @@ from federation.local_grid import LocalGrid
 from federation.scripted import FINGERPRINTS, ScriptedSite, scripted_config
 from flwr.app import Message, RecordDict
 
-from pilot import server_app, strategy
-from pilot.codec import encode
-from pilot.config import PilotError
+from pilot import server_app
+from pilot.errors import PilotError
 from pilot.faults import VARIABLE
-from pilot.messages import TrainOrder, TrainReply, from_header, to_header
-from pilot.records import from_records, to_records
-from pilot.run_dir import open_run_dir
-from pilot.telemetry import configure_logging
+from pilot.run.directory import open_run_dir
+from pilot.server import round_loop
+from pilot.server.console import configure_logging
+from pilot.wire.codec import encode
+from pilot.wire.messages import TrainOrder, TrainReply, from_header, to_header
+from pilot.wire.records import from_records, to_records
 
 NAMES = ("a", "bb")
 FAILED = 3  # exit code: a PilotError, told in a sentence
@@ -105,8 +106,8 @@ def lead(job: dict[str, Any]) -> None:
     os.environ["NANOCHAT_BASE_DIR"] = job["base"]
     if job["fault"]:
         os.environ[VARIABLE] = job["fault"]
-    strategy._TICK_S = _TICK_S
-    strategy.PilotStrategy._tick.__defaults__ = (_TICK_S,)
+    round_loop._TICK_S = _TICK_S
+    round_loop.RoundLoop._tick.__defaults__ = (_TICK_S,)
     fingerprints = FINGERPRINTS | {"validation shard": "0"}
     sites = [_Site(name, fingerprints=fingerprints) for name in NAMES]
     grid: Any = _Grid({100 + i: site for i, site in enumerate(sites)})

@@ -22,8 +22,8 @@ from benchmarks.chaos.processes import (
     listening,
     write_connection,
 )
-from pilot.local_redis import LocalRedis
-from pilot.telemetry import read_events
+from pilot.processes.local_redis import LocalRedis
+from pilot.run.events import read_events
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:

@@ -11,17 +11,25 @@ import torch
 from federation.local_grid import LocalGrid
 from flwr.app import RecordDict
 
-from pilot.codec import encode
 from pilot.config import RunConfig
-from pilot.coordinator import ServerCoordinator
-from pilot.ledger import Ledger
-from pilot.mailbox import Mailbox
-from pilot.messages import HelloReply, TrainOrder, TrainReply, from_header, package_hash, to_header
-from pilot.records import from_records, to_records
-from pilot.run_state import RunState
-from pilot.snapshot import latest_snapshot
-from pilot.strategy import PilotStrategy
-from pilot.telemetry import Telemetry, read_events
+from pilot.coordination.coordinator import ServerCoordinator
+from pilot.rules.ledger import Ledger
+from pilot.run.events import read_events
+from pilot.run.snapshot import latest_snapshot
+from pilot.run.state import RunState
+from pilot.server.mailbox import Mailbox
+from pilot.server.round_loop import RoundLoop
+from pilot.server.telemetry import Telemetry
+from pilot.wire.codec import encode
+from pilot.wire.messages import (
+    HelloReply,
+    TrainOrder,
+    TrainReply,
+    from_header,
+    package_hash,
+    to_header,
+)
+from pilot.wire.records import from_records, to_records
 
 SHARD_ROWS = 24
 ROW_TOKENS = 8
@@ -162,7 +170,7 @@ class Server:
             wandb_project="",
             run_name=name,
         ) as telemetry:
-            strategy = PilotStrategy(
+            loop = RoundLoop(
                 self.config,
                 self.state,
                 term=self.term,
@@ -175,7 +183,7 @@ class Server:
                 interrupted=self.stopped.is_set,
             )
             try:
-                strategy.run()
+                loop.run()
             finally:
                 coordinator.finish()
         return self.state

@@ -19,8 +19,8 @@ from federation.crash_server import FAILED, NAMES, REFUSED_ROUND
 from federation.scripted import ROW_TOKENS
 
 from pilot.faults import POINTS
-from pilot.local_redis import LocalRedis
-from pilot.snapshot import latest_snapshot
+from pilot.processes.local_redis import LocalRedis
+from pilot.run.snapshot import latest_snapshot
 
 TESTS = Path(__file__).resolve().parents[1]
 ROUNDS = 3

@@ -11,19 +11,19 @@ from nanochat.checkpoint_manager import load_any, load_checkpoint
 from nanochat.pretrain import Settings, pretrain
 from pilot.client_app import answer
 from pilot.config import RunConfig
-from pilot.coordinator import ServerCoordinator
-from pilot.ledger import Ledger
-from pilot.local_redis import LocalRedis
-from pilot.mailbox import Mailbox
+from pilot.coordination.coordinator import ServerCoordinator
 from pilot.plan import initial_weights, total_tokens
-from pilot.results import write_results
-from pilot.rounds import MonotonicClock
-from pilot.run_dir import open_run_dir
-from pilot.run_state import RunState
-from pilot.strategy import PilotStrategy
-from pilot.telemetry import Telemetry
+from pilot.processes.local_redis import LocalRedis
+from pilot.rules.ledger import Ledger
+from pilot.rules.rounds import MonotonicClock
+from pilot.run.directory import open_run_dir
+from pilot.run.results import write_results
+from pilot.run.state import RunState
+from pilot.server.mailbox import Mailbox
+from pilot.server.round_loop import RoundLoop
+from pilot.server.telemetry import Telemetry
 
-from nanochat.dataloader import shard_order  # isort: skip
+from nanochat.rows.stream import shard_order  # isort: skip
 
 STEPS = 6
 
@@ -43,7 +43,7 @@ def federate(config: RunConfig) -> tuple[RunState, Path]:
         telemetry = Telemetry(
             run_dir, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="x"
         )
-        PilotStrategy(
+        RoundLoop(
             config,
             state,
             term=1,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from federation.scripted import FastClock, ScriptedSite, events, scripted_config
 
-from pilot.snapshot import latest_snapshot
+from pilot.run.snapshot import latest_snapshot
 
 
 def until_round(last: int, spoil: Any) -> Any:

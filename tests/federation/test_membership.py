@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from federation.scripted import FastClock, ScriptedSite, Server, events
 
-from pilot import strategy
-from pilot.coordinator import ClientCoordinator, ServerCoordinator
-from pilot.messages import LEASE_USED_UP, TrainOrder
-from pilot.open_round import MAX_VAIN_ORDERS
+from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
+from pilot.server import round_loop
+from pilot.server.open_round import MAX_VAIN_ORDERS
+from pilot.wire.messages import LEASE_USED_UP, TrainOrder
 
 TIMED = {"round_steps": 0, "round_min_duration": 1.0, "round_max_duration": 60.0}
 REAL_TIME = 1.0
@@ -35,7 +35,7 @@ def beat(server: Server, order: TrainOrder, **values: Any) -> None:
 def test_a_client_that_falls_silent_holds_nothing_up_and_its_late_reply_is_refused(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategy, "RETURN_S", 1.0)
+    monkeypatch.setattr(round_loop, "RETURN_S", 1.0)
     released = threading.Event()
 
     def fall_silent(order: TrainOrder, *_: Any) -> None:

@@ -21,7 +21,7 @@ from federation.processes import (
 
 from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
 from nanochat.checkpoint_manager import load_checkpoint
-from pilot.snapshot import latest_snapshot
+from pilot.run.snapshot import latest_snapshot
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -211,6 +211,6 @@ def workers(site: str) -> list[int]:
     found = []
     for process in marked(site):
         with contextlib.suppress(Exception):
-            if any("pilot.worker" in argument for argument in process.cmdline()):
+            if any("pilot.site" in argument for argument in process.cmdline()):
                 found.append(process.pid)
     return found

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat import acceleration, attention
-from nanochat.attention import _window_mask
-from nanochat.blocked_attention import banded_attention
-from nanochat.choices import Kernel
-from nanochat.flex import prepare_flex
+from nanochat import acceleration
 from nanochat.gpt import GPTConfig, build_gpt
+from nanochat.kernels import attention
+from nanochat.kernels.attention import _window_mask
+from nanochat.kernels.blocked import banded_attention
+from nanochat.kernels.choices import Kernel
+from nanochat.kernels.flex import prepare_flex
 from nanochat.layers import run_block
 
 

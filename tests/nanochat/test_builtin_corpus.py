@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import builtin_corpus
-from nanochat.common import UserError
+from nanochat.errors import UserError
 
 _MAKE = """
 import sys

@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     save_final_model,
 )
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 
 from .data_kit import byte_tokenizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanochat import common
-from nanochat.common import ArgumentParser, UserError
+from nanochat.common import ArgumentParser
+from nanochat.errors import UserError
 
 
 def test_base_dir_is_read_at_each_call_and_made(

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import UserError
 from nanochat.core_bundle import BUNDLE_NAME, Task, ensure_bundle, evaluate_core, load_tasks
 from nanochat.core_eval import (
     _losses,
@@ -23,6 +22,7 @@ from nanochat.core_eval import (
     to_tokens,
 )
 from nanochat.download import Downloader, DownloadError
+from nanochat.errors import UserError
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.tokenizer import RustBPETokenizer
 

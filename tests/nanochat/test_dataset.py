@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nanochat import builtin_corpus, dataset
-from nanochat.common import UserError
-from nanochat.dataset import get_source
 from nanochat.download import Downloader
+from nanochat.errors import UserError
+from nanochat.source import get_source, iter_texts
 
 from . import http_kit
 from .data_kit import texts, write_shard
@@ -292,7 +292,7 @@ def test_a_damaged_shard_is_a_sentence_that_names_it(tmp_path):
     data[len(data) // 3 : len(data) // 3 + 200] = bytes(200)
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged"):
-        list(dataset.iter_texts(path))
+        list(iter_texts(path))
 
 
 def test_a_truncated_shard_on_the_disk_is_named_and_fetched_again(hub, capsys):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
 from nanochat.engine import Engine, KVCache, sample_next_token, stream_text
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 from nanochat.tokenizer import RustBPETokenizer
 

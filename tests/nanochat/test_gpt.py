@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
 from nanochat.schedule import learning_rates
 

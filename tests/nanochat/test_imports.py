@@ -36,7 +36,7 @@ print(*[name for name in heavy if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize("module", ["pilot.worker.serve", "nanochat.pretrain"])
+@pytest.mark.parametrize("module", ["pilot.site.serve", "nanochat.pretrain"])
 def test_an_eager_step_imports_no_compiler(module: str) -> None:
     root = Path(__file__).parents[2]
     step = _STEP.format(module=module)

@@ -17,8 +17,8 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import load_checkpoint
-from nanochat.choices import what_compiling_lacks
 from nanochat.common import run_command_line
+from nanochat.kernels.choices import what_compiling_lacks
 from nanochat.resume import RunState
 from scripts import base_train
 

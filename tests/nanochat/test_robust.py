@@ -1,7 +1,7 @@
 """What goes wrong outside: full disks, truncated files, wrong tokenizers, documents of any length.
 
 Nothing is left half-written, nothing is silently wrong. (Corrupt shards, killed and doubled packers and
-vocabularies beyond 16 bits are in test_dataloader, interrupted runs in test_resume.)
+vocabularies beyond 16 bits are in rows/test_cache, interrupted runs in test_resume.)
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     save_final_model,
 )
-from nanochat.common import UserError
-from nanochat.dataloader import RowCache
-from nanochat.dataset import get_source
+from nanochat.errors import UserError
 from nanochat.files import write_all
 from nanochat.gpt import GPT, GPTConfig, build_gpt
-from nanochat.packing import PACKINGS
+from nanochat.rows.cache import RowCache
+from nanochat.rows.packing import PACKINGS
+from nanochat.source import get_source
 from nanochat.tokenizer import get_tokenizer
 
 from . import http_kit

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.schedule import (
     Schedule,
     learning_rates,

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import tokenizer as tokenizer_module
-from nanochat.common import UserError, run_command_line
-from nanochat.dataset import get_source
+from nanochat.common import run_command_line
+from nanochat.errors import UserError
+from nanochat.source import get_source
 from nanochat.tokenizer import RustBPETokenizer, cropped, get_tokenizer
 from scripts import tok_train
 from scripts.tok_train import Options

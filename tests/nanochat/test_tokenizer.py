@@ -13,12 +13,12 @@ import torch
 
 from nanochat import builtin_corpus
 from nanochat import tokenizer as module
-from nanochat.batch_encoder import BatchEncoder
-from nanochat.common import UserError
+from nanochat.builtin import ensure_builtin_tokenizer
+from nanochat.errors import UserError
+from nanochat.rows.encoder import BatchEncoder
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
     RustBPETokenizer,
-    ensure_builtin_tokenizer,
     get_token_bytes,
     get_tokenizer,
     tokenizer_dir,

@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, get_tokenizer, train_and_save
 from nanochat.tokenizer_export import export_hf, merges
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.common import UserError
+from nanochat.errors import UserError
 from nanochat.schedule import Hyper
 from nanochat.trainer import Trainer, rank_slice
 

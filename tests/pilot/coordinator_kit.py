@@ -7,7 +7,7 @@ from pathlib import Path
 
 import redis
 
-from pilot.coordinator import ClientCoordinator, ServerCoordinator
+from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
 
 LIMIT_S = 30.0
 

@@ -7,8 +7,8 @@ from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
-from pilot.messages import Part
-from pilot.records import from_records, to_records
+from pilot.wire.messages import Part
+from pilot.wire.records import from_records, to_records
 
 
 class ManualClock:

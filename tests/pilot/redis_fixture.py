@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pilot.local_redis import LocalRedis
+from pilot.processes.local_redis import LocalRedis
 
 
 def free_port() -> int:

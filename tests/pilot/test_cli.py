@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pilot import cli
-from pilot.config import PilotError
+from pilot.errors import PilotError
 from pilot.launch import connection, flower_run
 from pilot.launch import superlink as superlink_module
 from pilot.launch.connection import Connection, flower_environment, flower_program

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pilot import cli
-from pilot.config import PilotError, RunConfig
+from pilot.config import RunConfig
+from pilot.errors import PilotError
 from pilot.launch.connection import Connection, find_flwr_home
 
 ROOT = Path(__file__).parents[2]

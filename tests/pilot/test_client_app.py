@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from pilot import client_app, in_flight
+from pilot import client_app
 from pilot.client_app import answer
-from pilot.codec import encode
-from pilot.coordinator import ServerCoordinator
-from pilot.in_flight import InFlight
-from pilot.messages import (
+from pilot.coordination.coordinator import ServerCoordinator
+from pilot.site import in_flight
+from pilot.site.in_flight import InFlight
+from pilot.wire.codec import encode
+from pilot.wire.messages import (
     Fence,
     Header,
     HelloOrder,
@@ -27,7 +28,7 @@ from pilot.messages import (
     from_header,
     to_header,
 )
-from pilot.records import from_records, to_records
+from pilot.wire.records import from_records, to_records
 
 from .redis_fixture import redis_url
 from .worker_kit import ENDLESS, first_weights, site, site_config, site_dir, train_order

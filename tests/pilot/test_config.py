@@ -11,15 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot.config import (
-    DEFAULTS,
-    ConfigError,
-    RunConfig,
-    check_redis_url,
-    load_run_config,
-    redact_url,
-    without_credentials,
-)
+from pilot.config import DEFAULTS, RunConfig, load_run_config
+from pilot.errors import ConfigError
+from pilot.redis_url import check_redis_url, redact_url, without_credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {f.name.replace("_", "-"): f for f in dataclasses.fields(RunConfig)}

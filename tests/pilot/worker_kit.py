@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pilot import plan
-from pilot.codec import decode, encode
 from pilot.config import RunConfig
-from pilot.messages import Fence, TrainOrder, TrainReply, from_header, to_header
-from pilot.worker.handle import WorkerHandle
+from pilot.site.handle import WorkerHandle
+from pilot.wire.codec import decode, encode
+from pilot.wire.messages import Fence, TrainOrder, TrainReply, from_header, to_header
 
 from ..nanochat.data_kit import byte_tokenizer, texts, write_shard
 

@@ -21,7 +21,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, free_port, marked
-from nanochat.dataset import get_source
+from nanochat.source import get_source
 from scripts.config_table import README, with_table
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.readme]

@@ -1,8 +1,8 @@
 """Loaded by every Python process of a chaos site (PYTHONPATH): lets a worker send what it should not.
 
 The injector writes a word into the file `$PILOT_CHAOS_REPLY`; the next update that a worker of the site
-encodes is spoilt in that way and the file is removed. The product knows nothing of it: `pilot.codec` and
-`pilot.messages` are wrapped as they are imported, in worker processes only.
+encodes is spoilt in that way and the file is removed. The product knows nothing of it: `pilot.wire.codec` and
+`pilot.wire.messages` are wrapped as they are imported, in worker processes only.
 """
 
 import contextlib
@@ -60,7 +60,10 @@ def _spoil_header(to_header: Callable[..., Any]) -> Callable[..., Any]:
     return spoilt
 
 
-_WRAPPED = {"pilot.codec": ("encode", _spoil_parts), "pilot.messages": ("to_header", _spoil_header)}
+_WRAPPED = {
+    "pilot.wire.codec": ("encode", _spoil_parts),
+    "pilot.wire.messages": ("to_header", _spoil_header),
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -1,0 +1,381 @@
+"""Every Redis key of a run: the server's half and the client's half.
+
+All keys stand under `pilot:<run>:`, so runs on one Redis don't see each other, and nothing is ever
+flushed. Durable keys say what is true; a publish only wakes whoever listens:
+
+    server           string, expires   who leads the run: host, run directory, token
+    round            hash              term, round, phase (open|ended), reason
+    run              hash              term, state (running|finished|interrupted)
+    client:<name>    hash, expires     a client's last sign of life in a round
+    stop:<name>      string, expires   why this client is to leave; no new work for it meanwhile
+    ack:<name>       string, expires   the fence of this client's last reply that the server has on disk
+    signals          channel           "look at the keys"
+
+What only the leading server may write is written by Lua scripts that look at the lock first: between a
+look and a write of its own, another server could have taken over. Redis may be away or lose
+everything (`link.py`): the server then goes on with what Flower tells it and writes its keys anew,
+a client goes on until the seconds that its order gave it are over.
+"""
+
+import itertools
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from pilot.config import Scalar
+from pilot.coordination import scripts
+from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
+from pilot.redis_url import redact_url
+from pilot.wire.messages import Fence
+
+__all__ = ["ClientCoordinator", "CoordinatorError", "ServerCoordinator", "ping", "resolve_url"]
+
+SERVER_EXPIRY_S = 15.0
+FINISHED_EXPIRY_S = 24 * 3600
+STOP_EXPIRY_S = 3600.0
+ACK_EXPIRY_S = 24 * 3600.0
+_ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
+
+
+def fence_text(fence: Fence) -> str:
+    """A fence as it stands in an `ack:` key."""
+    return json.dumps(asdict(fence), sort_keys=True)
+
+
+@dataclass
+class _Pulses:
+    """Signs of life of one round, dated by the server's own monotonic clock.
+
+    What counts is that the beat counter has changed, not what a client's clock says. While Redis fails
+    nothing is known of anybody, so nobody ages: `forget` lets all begin anew.
+    """
+
+    _seen: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        self._seen.clear()
+
+    def look(self, name: str, beat: dict[str, str] | None) -> dict[str, str] | None:
+        """The last beat of `name` with its `age` in seconds; `beat` is what Redis has, if anything."""
+        now = time.monotonic()
+        known = self._seen.get(name)
+        if beat and (known is None or known[0].get("beat") != beat.get("beat")):
+            self._seen[name] = known = (beat, now)
+        if known is None:
+            return None
+        return known[0] | {"age": f"{now - known[1]:.3f}"}
+
+
+class ServerCoordinator:
+    """The server's half. One live server a run: a second one is refused when it is made.
+
+    Raises CoordinatorError if Redis cannot be reached at the start, or another server leads the run;
+    later only if another server has taken over.
+    """
+
+    def __init__(self, url: str, run: str, *, term: int, run_dir: Path) -> None:
+        ping(url)
+        self.url = url
+        self._link = RedisLink(url, run)
+        self._where = {"host": socket.gethostname(), "run_dir": str(run_dir.resolve())}
+        self._identity = json.dumps(
+            {**self._where, "pid": os.getpid(), "token": secrets.token_hex(8)}
+        )
+        self._round: dict[str, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
+        self._state = "running"
+        self._term = term
+        self._pulses = _Pulses()
+        self._notes: dict[
+            str, tuple[str, float]
+        ] = {}  # key → value, when it expires: to heal Redis
+        try:
+            self._lead()
+        except (redis.RedisError, CoordinatorError) as error:
+            self._link.close()
+            if isinstance(error, CoordinatorError):
+                raise
+            raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({error})") from error
+
+    def _lead(self) -> None:
+        """Take the run's lock. One on this host for the same directory is a dead server's: the caller
+        holds the directory's file lock, which only one living process can."""
+        key, expiry_ms = self._link.key("server"), int(SERVER_EXPIRY_S * 1000)
+        holder = str(self._link.redis.get(key) or "")
+        other = json.loads(holder or "{}")
+        ours = all(other.get(name) == value for name, value in self._where.items())
+        if (holder and not ours) or not self._link.redis.eval(
+            scripts.TAKE, 1, key, holder, self._identity, str(expiry_ms)
+        ):
+            raise CoordinatorError(
+                f"run {self._link.run} is already led by process {other.get('pid')} on "
+                f"{other.get('host')}: stop it or choose another run-name"
+            )
+
+    # -- the round and the run -------------------------------------------------------------------
+
+    def open_round(self, round_number: int) -> None:
+        """From now on clients of (term, round) may train."""
+        self._round = {"term": self._term, "round": round_number, "phase": "open", "reason": ""}
+        self._pulses.forget()
+        self.tick()
+
+    def end_round(self, reason: str) -> None:
+        """All clients of the round stop: the durable key first, then the wake-up."""
+        self._round |= {"phase": "ended", "reason": reason}
+        self.tick()
+        self._wake()
+
+    def tick(self) -> None:
+        """Write what is true once more: renews the lock, and heals a Redis that lost its keys.
+
+        Raises CoordinatorError if another server leads the run by now: two would spoil its clients.
+        """
+        values = [self._identity, int(SERVER_EXPIRY_S * 1000), *self._round.values(), self._state]
+        found = self._leading(scripts.TICK, ["server", "round", "run"], values)
+        if found == 2 and self._notes:
+            now = time.monotonic()
+            self._notes = {key: note for key, note in self._notes.items() if note[1] > now}
+            self._note({key: (value, at - now) for key, (value, at) in self._notes.items()})
+
+    def finish(self, run_finished: bool = False) -> None:
+        """Let go of the run: the round is ended, the lock free, the keys expire in a day.
+
+        `run_finished` says that it reached its end; else it was interrupted and may be resumed.
+        """
+        self._state = "finished" if run_finished else "interrupted"
+        try:
+            self.end_round(self._round["reason"] or self._state)
+            keys = ["server", "round", "run"]
+            self._leading(
+                scripts.RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False
+            )
+        except CoordinatorError:
+            pass  # another server leads the run: these keys are its own
+        self._link.close()
+
+    # -- single clients --------------------------------------------------------------------------
+
+    @property
+    def failing(self) -> bool:
+        """Whether Redis fails for this server."""
+        return self._link.failing
+
+    def heartbeats(self, clients: Iterable[str]) -> dict[str, dict[str, str]]:
+        """The last sign of life in this round of each of `clients` that has given one.
+
+        `age` is how many seconds ago it came, as this server saw it; it grows when a client falls silent,
+        but not while Redis fails for this server, which then can't know.
+        """
+        names = list(clients)
+
+        def read() -> list[dict[str, str]]:
+            with self._link.redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hgetall(self._link.key(f"client:{name}"))
+                return pipe.execute()
+
+        beats = self._link.attempt("reading", read)
+        if self._link.failing:
+            self._pulses.forget()
+        current = (str(self._round["term"]), str(self._round["round"]))
+        found = {}
+        for name, beat in zip(names, beats or [], strict=False):
+            mine = beat if (beat.get("term"), beat.get("round")) == current else None
+            if (pulse := self._pulses.look(name, mine)) is not None:
+                found[name] = pulse
+        return found
+
+    def acknowledge(self, client: str, fence: Fence) -> None:
+        """Tell `client` that its reply under `fence` is on this server's disk: its node may go."""
+        self._note({f"ack:{client}": (fence_text(fence), ACK_EXPIRY_S)})
+        self._wake()
+
+    def stop_client(self, client: str, reason: str) -> None:
+        """Make `client` finish its micro-step, reply and take no new work, for an hour at the most."""
+        self._note({f"stop:{client}": (reason or "told to leave", STOP_EXPIRY_S)})
+        self._wake()
+
+    def clear_client_stop(self, client: str) -> None:
+        """`client` may work again, whoever stopped it."""
+        self._note({f"stop:{client}": ("", 0.0)})
+
+    def draining(self, clients: Iterable[str]) -> dict[str, str]:
+        """Those of `clients` that are leaving, with the reason: they get no new work until they are back."""
+        names = list(clients)
+        keys = [self._link.key(f"stop:{name}") for name in names]
+        reasons = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) if keys else []
+        pairs = zip(names, reasons or [], strict=False)
+        return {name: str(reason) for name, reason in pairs if reason}
+
+    # -- writing as the leader -------------------------------------------------------------------
+
+    def _note(self, notes: Mapping[str, tuple[str, float]]) -> None:
+        """Set keys to (value, seconds to live), and keep them for a Redis that loses them; "" deletes."""
+        now = time.monotonic()
+        values: list[str | int] = [self._identity]
+        for key, (value, expiry_s) in notes.items():
+            values += [value, int(expiry_s * 1000)]
+            if value:
+                self._notes[key] = (value, now + expiry_s)
+            else:
+                self._notes.pop(key, None)
+        self._leading(scripts.NOTE, ["server", *notes], values)
+
+    def _leading(
+        self, script: str, names: list[str], values: list[Any], *, must_lead: bool = True
+    ) -> int | None:
+        """Run `script` on keys; its answer, or None while Redis fails.
+
+        Raises CoordinatorError if another server leads the run by now and `must_lead`.
+        """
+        keys = [self._link.key(name) for name in names]
+        found: Any = self._link.attempt(
+            "writing", lambda: self._link.redis.eval(script, len(keys), *keys, *map(str, values))
+        )
+        if found == 0 and must_lead:
+            raise CoordinatorError(
+                f"another server has taken over run {self._link.run}: this one stops"
+            )
+        return found
+
+    def _wake(self) -> None:
+        channel, text = self._link.key("signals"), json.dumps(self._round)
+        self._link.attempt("writing", lambda: self._link.redis.publish(channel, text))
+
+
+class ClientCoordinator:
+    """A client's half, for one round of one term. Nothing here raises because Redis is away."""
+
+    def __init__(self, url: str, run: str, *, client: str, term: int, round_number: int) -> None:
+        self._link = RedisLink(url, run)
+        self._client, self._mine = client, (term, round_number)
+        self._listener: Any = None
+        self._nonce, self._beats = secrets.token_hex(4), itertools.count()
+
+    # -- what the keys say -----------------------------------------------------------------------
+
+    def round_over(self) -> str | None:
+        """Why this round is over, by its durable key; None while it runs, or if nobody can tell."""
+        current, ended, run_over = self._look()
+        if current > self._mine:
+            return "a later round"
+        return (ended or run_over) if current == self._mine else None
+
+    def superseded(self) -> str | None:
+        """Why no reply to this round is taken any more; None while one is, or if nobody can tell."""
+        current, _, run_over = self._look()
+        if current > self._mine:
+            return "a later round"
+        return run_over if current == self._mine else None
+
+    def _look(self) -> tuple[tuple[int, int], str | None, str | None]:
+        """(term, round) of the server, why that round and why the run is over: None if it isn't.
+
+        (0, 0) if nobody can tell.
+        """
+
+        def read() -> list[dict[str, str]]:
+            with self._link.redis.pipeline(transaction=False) as pipe:
+                pipe.hgetall(self._link.key("round"))
+                pipe.hgetall(self._link.key("run"))
+                return pipe.execute()
+
+        found, run = self._link.attempt("reading", read) or ({}, {})
+        if not found:
+            return (0, 0), None, None
+        ended = (found["reason"] or "ended") if found["phase"] == "ended" else None
+        over = run.get("term") == found["term"] and run.get("state", "running") != "running"
+        return (int(found["term"]), int(found["round"])), ended, run["state"] if over else None
+
+    def told_to_leave(self) -> str | None:
+        """Why this client is to leave, by its `stop:` key; None if it isn't, or if nobody can tell.
+
+        What the client itself announced doesn't count: its own reason for it may be over.
+        """
+        key = self._link.key(f"stop:{self._client}")
+        reason: Any = self._link.attempt("reading", lambda: self._link.redis.get(key))
+        return None if not reason or reason.startswith(_ANNOUNCED) else reason
+
+    def acknowledged(self, fence: Fence) -> bool:
+        """Whether the server has the reply under `fence` on its disk."""
+        key = self._link.key(f"ack:{self._client}")
+        return self._link.attempt("reading", lambda: self._link.redis.get(key)) == fence_text(fence)
+
+    @property
+    def failing(self) -> bool:
+        """Whether Redis failed at the last attempt: what the methods say then is "nobody can tell"."""
+        return self._link.failing
+
+    # -- listening -------------------------------------------------------------------------------
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something is published, at most `timeout_s`."""
+        before = time.monotonic()
+        if not self._link.attempt("reading", lambda: self._receive(timeout_s)):  # don't spin
+            time.sleep(max(0.0, timeout_s - (time.monotonic() - before)))
+
+    def _receive(self, timeout_s: float) -> bool:
+        if self._listener is None:
+            listener = self._link.redis.pubsub(ignore_subscribe_messages=True)
+            listener.subscribe(self._link.key("signals"))
+            listener.get_message(timeout=TIMEOUT_S)  # the confirmation
+            self._listener = listener
+            return True  # what was published before stands in the keys only: look at them again
+        try:
+            self._listener.get_message(timeout=timeout_s)
+        except redis.RedisError:
+            self._listener.close()
+            self._listener = None
+            raise
+        return True
+
+    # -- what this client tells ------------------------------------------------------------------
+
+    def beat(self, values: Mapping[str, Scalar], *, expiry_s: float) -> None:
+        """Tell the server how far this client is; forgotten after `expiry_s`."""
+        term, round_number = self._mine
+        mapping: dict[Any, Any] = {
+            name: int(value) if isinstance(value, bool) else value for name, value in values.items()
+        }
+
+        own: dict[str, Any] = {"client": self._client, "term": term, "round": round_number}
+
+        def write() -> None:
+            key = self._link.key(f"client:{self._client}")
+            # never the same twice, not even from another process or after Redis lost its keys
+            own["beat"] = f"{self._nonce}-{next(self._beats)}"
+            with self._link.redis.pipeline(transaction=True) as pipe:
+                pipe.hset(key, mapping=own | mapping)
+                pipe.pexpire(key, int(expiry_s * 1000))
+                pipe.execute()
+
+        self._link.attempt("writing", write)
+
+    def announce_leave(self, reason: str, *, expiry_s: float) -> None:
+        """Tell the server that this client leaves by itself: it gets no new work for `expiry_s`."""
+        self.stop(_ANNOUNCED + reason, expiry_s=expiry_s)
+
+    def stop(self, reason: str, *, expiry_s: float) -> None:
+        """Set this client's `stop:` key unless it is set."""
+        key, expiry_ms = self._link.key(f"stop:{self._client}"), int(expiry_s * 1000)
+        self._link.attempt(
+            "writing", lambda: self._link.redis.set(key, reason, px=expiry_ms, nx=True)
+        )
+
+    def clear_stop(self, reason: str) -> None:
+        """Take this client's `stop:` key away if it begins with `reason`: others' stops stay."""
+        key = self._link.key(f"stop:{self._client}")
+        self._link.attempt("writing", lambda: self._link.redis.eval(scripts.CLEAR, 1, key, reason))
+
+    def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._link.close()

@@ -1,0 +1,110 @@
+"""A connection to Redis that may fail: nobody stops for it, and each outage is told once.
+
+Redis may be away, refuse the login, be full or lose everything, in the middle of a run. What is read
+then is None, what is written is dropped; the next attempt is the caller's next tick. After a Redis that
+does not answer (as one behind a broken network) nothing is tried for a while, so that a loop of
+attempts spends its time on something else than waiting.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from pilot.errors import PilotError
+from pilot.redis_url import check_redis_url, redact_url
+
+URL_VARIABLE = "PILOT_REDIS_URL"
+TIMEOUT_S = 2.0
+PAUSE_S = 4.0  # after a timeout: at most a third of a caller's time is spent waiting
+
+log = logging.getLogger("pilot")
+T = TypeVar("T")
+
+
+class CoordinatorError(PilotError):
+    """Redis can't be used for this run; the message says why and what to do."""
+
+
+def resolve_url(configured: str) -> str:
+    """`PILOT_REDIS_URL` on any machine wins, else `configured`; "" if there is neither."""
+    url = os.environ.get(URL_VARIABLE, "") or configured
+    if url:
+        check_redis_url(url, URL_VARIABLE if os.environ.get(URL_VARIABLE) else "redis-url")
+    return url
+
+
+class RedisLink:
+    """One process's connection for one run, whose keys stand under `pilot:<run>:`."""
+
+    def __init__(self, url: str, run: str) -> None:
+        self.url, self.run = url, run
+        self.redis = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            # redis-py's own three retries would stop the round loop for seconds; ours is the next tick
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._failing: set[str] = set()  # of "reading", "writing"
+        self._down_since = self._try_again_at = float("-inf")
+
+    def key(self, name: str) -> str:
+        return f"pilot:{self.run}:{name}"
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last attempt to read, or the last to write, failed."""
+        return bool(self._failing)
+
+    def attempt(self, what: str, action: Callable[[], T]) -> T | None:
+        """The result of `action`, or None while Redis fails; changes of state are logged once.
+
+        `what` is "reading" or "writing": a Redis that is full, or can't save, refuses only the latter.
+        """
+        if time.monotonic() < self._try_again_at:
+            return None
+        try:
+            result = action()
+        except (redis.RedisError, OSError) as error:
+            now = time.monotonic()
+            if not self._failing:
+                self._down_since = now
+                url = redact_url(self.url)
+                log.warning("Redis at %s fails, going on: %s (%s)", url, error, what)
+            self._failing.add(what)
+            if isinstance(error, redis.TimeoutError | TimeoutError):
+                self._try_again_at = now + PAUSE_S
+            return None
+        if what in self._failing:
+            self._failing.discard(what)
+            if not self._failing:
+                away_s = time.monotonic() - self._down_since
+                log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
+        return result
+
+    def close(self) -> None:
+        self.redis.close()
+
+
+def ping(url: str) -> None:
+    """Raise CoordinatorError with one sentence if Redis doesn't answer at `url`."""
+    link = RedisLink(url, "")
+    try:
+        link.redis.ping()
+    except redis.AuthenticationError as error:
+        raise CoordinatorError(
+            f"Redis at {redact_url(url)} refuses the login: set {URL_VARIABLE} with user and password"
+        ) from error
+    except redis.RedisError as error:
+        raise CoordinatorError(
+            f"cannot reach Redis at {redact_url(url)} ({error}): start it, or set {URL_VARIABLE}"
+        ) from error
+    finally:
+        link.close()

@@ -1,0 +1,133 @@
+"""What may be merged, and who is left out for a while: pure rules over a reply and the run's books.
+
+A reply reaches the model only through `refusal`, `token_refusal` and `norm_refusal`. That it was trained
+from the model of this round needs no rule here: its fence names run, term and round, within a term a
+round opens once, and every order of it carries the same weights; so the fence *is* the base version,
+and `open_round.py` refuses any other.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pilot.rules.rounds import Clock
+
+# Of fewer accepted updates the median says little: one outlier would be half of it.
+MIN_NORMS = 3
+MAX_NORM = 1e25  # times the tokens of a round it is still finite in fp32
+# Norms fall as a run goes on: the median shall be that of the last rounds, not of the run.
+MAX_NORMS = 100
+REFUSALS_IN_A_ROW = 3
+
+
+@dataclass
+class AdmissionBooks:
+    """What the rules remember between rounds; a snapshot keeps it.
+
+    `norms` are those of the last updates that were merged, oldest first; `in_a_row` counts, by client, the
+    replies refused for their content since the last one that was not.
+    """
+
+    norms: list[float] = field(default_factory=list)
+    in_a_row: dict[str, int] = field(default_factory=dict)
+
+    def accepted(self, client: str) -> None:
+        self.in_a_row.pop(client, None)
+
+    def refused(self, client: str) -> None:
+        self.in_a_row[client] = self.in_a_row.get(client, 0) + 1
+
+    def merged(self, norms: Iterable[float]) -> None:
+        """A round is over: from now on later updates are compared with its norms, in lease order."""
+        self.norms = [*self.norms, *norms][-MAX_NORMS:]
+
+
+def refusal(
+    update: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, tokens: int
+) -> str | None:
+    """Why `update` (a pseudo-gradient) may not be merged into `weights`, or None: it may.
+
+    Tensors of the right names, shapes and dtype, all finite, with tokens behind them.
+    """
+    if tokens <= 0:
+        return f"it reports {tokens} tokens"
+    if update.keys() != weights.keys():
+        strange = sorted(update.keys() ^ weights.keys())
+        return f"its tensors are not the model's (first difference: {strange[0]})"
+    for name, tensor in update.items():
+        if tensor.shape != weights[name].shape:
+            expected = tuple(weights[name].shape)
+            return f"{name} has shape {tuple(tensor.shape)}, not {expected}"
+        if not tensor.is_floating_point():
+            return f"{name} has dtype {tensor.dtype}"
+        # a sum is finite unless a term isn't (or it overflows: also no update that one wants)
+        if not bool(torch.isfinite(tensor.float().sum())):
+            return f"{name} is not finite"
+    return None
+
+
+def token_refusal(
+    tokens: int, *, rows: int, leased_rows: int | None, row_tokens: int
+) -> str | None:
+    """Why `tokens` can't be what `rows` consumed rows of T = `row_tokens` tokens give, or None.
+
+    `leased_rows` None: the lease has an open end, and the shard's size bounds it (the ledger checks that).
+    """
+    if leased_rows is not None and rows > leased_rows:
+        return f"it consumed {rows} rows of {leased_rows} that were leased"
+    if rows * row_tokens != tokens:
+        return f"it reports {tokens} tokens for {rows} rows"
+    return None
+
+
+def update_norm(update: Mapping[str, Tensor]) -> float:
+    """L2 norm over all tensors, in float64, whatever their order: a resumed server has another one."""
+    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in update.values())
+    return math.sqrt(math.fsum(float(norm) ** 2 for norm in norms))
+
+
+def norm_refusal(norm: float, earlier: Sequence[float], *, max_ratio: float) -> str | None:
+    """Why an update of L2 norm `norm` may not be merged after updates of norms `earlier`, or None.
+
+    `earlier` are of rounds before this one, never of this one: who arrives first decides nothing. With
+    fewer than MIN_NORMS of them, or a `max_ratio` of 0, any norm up to MAX_NORM will do.
+    """
+    if norm > MAX_NORM:
+        return f"its norm {norm:.4g} is beyond what a mean in fp32 can hold"
+    if max_ratio == 0 or len(earlier) < MIN_NORMS:
+        return None
+    median = statistics.median(earlier)
+    if median == 0 or norm <= max_ratio * median:
+        return None
+    return (
+        f"its norm {norm:.4g} is {norm / median:.1f} times the median of the last {len(earlier)} merged "
+        f"updates ({median:.4g}), and max-update-norm-ratio is {max_ratio:g}"
+    )
+
+
+class Cooling:
+    """Leaves out a client whose content was refused REFUSALS_IN_A_ROW times running, for a cooling time.
+
+    A client, not a run: if nobody else is there, the run waits until its time is over. What a site is not to
+    blame for (it died, its reply was lost, it was told to leave) never counts. After its time a
+    client begins anew; a server that resumes lets the time begin anew.
+    """
+
+    def __init__(self, books: AdmissionBooks, clock: Clock, cooling_time_s: float) -> None:
+        self._books, self._clock, self._cooling_time_s = books, clock, cooling_time_s
+        self._until_s: dict[str, float] = {}
+
+    def ready(self, client: str) -> bool:
+        """Whether `client` may get work. Its time begins when this is first asked after the refusals."""
+        if self._books.in_a_row.get(client, 0) < REFUSALS_IN_A_ROW:
+            return True
+        now_s = self._clock.now_s()
+        if now_s < self._until_s.setdefault(client, now_s + self._cooling_time_s):
+            return False
+        del self._until_s[client]
+        self._books.accepted(client)
+        return True

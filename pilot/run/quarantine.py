@@ -1,0 +1,42 @@
+"""Refused updates, kept for people to look at: a pair of files each, never read by the program."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanochat.files import atomic_path, atomic_write_json
+from pilot.faults import fault_point
+from pilot.wire.jsonable import jsonable
+from pilot.wire.messages import TrainReply
+
+log = logging.getLogger("pilot")
+
+
+def keep_refused(
+    directory: Path, reply: TrainReply, client: str, update: Mapping[str, Tensor], reason: str
+) -> None:
+    """Write `directory`/round-000003-<client>-lease-00000017.json and .safetensors (if there are tensors).
+
+    A disk that does not take them costs one warning: the run goes on, and the update is refused anyhow.
+    """
+    fence = reply.fence
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:80]
+    name = f"round-{fence.round_number:06d}-{safe}-lease-{fence.lease_id:08d}"
+    facts = {"client": client, "reason": reason, "reply": asdict(reply), "tensors": len(update)}
+    try:
+        fault_point("quarantine.write")
+        directory.mkdir(exist_ok=True)
+        if update:
+            with atomic_path(directory / f"{name}.safetensors") as path:
+                save_file({key: tensor.contiguous() for key, tensor in update.items()}, path)
+        fault_point("quarantine.tensors-written")
+        atomic_write_json(directory / f"{name}.json", jsonable(facts))
+        fault_point("quarantine.written")
+    except (OSError, SafetensorError) as error:
+        log.warning("cannot keep the refused update of %s: %s", client, error)

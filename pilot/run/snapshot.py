@@ -1,0 +1,190 @@
+"""Crash-consistent snapshots: one directory a round, and the rename of it is the commit.
+
+A snapshot holds the model, the state of the outer optimizer (fp32, safetensors), state.json (round,
+term, tokens, ledger, merged replies, counters, W&B id, configuration, versions), merged.jsonl (every reply
+that the run has merged so far, a line each) and a manifest with the SHA-256 of each. It is written under a
+temporary name, every file and the directory are fsynced, then it is renamed: a crash leaves either the
+whole snapshot or none. A torn or corrupted one is reported and the one before is used.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat.files import atomic_write_json, atomic_write_text, fsync_dir, sha256_file
+from pilot.errors import PilotError
+from pilot.faults import fault_point
+
+_MODEL, _OUTER, _MERGED, _STATE, _MANIFEST = (
+    "model.safetensors",
+    "outer.safetensors",
+    "merged.jsonl",
+    "state.json",
+    "manifest.json",
+)
+_PREFIX = "round-"
+# What a crash may leave has this ending: snapshots that were not yet whole, or being removed.
+_TEMPORARY = ".tmp"
+
+log = logging.getLogger("pilot")
+
+
+class SnapshotError(PilotError):
+    """A snapshot can't be written or read; the message names the directory and the reason."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run resumes from. `state` and the lines of `merged` are JSON: see `state.py`."""
+
+    round_number: int
+    model: dict[str, Tensor]
+    outer: dict[str, Tensor]
+    state: dict[str, Any]
+    merged: Sequence[str] = ()
+
+
+def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int, keep_every: int = 0) -> Path:
+    """Commit `snapshot` as `directory`/round-000007, then remove the old ones.
+
+    Kept are the newest `keep` and every `keep_every`-th round (0: none). Snapshots of later rounds can only be
+    damaged ones that a resume passed over: they go before the new one is in place, since one that
+    should become readable again would shadow the round that was done anew.
+
+    Raises SnapshotError if the disk does not take it; older snapshots are intact then.
+    """
+    final = directory / f"{_PREFIX}{snapshot.round_number:06d}"
+    temporary = directory / f".{final.name}{_TEMPORARY}"
+    try:
+        fault_point("snapshot.create")
+        _make_directory(directory)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _fill(temporary, snapshot)
+        for abandoned in _snapshots(directory):
+            if _number(abandoned) >= snapshot.round_number:
+                _remove(abandoned)  # or fail: it would shadow this one
+        fault_point("snapshot.rename")
+        temporary.replace(final)
+        fault_point("snapshot.renamed")
+        fsync_dir(directory)
+        fault_point("snapshot.durable")
+    except (OSError, ValueError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SnapshotError(
+            f"cannot write snapshot {final}: {error}; once that is cured, the same command resumes "
+            "the run"
+        ) from error
+    _prune(directory, keep=keep, keep_every=keep_every)
+    return final
+
+
+def _make_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(parents=True)
+        fsync_dir(directory.parent)
+
+
+def _fill(directory: Path, snapshot: Snapshot) -> None:
+    """Write the files of a snapshot, the manifest last, all of them durable."""
+    fault_point("snapshot.model")
+    _save_tensors(directory / _MODEL, snapshot.model)
+    fault_point("snapshot.outer")
+    _save_tensors(directory / _OUTER, snapshot.outer)
+    fault_point("snapshot.merged")
+    atomic_write_text(directory / _MERGED, "".join(f"{line}\n" for line in snapshot.merged))
+    fault_point("snapshot.state")
+    atomic_write_json(directory / _STATE, snapshot.state)
+    fault_point("snapshot.manifest")
+    sums = {name: sha256_file(directory / name) for name in (_MODEL, _OUTER, _MERGED, _STATE)}
+    atomic_write_json(directory / _MANIFEST, sums)
+    fault_point("snapshot.manifest-written")
+    fsync_dir(directory)
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _prune(directory: Path, *, keep: int, keep_every: int) -> None:
+    for old in _snapshots(directory)[:-keep]:
+        if not (keep_every and _number(old) % keep_every == 0):
+            try:
+                _remove(old)
+            except OSError as error:  # it costs space and nothing else
+                log.warning("cannot remove the old snapshot %s: %s", old, error)
+
+
+def _remove(path: Path) -> None:
+    """Remove a snapshot: gone in one rename, so that a crash leaves no half of one that looks damaged."""
+    doomed = path.with_name(f".{path.name}.removed{_TEMPORARY}")
+    fault_point("prune.rename")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.replace(doomed)
+    fault_point("prune.remove")
+    shutil.rmtree(doomed)
+    fault_point("prune.removed")
+
+
+def remove_strays(directory: Path) -> list[str]:
+    """Remove what crashes left half-written in `directory`; the names. For its only user, at its start."""
+    strays = sorted(directory.glob(f".*{_TEMPORARY}")) if directory.is_dir() else []
+    for stray in strays:
+        if stray.is_dir():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
+    return [stray.name for stray in strays]
+
+
+def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapshot | None:
+    """The newest snapshot that is whole; None if there is none at all.
+
+    Damaged ones are reported, one sentence each, and passed over. Raises SnapshotError if there are
+    snapshots and none of them can be read: starting from nothing would silently lose a run.
+    """
+    found = _snapshots(directory)
+    for path in reversed(found):
+        try:
+            return _read(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            report(f"snapshot {path} is damaged and is passed over: {error}")
+    if found:
+        raise SnapshotError(f"no snapshot in {directory} can be read; remove it to start anew")
+    return None
+
+
+def _snapshots(directory: Path) -> list[Path]:
+    """Those of `directory`, oldest round first; other names are somebody else's."""
+    found = [path for path in directory.glob(f"{_PREFIX}*") if _number(path) >= 0]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    digits = path.name.removeprefix(_PREFIX)
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _read(path: Path) -> Snapshot:
+    manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    for name in (_MODEL, _OUTER, _MERGED, _STATE):
+        if sha256_file(path / name) != manifest[name]:
+            raise ValueError(f"{name} does not match its SHA-256")
+    return Snapshot(
+        round_number=_number(path),
+        model=load_file(path / _MODEL),
+        outer=load_file(path / _OUTER),
+        state=json.loads((path / _STATE).read_text(encoding="utf-8")),
+        merged=(path / _MERGED).read_text(encoding="utf-8").splitlines(),
+    )

@@ -1,0 +1,138 @@
+"""Messages over a Flower `Grid`: sent one by one, answered, failed, or given up.
+
+What Flower leaves open is closed here (docs/flower.md): an unknown node drops out of a push without a word, a
+reply can be pulled only once, an error names no node, and a node that restarts between two polls
+never answers and never fails. So each message is pushed alone and remembered, and one whose node has been
+away, or another process, for `LOST_AFTER_S` counts as lost.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from pilot.rules.rounds import Clock
+from pilot.server.puller import Puller
+from pilot.wire.messages import Header, Part
+from pilot.wire.records import from_records, to_records
+
+# A node that comes back within this time has only been slow to say that it is alive.
+LOST_AFTER_S = 10.0
+# Twice what Flower needs to notice a node that was killed.
+FORGET_AFTER_S = 120.0
+
+# what Flower says when a node or a ClientApp died (docs/flower.md)
+_LOST_CODES = {
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one message; `error` is a sentence if there is no content.
+
+    `lost`: nobody has answered, so nothing is known of the site's work, neither good nor bad.
+    """
+
+    message_id: str
+    node_id: int
+    header: Header
+    parts: list[Part]
+    error: str = ""
+    lost: bool = False
+
+
+@dataclass
+class _Pending:
+    """`activated_at`: when Flower had let the node in, as first seen after the sending; a node with a key keeps
+    its id through restarts, and only this tells that another process answers to it now."""
+
+    node_id: int
+    activated_at: str | None = None
+    absent_since_s: float | None = None
+    forget_at_s: float = math.inf
+
+
+class Mailbox:
+    """All messages of a server that have no answer yet."""
+
+    def __init__(self, grid: Grid, clock: Clock) -> None:
+        self._grid, self._clock, self._puller = grid, clock, Puller(grid)
+        self._pending: dict[str, _Pending] = {}
+
+    def nodes(self) -> set[int]:
+        """Nodes that Flower believes to be online."""
+        return {node.node_id for node in self._grid.get_nodes()}
+
+    def busy(self, node_id: int) -> bool:
+        """Whether a message to the node has no answer yet: a node takes one at a time."""
+        return any(pending.node_id == node_id for pending in self._pending.values())
+
+    def send(
+        self, node_id: int, kind: str, header: Header, parts: Iterable[Part] | ArrayRecord = ()
+    ) -> str:
+        """Send one message ("query" or "train"); returns its id, "" if the node is not there.
+
+        `parts` as in `to_records`.
+        """
+        message = Message(to_records(header, parts), node_id, kind)
+        ids = list(self._grid.push_messages([message]))
+        if not ids or not ids[0]:
+            return ""
+        self._pending[ids[0]] = _Pending(node_id)
+        return ids[0]
+
+    def abandon(self, message_id: str) -> None:
+        """Nobody waits for this answer any longer. For `FORGET_AFTER_S` it may still come, and its node
+        counts as busy; then it is forgotten, since a node that was away and rejoined under its old
+        id never answers."""
+        if message_id in self._pending:
+            self._pending[message_id].forget_at_s = self._clock.now_s() + FORGET_AFTER_S
+
+    def poll(self) -> list[Answer]:
+        """The answers that have come since the last call; each message gets exactly one."""
+        came = self._puller.pull(list(self._pending))
+        answers = [self._open(i, reply) for i, reply in came if i in self._pending]
+        answers += self._lost()
+        return answers
+
+    def _open(self, message_id: str, reply: Message) -> Answer:
+        node_id = self._pending.pop(message_id).node_id
+        if reply.has_error():
+            reason = f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
+            lost = reply.error.code in _LOST_CODES
+            return Answer(message_id, node_id, {}, [], reason, lost=lost)
+        try:
+            header, parts = from_records(reply.content)
+        except ValueError as error:
+            return Answer(message_id, node_id, {}, [], str(error))
+        return Answer(message_id, node_id, header, parts)
+
+    def _lost(self) -> list[Answer]:
+        online = {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+        now_s = self._clock.now_s()
+        lost = []
+        for message_id, pending in list(self._pending.items()):
+            if now_s >= pending.forget_at_s:
+                del self._pending[message_id]
+                continue
+            if pending.activated_at is None:
+                pending.activated_at = online.get(pending.node_id)
+            if pending.node_id in online and online[pending.node_id] == pending.activated_at:
+                pending.absent_since_s = None
+                continue
+            if pending.absent_since_s is None:
+                pending.absent_since_s = now_s
+            if now_s - pending.absent_since_s >= LOST_AFTER_S:
+                del self._pending[message_id]
+                reason = (
+                    "its node was started anew" if pending.node_id in online else "its node is gone"
+                )
+                lost.append(Answer(message_id, pending.node_id, {}, [], reason, lost=True))
+        return lost

@@ -1,0 +1,196 @@
+"""Who takes part: each new node is asked once what it is, and a mismatch is refused with a sentence.
+
+Sites must agree to the bit on tokenizer, packing, validation rows, corpus and the pilot package. What
+they must agree on is what the snapshot says, or else the first answer that `min_clients` sites share.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pilot.rules.rounds import Clock
+from pilot.server.mailbox import Answer, Mailbox
+from pilot.wire.messages import HelloOrder, HelloReply, from_header, package_hash, to_header
+
+ASK_AGAIN_S = 30.0
+LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the site
+
+log = logging.getLogger("pilot")
+
+
+@dataclass
+class Site:
+    """A node that answered, and what its last round showed (None before there was one).
+
+    `start_s` passed from sending an order to the first sign of life, `upload_s` from the end of the round to
+    the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
+    """
+
+    name: str
+    node_id: int
+    hello: HelloReply
+    tokens_per_s: float | None = None
+    start_s: float | None = None
+    upload_s: float | None = None
+    fixed_cost_s: float | None = None
+
+    def remember(self, before: "Site | None") -> None:
+        """Take over what was measured of a node of the same name."""
+        if before is not None:
+            self.tokens_per_s = before.tokens_per_s
+            self.start_s, self.upload_s = before.start_s, before.upload_s
+            self.fixed_cost_s = before.fixed_cost_s
+
+
+@dataclass
+class Roster:
+    """All nodes of the federation, asked and not yet asked.
+
+    `fingerprints` is what sites must agree on; empty until it is known.
+    """
+
+    mailbox: Mailbox
+    order: HelloOrder
+    clock: Clock
+    min_clients: int
+    fingerprints: dict[str, str]
+    closed: bool = False  # no node will come that isn't there yet
+    joined: Callable[[Site], None] = lambda site: None  # told of each site that may train
+    refusals: dict[str, str] = field(default_factory=dict)  # site → sentence
+    _asked: dict[str, int] = field(default_factory=dict)  # message id → node id
+    _known: dict[int, float] = field(default_factory=dict)  # node → when to ask it (again)
+    _answered: dict[str, Site] = field(default_factory=dict)
+    _accepted: dict[str, Site] = field(default_factory=dict)
+    _measured: dict[str, Site] = field(
+        default_factory=dict
+    )  # the last site of each name, gone or not
+
+    def __post_init__(self) -> None:
+        if self.fingerprints:  # a run may be resumed with a newer pilot, on all sites alike
+            self.fingerprints = self.fingerprints | {"pilot package": package_hash()}
+
+    def greet(self) -> None:
+        """Ask nodes that are new, and once in a while those that were refused; forget those that went."""
+        online, now_s = self.mailbox.nodes(), self.clock.now_s()
+        self._known = {node: ask_s for node, ask_s in self._known.items() if node in online}
+        for node_id in sorted(online):
+            if now_s >= self._known.get(node_id, now_s) and not self.mailbox.busy(node_id):
+                message_id = self.mailbox.send(node_id, "query", to_header(self.order))
+                if message_id:
+                    self._asked[message_id] = node_id
+                    self._known[node_id] = float("inf")
+        for sites in (self._accepted, self._answered):
+            for name, site in list(sites.items()):
+                if site.node_id not in online:
+                    del sites[name]
+                    log.info("Node %s left", name)
+
+    def take(self, answer: Answer) -> bool:
+        """Take an answer if it is a hello's; False: it is somebody else's."""
+        if answer.message_id not in self._asked:
+            return False
+        node_id = self._asked.pop(answer.message_id)
+        try:
+            hello = HelloReply(error=answer.error) if answer.error else _hello(answer)
+        except ValueError as error:
+            hello = HelloReply(error=str(error))
+        name = str(answer.header.get("node_name") or f"node {node_id}")
+        if hello.error:
+            self._refuse(name, node_id, hello.error, LOST_AGAIN_S if answer.lost else ASK_AGAIN_S)
+            return True
+        if hello.warning:
+            log.warning("Node %s: %s", name, hello.warning)
+        # a newer node of the same name supersedes the older
+        self._answered[name] = Site(name, node_id, hello)
+        self._admit()
+        return True
+
+    def _admit(self) -> None:
+        if not self.fingerprints and not self._find_agreement():
+            return
+        for name, site in list(self._answered.items()):
+            del self._answered[name]
+            if reason := self._mismatch(site.hello):
+                self._refuse(name, site.node_id, reason, ASK_AGAIN_S)
+                continue
+            site.remember(self._measured.get(name))
+            self._accepted[name] = self._measured[name] = site
+            self.joined(site)
+            self.refusals.pop(name, None)
+            self.refusals.pop(f"node {site.node_id}", None)
+            log.info(
+                "Node %s joined: %s, %d × %s, %d shards",
+                name,
+                site.hello.host,
+                site.hello.devices,
+                site.hello.device_name,
+                len(site.hello.shards),
+            )
+
+    def _find_agreement(self) -> bool:
+        """Fix what to agree on, once enough sites do."""
+        for candidate in self._answered.values():
+            ours = candidate.hello.fingerprints
+            agreeing = [s for s in self._answered.values() if s.hello.fingerprints == ours]
+            if len(agreeing) >= self.min_clients and ours.get("pilot package") == package_hash():
+                self.fingerprints = dict(ours)
+                return True
+        return False
+
+    def _mismatch(self, hello: HelloReply) -> str:
+        differing = [
+            what for what, ours in self.fingerprints.items() if hello.fingerprints.get(what) != ours
+        ]
+        if not differing:
+            return ""
+        return (
+            f"its {' and '.join(differing)} differ from those of the run: give all sites the same "
+            "data, tokenizer and package versions"
+        )
+
+    def _refuse(self, name: str, node_id: int, reason: str, again_s: float) -> None:
+        if self.refusals.get(name) != reason:
+            log.warning("Node %s is refused: %s", name, reason)
+        self.refusals[name] = reason
+        self._known[node_id] = self.clock.now_s() + again_s  # somebody may repair it
+
+    def accepted(self) -> list[Site]:
+        """Sites that may train, busy or not, in the natural order of their names."""
+        return sorted(self._accepted.values(), key=lambda site: natural(site.name))
+
+    def ready(self) -> list[Site]:
+        """Sites that may train and have no message unanswered."""
+        return [site for site in self.accepted() if not self.mailbox.busy(site.node_id)]
+
+    def hopeless(self, wanted: int) -> bool:
+        """All nodes of a closed federation have answered, and fewer than `wanted` may train."""
+        settled = bool(self._known) and not self._asked
+        return self.closed and settled and len(self._accepted) < wanted
+
+    def waiting_for(self, wanted: int) -> str:
+        """Why there are not enough sites, as a clause for people."""
+        reasons = [f"{name}: {why}" for name, why in sorted(self.refusals.items())]
+        if self._answered and len(self._answered) >= self.min_clients:
+            names = ", ".join(sorted(self._answered))
+            reasons.append(f"{names} disagree about data, tokenizer or package versions")
+        there = len(self._accepted) + len(self._answered)
+        reasons.append(f"{there} of {wanted} clients can take part")
+        return "; ".join(reasons)
+
+    @property
+    def questions_open(self) -> bool:
+        return bool(self._asked)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts client_2 before client_10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _hello(answer: Answer) -> HelloReply:
+    message = from_header(answer.header)
+    if not isinstance(message, HelloReply):
+        raise ValueError(f"answered a hello with {type(message).__name__}")
+    return message

@@ -1,0 +1,129 @@
+"""What a site has: devices, shards, tokenizer, rows, and what it must agree on with all other sites."""
+
+import hashlib
+import os
+import platform
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanochat.builtin import ensure_builtin_tokenizer, prepare_builtin
+from nanochat.common import autodetect_device_type, check_device_type
+from nanochat.errors import UserError
+from nanochat.rows.cache import RowCache
+from nanochat.source import Source, get_source
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_dir
+from pilot.config import RunConfig
+from pilot.coordination.coordinator import ping, resolve_url
+from pilot.errors import PilotError
+from pilot.wire.messages import HelloOrder, HelloReply, package_hash
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """The data of a run on this site, opened."""
+
+    source: Source
+    tokenizer: RustBPETokenizer
+    rows: RowCache
+    train_shards: list[int]
+
+    def validation_rows(self, first: int, end: int) -> np.ndarray:
+        """Validation rows [first, end), (end - first, T+1). Raises UserError if there are fewer."""
+        rows = self.rows.rows(self.source.val_shard).read(first, end)
+        if len(rows) < end - first:
+            raise UserError(
+                f"the validation shard {self.source.val_shard} has only {first + len(rows)} rows: "
+                f"set eval-rows to that at the most"
+            )
+        return rows
+
+
+def open_data(config: RunConfig) -> SiteData:
+    """Open what the run trains on; the built-in corpus and its tokenizer are made if missing.
+
+    Raises UserError, with the command that repairs it, for everything else that is missing.
+    """
+    directory = tokenizer_dir(config.tokenizer)
+    if config.source == "builtin":
+        source = prepare_builtin()
+        tokenizer = ensure_builtin_tokenizer(directory, config.vocab_size)
+    else:
+        source = get_source(config.source)
+        tokenizer = get_tokenizer(directory)
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokenizer.get_vocab_size()} tokens, but the run's "
+            f"vocab-size is {config.vocab_size}: set vocab-size, or name another tokenizer"
+        )
+    if config.num_shards > source.num_train_shards:
+        raise UserError(
+            f"num-shards is {config.num_shards}, but {source.name} has only "
+            f"{source.num_train_shards} training shards"
+        )
+    source.ensure([source.val_shard])
+    train_shards = [shard for shard in source.present_train() if shard < config.num_shards]
+    if not train_shards:
+        source.ensure([0])
+    rows = RowCache(source, tokenizer, sequence_len=config.sequence_len, packing=config.packing)
+    return SiteData(source, tokenizer, rows, train_shards)
+
+
+def hello(order: HelloOrder) -> HelloReply:
+    """Say what this site has; never raises for what a user can repair: the sentence is the answer."""
+    try:
+        config = RunConfig.from_mapping(order.config)
+        data = open_data(config)
+        validation = data.validation_rows(0, config.eval_rows)
+        devices, device_name = _devices(config)
+    except (UserError, PilotError, OSError) as error:
+        return HelloReply(error=str(error), host=socket.gethostname())
+    return HelloReply(
+        warning=_redis_warning(order.redis_url),
+        devices=devices,
+        device_name=device_name,
+        host=socket.gethostname(),
+        shards=data.train_shards,
+        fingerprints={
+            "tokenizer": data.tokenizer.fingerprint(),
+            "packing": data.rows.fingerprint(),
+            "validation shard": str(data.source.val_shard),
+            "validation rows": _sha256(validation),
+            "corpus": data.source.manifest_sha256(),
+            "pilot package": package_hash(),
+        },
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+    )
+
+
+def _sha256(rows: np.ndarray) -> str:
+    # as 32 bits: the width on disk is the cache's own business
+    return hashlib.sha256(np.ascontiguousarray(rows, dtype="<u4").tobytes()).hexdigest()
+
+
+def _devices(config: RunConfig) -> tuple[int, str]:
+    """(processes that this site can run, name of their device)."""
+    kind = autodetect_device_type() if config.device == "auto" else config.device
+    check_device_type(kind)
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if config.client_processes > count:
+            raise UserError(
+                f"client-processes is {config.client_processes}, but here are {count} GPUs"
+            )
+        return config.client_processes or count, torch.cuda.get_device_name(0)
+    if kind == "mps" and config.client_processes > 1:
+        raise UserError("several processes can't share the MPS device: set client-processes to 1")
+    return config.client_processes or 1, f"{kind} ({os.cpu_count()} cores)"
+
+
+def _redis_warning(url: str) -> str:
+    """A sentence if signals can't reach this site: its rounds then end by the seconds in the order."""
+    try:
+        if resolved := resolve_url(url):
+            ping(resolved)
+    except PilotError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,119 @@
+"""The order that a site has in hand, and its reply until the server has it on its disk.
+
+A ClientApp is one process a message, and Flower uploads its reply only after our function has returned.
+So a file in `PILOT_NODE_DIR` tells `pilot node` what it would lose by ending now, and a thread goes on
+with the heartbeats while the reply is on its way. Standard library and Redis only.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pilot.coordination.coordinator import ClientCoordinator, resolve_url
+from pilot.errors import PilotError
+from pilot.site.notice import NODE_VARIABLE
+from pilot.wire.messages import Fence, TrainOrder
+
+FILE_NAME = "order.json"
+WORKING, SENDING, DONE = "working", "sending", "done"
+_EXPIRY_HEARTBEATS = 10.0
+_SENDING_AT_MOST_S = 3600.0
+
+log = logging.getLogger("pilot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """What became of one order so far; `state` is working, sending, or done (nothing to be lost).
+
+    `redis_url` holds no credentials: where it needs some, `PILOT_REDIS_URL` does. `pid` is the ClientApp's.
+    """
+
+    run: str
+    redis_url: str
+    client: str
+    fence: Fence
+    state: str
+    pid: int
+    preempt_file: str
+    drain_deadline_s: float
+
+    def coordinator(self) -> ClientCoordinator | None:
+        """The client's half of Redis for this order; None without a usable URL."""
+        try:
+            url = resolve_url(self.redis_url)
+        except PilotError as error:
+            log.warning("Redis is not used: %s", error)
+            return None
+        if not url:
+            return None
+        fence = self.fence
+        return ClientCoordinator(
+            url, self.run, client=self.client, term=fence.term, round_number=fence.round_number
+        )
+
+
+def of_order(order: TrainOrder, state: str) -> InFlight:
+    return InFlight(
+        run=order.fence.run,
+        redis_url=order.redis_url,
+        client=order.client,
+        fence=order.fence,
+        state=state,
+        pid=os.getpid(),
+        preempt_file=str(order.config.get("preempt-file", "")),
+        drain_deadline_s=float(order.config.get("drain-deadline", 20.0)),
+    )
+
+
+def note(in_flight: InFlight) -> None:
+    """Tell this site's `pilot node`, if there is one; a disk that refuses costs no training."""
+    if not (directory := os.environ.get(NODE_VARIABLE)):
+        return
+    path = Path(directory) / FILE_NAME
+    whole = path.with_suffix(f".{os.getpid()}")
+    try:
+        whole.write_text(json.dumps(asdict(in_flight)), encoding="utf-8")
+        whole.replace(path)
+    except OSError as error:
+        log.warning("pilot node can't be told of the order in hand: %s", error)
+
+
+def read(directory: Path) -> InFlight | None:
+    """What `note` wrote there; None if there is nothing that can be read."""
+    try:
+        values = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+        return InFlight(**{**values, "fence": Fence(**values["fence"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def beat_while_sending(in_flight: InFlight, *, heartbeat_s: float) -> threading.Thread | None:
+    """Heartbeats from a thread until the server has the reply, or has gone on without it.
+
+    They end with this process at the latest: Flower then has the reply.
+    """
+    coordinator = in_flight.coordinator()
+    if coordinator is None:
+        return None
+    thread = threading.Thread(
+        target=_beat, args=(coordinator, in_flight.fence, heartbeat_s), name="sending", daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def _beat(coordinator: ClientCoordinator, fence: Fence, heartbeat_s: float) -> None:
+    until = time.monotonic() + _SENDING_AT_MOST_S
+    expiry_s = max(10.0, _EXPIRY_HEARTBEATS * heartbeat_s)
+    with contextlib.closing(coordinator):
+        while time.monotonic() < until:
+            coordinator.beat({"state": SENDING}, expiry_s=expiry_s)
+            coordinator.wait(heartbeat_s)
+            if coordinator.acknowledged(fence) or coordinator.superseded():
+                return

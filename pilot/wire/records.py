@@ -1,0 +1,59 @@
+"""Headers and parts ↔ Flower's records, at both ends of Flower.
+
+Numbers travel as metrics and text as config, because Flower's MetricRecord takes numbers only and one
+string among them raises; the header itself is one JSON text in the config, so nested values need no
+rules of their own.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from pilot.wire.messages import Header, Part, header_text, split_metrics
+
+_STYPE = "pilot.raw"
+
+
+def to_records(header: Header, parts: Iterable[Part] | ArrayRecord) -> RecordDict:
+    """The content of a Flower message. Never raises for what stands in `header`.
+
+    `parts` are copied, unless they come as a record of `to_arrays`: messages may share one.
+    """
+    numbers, strings = split_metrics(header)
+    return RecordDict(
+        {
+            "metrics": MetricRecord({**numbers}),
+            "config": ConfigRecord({**strings, "header": header_text(header)}),
+            "parts": parts if isinstance(parts, ArrayRecord) else to_arrays(parts),
+        }
+    )
+
+
+def to_arrays(parts: Iterable[Part]) -> ArrayRecord:
+    """The parts as Flower's record, which takes `bytes` and nothing else: a copy."""
+    return ArrayRecord(
+        {
+            part.name: Array(part.dtype, tuple(part.shape), _STYPE, bytes(part.data))
+            for part in parts
+        }
+    )
+
+
+def from_records(content: RecordDict) -> tuple[Header, list[Part]]:
+    """The header and the parts of a message. Raises ValueError if it is not one of ours."""
+    try:
+        header: Any = json.loads(str(content["config"]["header"]))
+        arrays = content["parts"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a Pilot message: {error}") from error
+    if not isinstance(header, dict) or not isinstance(arrays, ArrayRecord):
+        raise ValueError("not a Pilot message: its header is no table")
+    return header, _parts(arrays)
+
+
+def _parts(arrays: ArrayRecord) -> list[Part]:
+    return [
+        Part(name, array.dtype, tuple(array.shape), array.data) for name, array in arrays.items()
+    ]

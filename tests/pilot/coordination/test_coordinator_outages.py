@@ -1,0 +1,174 @@
+"""Redis that loses everything, is away, full, or refuses the login: told once, and nobody stops for it."""
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from pilot.coordination.coordinator import ClientCoordinator, CoordinatorError, ping, resolve_url
+from pilot.processes.local_redis import LocalRedis
+from pilot.site.stop import Progress, StopWatcher
+from pilot.wire.messages import Fence
+
+from ..coordinator_kit import client, keys, server, until
+from ..redis_fixture import free_port, redis_url, tcp_redis
+
+__all__ = ["redis_url", "tcp_redis"]  # fixtures
+
+
+# -- outages -------------------------------------------------------------------------------------
+
+
+def counted(log: pytest.LogCaptureFixture, text: str) -> int:
+    return sum(text in record.getMessage() for record in log.records)
+
+
+def test_everything_is_written_anew_after_redis_lost_it(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(3)
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.flushdb()
+    with client(redis_url, round_number=2) as half:
+        assert half.round_over() is None
+        leader.tick()
+        assert half.round_over() == "a later round"
+    assert set(keys(redis_url)) == {"pilot:r:server", "pilot:r:round", "pilot:r:run"}
+
+
+def test_stops_and_acknowledgements_of_the_server_come_back_too(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(3)
+    fence = Fence("r", 1, 3, 9)
+    leader.stop_client("c", "maintenance")
+    leader.stop_client("d", "maintenance")
+    leader.clear_client_stop("d")
+    leader.acknowledge("c", fence)
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.flushdb()
+    leader.tick()
+    with client(redis_url) as half, client(redis_url, name="d") as other:
+        assert half.told_to_leave() == "maintenance" and half.acknowledged(fence)
+        assert other.told_to_leave() is None
+
+
+def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(
+    tcp_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url, port = tcp_redis.url, int(tcp_redis.url.rpartition(":")[2].partition("/")[0])
+    leader = server(url, tmp_path)
+    leader.open_round(1)
+    with client(url) as half:
+        half.wait(0.01)
+        tcp_redis.stop()
+        for _ in range(3):
+            leader.tick()
+            assert leader.heartbeats(["c"]) == {}
+            assert half.round_over() is None
+            half.beat({"tokens": 1}, expiry_s=60)
+            half.wait(0.01)
+        leader.end_round("min-duration")
+        assert counted(caplog, "fails, going on") == 2, "one line a side"
+        assert counted(caplog, "is back") == 0
+        with LocalRedis(port=port, password="correct horse"):
+            leader.tick()
+            assert half.round_over() == "min-duration", "the end that nobody heard is there"
+            half.beat({"tokens": 1}, expiry_s=60)
+            half.wait(0.01)
+            half.wait(0.01)
+            assert list(leader.heartbeats(["c"])) == ["c"]
+            assert counted(caplog, "is back") == 2
+            assert counted(caplog, "fails, going on") == 2
+            leader.finish()
+    assert "correct" not in caplog.text and "horse" not in caplog.text
+
+
+def test_watcher_doesnt_spin_while_redis_is_away_and_hears_the_end_after_it(
+    tcp_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, port = tcp_redis.url, int(tcp_redis.url.rpartition(":")[2].partition("/")[0])
+    leader = server(url, tmp_path)
+    leader.open_round(1)
+    half = ClientCoordinator(url, "r", client="c", term=1, round_number=1)
+    looks = 0
+    look = half.round_over
+
+    def count() -> str | None:
+        nonlocal looks
+        looks += 1
+        return look()
+
+    half.round_over = count  # type: ignore[method-assign]
+    heartbeat_s = 0.1
+    with StopWatcher(half, Progress(), seconds_left=600, heartbeat_s=heartbeat_s) as watcher:
+        until(lambda: leader.heartbeats(["c"]))
+        tcp_redis.stop()
+        until(lambda: counted(caplog, "fails, going on"))
+        began, looks = time.monotonic(), 0
+        until(lambda: looks >= 5)
+        assert looks <= 3 + 2 * (time.monotonic() - began) / heartbeat_s, "it spins"
+        assert not watcher.should_stop()
+        with LocalRedis(port=port, password="correct horse"):
+            leader.end_round("min-duration")
+            until(watcher.should_stop)
+            assert watcher.reason == "min-duration"
+            until(lambda: leader.heartbeats(["c"]))
+            assert counted(caplog, "fails, going on") == counted(caplog, "is back") == 1
+            leader.finish()
+
+
+def test_client_that_never_reaches_redis_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"redis://:hunter2@127.0.0.1:{free_port()}"
+    with client(url) as half:
+        assert half.round_over() is None
+        half.beat({"tokens": 1}, expiry_s=1)
+        half.wait(0.0)
+    assert counted(caplog, "fails, going on") == 1 and "hunter2" not in caplog.text
+
+
+# -- addresses -----------------------------------------------------------------------------------
+
+
+def test_redis_that_is_not_there_is_one_sentence_without_credentials(tmp_path: Path) -> None:
+    for url in (f"redis://bob:hunter2@127.0.0.1:{free_port()}/0", f"unix://{tmp_path}/no.sock"):
+        for start in (lambda u=url: ping(u), lambda u=url: server(u, tmp_path)):
+            with pytest.raises(CoordinatorError, match="PILOT_REDIS_URL") as caught:
+                start()
+            assert "hunter2" not in str(caught.value) and "bob" not in str(caught.value)
+
+
+def test_wrong_password_is_one_sentence_without_it(tcp_redis: LocalRedis, tmp_path: Path) -> None:
+    port = tcp_redis.url.rpartition(":")[2]
+    for url in (f"redis://127.0.0.1:{port}", f"redis://:hunter2@127.0.0.1:{port}"):
+        with pytest.raises(CoordinatorError, match="refuses the login") as caught:
+            server(url, tmp_path)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_environment_wins_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_url("") == "" and resolve_url("redis://a") == "redis://a"
+    monkeypatch.setenv("PILOT_REDIS_URL", "unix:///x.sock")
+    assert resolve_url("redis://a") == "unix:///x.sock" == resolve_url("")
+    monkeypatch.setenv("PILOT_REDIS_URL", "bob:hunter2@h")
+    with pytest.raises(ValueError, match="PILOT_REDIS_URL") as caught:
+        resolve_url("redis://a")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_redis_that_refuses_writes_only_is_one_line_not_one_a_beat(
+    tcp_redis: LocalRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
+        operator.config_set("maxmemory", "1")  # full: each write is refused, reading works
+        for _ in range(3):
+            half.beat({"tokens": 1}, expiry_s=60)
+            assert half.round_over() is None
+        assert counted(caplog, "fails, going on") == 1
+        assert counted(caplog, "is back") == 0
+        operator.config_set("maxmemory", "0")
+        half.beat({"tokens": 1}, expiry_s=60)
+        assert counted(caplog, "is back") == 1

@@ -1,0 +1,356 @@
+"""`pilot node`: it comes back by itself, and leaves when the server has its reply and not before."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pilot.coordination.coordinator import ServerCoordinator
+from pilot.errors import PilotError
+from pilot.launch.node import default_name, supernode_command
+from pilot.site import in_flight
+from pilot.site.in_flight import InFlight
+from pilot.wire.messages import Fence
+
+from ..redis_fixture import free_port, redis_url
+
+__all__ = ["redis_url"]  # a fixture
+LIMIT_S = 30.0
+
+# What it was started with and how it ended goes to $FAKE_LOG; it fails as often as $FAKE_FAILS says.
+SUPERNODE = """#!{python}
+import json, os, signal, sys, time
+log = os.environ["FAKE_LOG"]
+def tell(**values):
+    with open(log, "a") as file:
+        file.write(json.dumps(values) + "\\n")
+def ends(*_):
+    tell(ended=os.getpid(), leave=os.path.exists(os.environ["PILOT_NODE_DIR"] + "/leave"))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, ends)
+before = open(log).read().count("argv")
+tell(argv=sys.argv[1:], pid=os.getpid(), preempt=os.environ.get("PILOT_PREEMPT_FILE"))
+if before < int(os.environ.get("FAKE_FAILS", "0")):
+    sys.exit(int(os.environ.get("FAKE_CODE", "1")))
+while True:
+    time.sleep(0.05)
+"""
+RUNNER = """
+import sys
+from pilot import cli
+from pilot.launch import node
+node.flower_program = lambda name: sys.argv[1]
+node.FIRST_DELAY_S, node.BLIND_UPLOAD_S, node.MAX_RESTARTS = 0.05, 0.3, 3
+sys.exit(cli.main(["node", "--name", "a", *sys.argv[2:]]))
+"""
+
+
+def until(holds: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
+
+
+class Site:
+    """A machine with a `pilot node`, whose SuperNode is a script."""
+
+    def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = base / "nodes" / "a"
+        self.log, self.program = base / "log", base / "supernode"
+        self.log.touch()
+        self.program.write_text(SUPERNODE.format(python=sys.executable))
+        self.program.chmod(0o755)
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+        monkeypatch.setenv("FAKE_LOG", str(self.log))
+        self._monkeypatch = monkeypatch
+
+    @contextmanager
+    def node(self, *options: str, starts: bool = True) -> Iterator["subprocess.Popen[str]"]:
+        command = [sys.executable, "-c", RUNNER, str(self.program), *options]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            if starts:
+                before = len(self.told("argv"))
+                until(lambda: len(self.told("argv")) > before or process.poll() is not None)
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def told(self, key: str) -> list[Any]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [line[key] for line in lines if key in line]
+
+    def has_order(self, state: str, url: str = "", lease: int = 1, **values: Any) -> None:
+        """A ClientApp of this process has an order in hand."""
+        defaults: dict[str, Any] = {
+            "run": "r",
+            "redis_url": url,
+            "client": "a",
+            "fence": Fence("r", 1, 1, lease),
+            "state": state,
+            "pid": os.getpid(),
+            "preempt_file": "",
+            "drain_deadline_s": 20.0,
+        }
+        with self._monkeypatch.context() as patch:
+            patch.setenv("PILOT_NODE_DIR", str(self.directory))
+            in_flight.note(InFlight(**(defaults | values)))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def leader(redis_url: str, tmp_path: Path) -> ServerCoordinator:
+    server = ServerCoordinator(redis_url, "r", term=1, run_dir=tmp_path)
+    server.open_round(1)
+    return server
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """(exit code, what it said) of a node that ends by itself."""
+    said = process.communicate(timeout=LIMIT_S)[1]
+    return process.returncode, said
+
+
+# -- starting ------------------------------------------------------------------------------------
+
+
+def test_name_and_a_free_port_are_added_to_the_supernodes_own_options() -> None:
+    command = supernode_command("a", ["--insecure", "--superlink", "h:1", "--port", "7"])
+    assert Path(command[0]).name == "flower-supernode"
+    assert command[1:5] == ["--insecure", "--superlink", "h:1", "--port"]
+    assert command[5:] == ["7", "--node-config", 'name="a"']
+    one, two = (int(supernode_command("a", [])[2]) for _ in range(2))
+    assert 1024 < one < 65536 and 1024 < two < 65536
+    for config in (["--node-config", "k=1 l='x y'"], ["--node-config=k=1 l='x y'"]):
+        assert supernode_command("a", [*config, "--port=7"])[-1] == "k=1 l='x y' name=\"a\""
+    assert supernode_command("a", ["--node-config", "name='a' k=1"])[-1] == "name='a' k=1"
+    for config in ("name='b'", 'k=1 name="b"', "node.toml"):
+        with pytest.raises(PilotError):
+            supernode_command("a", ["--node-config", config])
+    assert default_name()
+
+
+def test_node_that_ends_is_started_again_and_told_in_a_line_each_time(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "2")
+    with site.node("--preempt-file", "/no/notice", "--insecure", "--superlink", "h:1") as process:
+        until(lambda: len(site.told("argv")) == 3)
+        process.terminate()
+        code, said = end(process)
+    assert code == 0 and len(site.told("ended")) == 1
+    assert site.told("argv")[2][:3] == ["--insecure", "--superlink", "h:1"]
+    assert site.told("preempt") == ["/no/notice"] * 3
+    assert said.count("with code 1; again in") == 2 and "again in 0.1 s" in said
+
+
+@pytest.mark.parametrize(("exit_code", "attempts"), [("2", 1), ("1", 4)])
+def test_supernode_that_never_stays_is_given_up(
+    site: Site, monkeypatch: pytest.MonkeyPatch, exit_code: str, attempts: int
+) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "99")
+    monkeypatch.setenv("FAKE_CODE", exit_code)
+    with site.node() as process:
+        code, said = end(process)
+    assert code == 2 and said.splitlines()[-1].startswith("error: flower-supernode ended")
+    assert len(site.told("argv")) == attempts
+
+
+def test_supernode_whose_clientapp_was_killed_starts_anew_at_once(site: Site) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with site.node() as process:
+        site.has_order(
+            in_flight.SENDING, pid=dead.pid
+        )  # it has replied: its end is as it should be
+        time.sleep(0.5)
+        assert len(site.told("argv")) == 1
+        site.has_order(in_flight.WORKING, pid=dead.pid)
+        until(lambda: len(site.told("argv")) == 2)
+        assert site.told("ended") == site.told("pid")[:1], "it said goodbye"
+        site.has_order(in_flight.WORKING)
+        time.sleep(0.5)
+        assert len(site.told("argv")) == 2
+        process.kill()
+
+
+def test_second_node_of_a_name_is_refused(site: Site) -> None:
+    with site.node() as first:
+        with site.node(starts=False) as second:
+            code, said = end(second)
+        assert code == 2 and "runs on this machine already" in said and said.count("\n") == 1
+        assert first.poll() is None and len(site.told("argv")) == 1
+        first.terminate()
+        assert end(first)[0] == 0
+
+
+def test_redis_that_is_not_there_is_one_sentence_and_no_reason_not_to_start(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOT_REDIS_URL", f"redis://:hunter2@127.0.0.1:{free_port()}")
+    with site.node() as process:
+        process.terminate()
+        code, said = end(process)
+    assert code == 0 and said.count("cannot reach Redis") == 1 and "hunter2" not in said
+
+
+def test_supernode_ends_with_its_node_however_that_ends(site: Site) -> None:
+    with site.node() as process:
+        supernode = psutil.Process(site.told("pid")[0])
+        process.kill()
+    until(lambda: not supernode.is_running() or supernode.status() == psutil.STATUS_ZOMBIE, 10.0)
+
+
+# -- leaving -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_node_with_nothing_in_hand_ends_at_once(site: Site, signum: signal.Signals) -> None:
+    with site.node() as process:
+        process.send_signal(signum)
+        code, said = end(process)
+    assert code == 0 and "nothing is in hand" in said and signum.name in said
+    assert site.told("leave") == [True], "what starts meanwhile takes no work"
+    assert sorted(path.name for path in site.directory.iterdir()) == ["lock"]
+
+
+def test_node_waits_for_the_acknowledgement_of_the_order_in_hand(
+    site: Site, redis_url: str, leader: ServerCoordinator
+) -> None:
+    with site.node() as process:
+        site.has_order("working", redis_url)
+        process.terminate()
+        until(lambda: leader.draining(["a"]) == {"a": "pilot node: SIGTERM"})
+        assert (site.directory / "leave").exists()
+        leader.acknowledge("a", Fence("r", 1, 1, 7))  # another's
+        site.has_order("sending", redis_url)
+        leader.end_round("min-duration")
+        time.sleep(0.7)
+        assert process.poll() is None and site.told("ended") == []
+        leader.acknowledge("a", Fence("r", 1, 1, 1))
+        code, said = end(process)
+    assert code == 0 and "the server has the reply in hand" in said
+    assert len(site.told("ended")) == 1
+    assert leader.draining(["a"]) == {}, "it may come back"
+
+
+def test_order_that_came_with_the_notice_is_waited_for_too(
+    site: Site, redis_url: str, leader: ServerCoordinator
+) -> None:
+    with site.node() as process:
+        site.has_order("sending", redis_url)
+        process.terminate()
+        until(lambda: leader.draining(["a"]))
+        second = Fence("r", 1, 2, 2)
+        site.has_order("sending", redis_url, fence=second)
+        leader.open_round(2)
+        time.sleep(1.2)
+        assert process.poll() is None and site.told("ended") == [], "it took it for the first"
+        leader.acknowledge("a", second)
+        assert end(process)[0] == 0
+
+
+@pytest.mark.parametrize("how", ["a later round", "interrupted", "done", "ClientApp"])
+def test_node_doesnt_wait_for_what_will_not_come(
+    how: str, site: Site, redis_url: str, leader: ServerCoordinator
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with site.node() as process:
+        site.has_order("working", redis_url)
+        process.terminate()
+        until(lambda: leader.draining(["a"]))
+        if how == "a later round":
+            leader.open_round(2)
+        elif how == "interrupted":
+            leader.finish()
+        elif how == "done":
+            site.has_order("done", redis_url)
+        else:
+            site.has_order("working", redis_url, pid=gone.pid)
+        code, said = end(process)
+    assert code == 0 and (how in said or (how == "done" and "nothing is in hand" in said))
+
+
+@pytest.mark.parametrize("how", ["limit", "second signal"])
+def test_node_waits_no_longer_than_it_was_told_to(
+    how: str, site: Site, redis_url: str, leader: ServerCoordinator
+) -> None:
+    options = ["--leave-within", "0.5"] if how == "limit" else []
+    with site.node(*options) as process:
+        site.has_order("sending", redis_url)
+        process.terminate()
+        if how == "second signal":
+            until(lambda: leader.draining(["a"]))
+            process.send_signal(signal.SIGINT)
+        code, said = end(process)
+    assert code == (0 if how == "limit" else 130) and "nobody says" in said
+    assert len(site.told("ended")) == 1
+
+
+def test_without_redis_it_waits_for_the_clientapp_and_a_moment_for_the_upload(site: Site) -> None:
+    client = subprocess.Popen(["sleep", "60"])
+    try:
+        with site.node() as process:
+            site.has_order("sending", "unix:///no.sock", pid=client.pid)
+            process.terminate()
+            time.sleep(0.7)
+            assert process.poll() is None
+            client.kill()
+            threading.Thread(target=client.wait).start()  # as its SuperExec would
+            code, said = end(process)
+        assert code == 0 and "no Redis says more" in said
+    finally:
+        client.kill()
+        client.wait()
+
+
+@pytest.mark.parametrize("whose", ["option", "variable", "run"])
+def test_preemption_notice_makes_it_leave(
+    whose: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = tmp_path / "notice"
+    if whose == "variable":
+        monkeypatch.setenv("PILOT_PREEMPT_FILE", str(notice))
+    with site.node(*(["--preempt-file", str(notice)] if whose == "option" else [])) as process:
+        site.has_order("done", preempt_file=str(notice) if whose == "run" else "")
+        time.sleep(0.3)
+        assert process.poll() is None
+        notice.touch()
+        code, said = end(process)
+    assert code == 0 and f"preempt-file {notice}" in said
+
+
+def test_node_that_comes_back_takes_its_own_stop_away_but_no_others(
+    site: Site, redis_url: str, leader: ServerCoordinator
+) -> None:
+    with site.node() as process:
+        site.has_order("sending", redis_url)
+        process.terminate()
+        until(lambda: leader.draining(["a"]))
+        process.kill()
+    until(lambda: len(site.told("ended")) == 1)
+    assert leader.draining(["a"]) and (site.directory / "leave").exists()
+    with site.node() as process:
+        assert leader.draining(["a"]) == {} and not (site.directory / "leave").exists()
+        leader.stop_client("a", "maintenance")
+        site.has_order("done", redis_url)
+        process.terminate()
+        assert end(process)[0] == 0
+    assert leader.draining(["a"]) == {"a": "maintenance"}

@@ -1,0 +1,80 @@
+"""The outer step against torch.optim, which has the same three formulas."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pilot.config import RunConfig
+from pilot.rules.outer import ADAM_BETA2, ADAM_EPSILON, outer_step
+
+STEPS = 7
+SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "empty": (0,)}
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.7)
+
+
+def nesterov(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
+
+
+def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.7, betas=(0.9, ADAM_BETA2), eps=ADAM_EPSILON)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("fedavg", sgd), ("nesterov", nesterov), ("adam", adam)]
+)
+def test_outer_step_is_that_of_torch_over_several_steps(
+    name: str, make: Callable[[list[Tensor]], torch.optim.Optimizer]
+) -> None:
+    config = RunConfig(outer_optimizer=name, outer_lr=0.7, outer_momentum=0.9)
+    weights, state = tensors(0), {}  # type: ignore[var-annotated]
+    expected = {key: value.clone() for key, value in weights.items()}
+    optimizer = make(list(expected.values()))
+    for step in range(1, STEPS + 1):
+        gradient = tensors(step)
+        weights, state = outer_step(config, weights, gradient, state)
+        for key, value in expected.items():
+            value.grad = gradient[key].clone()
+        optimizer.step()
+        torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-6)
+        assert all(value.dtype == torch.float32 for value in [*weights.values(), *state.values()])
+
+
+@pytest.mark.parametrize("name", ["fedavg", "nesterov", "adam"])
+def test_step_changes_neither_its_inputs_nor_depends_on_them_later(name: str) -> None:
+    config = RunConfig(outer_optimizer=name)
+    weights, first_state = outer_step(config, tensors(0), tensors(1), {})
+    inputs: list[dict[str, Tensor]] = [weights, tensors(2), first_state]
+    before = [{key: value.clone() for key, value in one.items()} for one in inputs]
+    new_weights, new_state = outer_step(config, *inputs)
+    torch.testing.assert_close(inputs, before, rtol=0, atol=0)
+    again: Any = outer_step(config, *before)
+    torch.testing.assert_close((new_weights, new_state), again, rtol=0, atol=0)
+
+
+def test_fedavg_of_rate_one_gives_the_mean_of_the_clients_weights() -> None:
+    config = RunConfig(outer_optimizer="fedavg", outer_lr=1.0)
+    start, clients = tensors(0), [tensors(1), tensors(2)]
+    mean = {key: sum(start[key] - one[key] for one in clients) / 2 for key in start}
+    weights, state = outer_step(config, start, mean, {})  # type: ignore[arg-type]
+    for key, value in weights.items():
+        torch.testing.assert_close(value, (clients[0][key] + clients[1][key]) / 2)
+    assert state == {}
+
+
+def test_other_tensors_than_the_models_are_refused() -> None:
+    gradient = tensors(1)
+    del gradient["b"]
+    with pytest.raises(ValueError, match="different names"):
+        outer_step(RunConfig(), tensors(0), gradient, {})

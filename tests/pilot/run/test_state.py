@@ -1,0 +1,191 @@
+"""Everything that a run is between two rounds survives a snapshot, or the resume is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pilot.config import RunConfig
+from pilot.rules.ledger import Ledger, Segment
+from pilot.run.snapshot import Snapshot, latest_snapshot, write_snapshot
+from pilot.run.state import ConfigChange, MergedReply, ResumeError, RoundRecord, RunState
+from pilot.wire.messages import Fence
+
+CONFIG = RunConfig(run_name="r", num_shards=3, total_batch_size=4096, min_clients=1)
+
+
+def order(_: int) -> list[int]:
+    return [2, 0, 1]
+
+
+def trained(config: RunConfig = CONFIG, **changes: Any) -> RunState:
+    ledger = Ledger(num_shards=3, epochs=1, shard_order=order)
+    lease = ledger.lease("a", 5)
+    assert lease is not None
+    ledger.commit(lease.lease_id, [Segment(0, 2, 0, 5)], {2: 9})
+    values: dict[str, Any] = {
+        "config": config,
+        "weights": {"w": torch.arange(3.0)},
+        "ledger": ledger,
+        "total_tokens": 100_000,
+        "outer": {"momentum.w": torch.ones(3)},
+        "round_number": 4,
+        "tokens": 40_960,
+        "empty_rounds": 1,
+        "merged": [MergedReply("a", Fence("r", 2, 4, 7), 10_240, [[0, 2, 0, 5]])],
+        "merged_log": ['{"round":3}', '{"round":4}'],
+        "last_merged": {"a": [2, 4, 7]},
+        "config_changes": [ConfigChange(3, "lr", 0.01, 0.02)],
+        "history": [RoundRecord(4, "min-duration", 2, 40_960, 1.5, 3.25, 1.75, 9)],
+        "fingerprints": {"tokenizer": "ab"},
+        "wandb_id": "w1",
+    }
+    return RunState(**(values | changes))
+
+
+def test_run_is_the_same_after_a_snapshot(tmp_path: Path) -> None:
+    state = trained()
+    write_snapshot(tmp_path, state.to_snapshot(term=2), keep=1)
+    snapshot = latest_snapshot(tmp_path, report=print)
+    assert snapshot is not None and snapshot.state["term"] == 2
+    resumed = RunState.from_snapshot(snapshot, CONFIG, shard_order=order)
+    assert resumed.ledger.to_state() == state.ledger.to_state()
+    for name in vars(state):
+        if name in ("weights", "outer"):
+            torch.testing.assert_close(getattr(resumed, name), getattr(state, name), rtol=0, atol=0)
+        elif name != "ledger":
+            assert getattr(resumed, name) == getattr(state, name), name
+
+
+def through_json(state: RunState) -> Snapshot:
+    snapshot = state.to_snapshot(term=1)
+    return replace(snapshot, state=json.loads(json.dumps(snapshot.state)))
+
+
+def test_configuration_that_trains_another_model_is_refused_by_key() -> None:
+    snapshot = through_json(trained())
+    other = replace(CONFIG, lr=0.1, depth=4, wandb_project="other")
+    with pytest.raises(ResumeError) as caught:
+        RunState.from_snapshot(snapshot, other, shard_order=order)
+    message = str(caught.value)
+    assert "lr (was 0.02, is 0.1)" in message and "depth (was 20, is 4)" in message
+    assert "wandb" not in message and "another run-name" in message
+
+
+def test_changed_configuration_goes_on_if_one_insists_and_is_remembered_key_by_key() -> None:
+    other = replace(CONFIG, lr=0.1, outer_optimizer="adam", resume_anyway=True)
+    resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)
+    assert resumed.config is other
+    assert resumed.config_changes == [
+        ConfigChange(3, "lr", 0.01, 0.02),
+        ConfigChange(4, "lr", 0.02, 0.1),
+        ConfigChange(4, "outer-optimizer", "nesterov", "adam"),
+    ]
+    assert resumed.outer == {}, "the momenta of another optimizer mean something else"
+    assert resumed.total_tokens == 100_000
+    again = RunState.from_snapshot(through_json(resumed), other, shard_order=order)
+    assert again.config_changes == resumed.config_changes
+
+
+def test_run_is_made_longer_if_one_insists() -> None:
+    other = replace(CONFIG, total_tokens=409_600, resume_anyway=True)
+    resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)
+    assert resumed.total_tokens == 409_600
+
+
+@pytest.mark.parametrize(
+    "change", [{"depth": 4}, {"sequence_len": 1024}, {"num_shards": 9}, {"packing": "stream"}]
+)
+def test_what_tensors_and_rows_depend_on_cant_be_changed_even_so(change: dict[str, Any]) -> None:
+    other = replace(CONFIG, lr=0.1, resume_anyway=True, **change)
+    with pytest.raises(ResumeError) as caught:
+        RunState.from_snapshot(through_json(trained()), other, shard_order=order)
+    key = next(iter(change)).replace("_", "-")
+    assert f"{key} (was" in str(caught.value)
+    assert "lr" not in str(caught.value) and "resume-anyway" not in str(caught.value)
+
+
+def test_refusal_says_how_to_go_on_anyway() -> None:
+    with pytest.raises(ResumeError, match="resume-anyway=true goes on"):
+        RunState.from_snapshot(through_json(trained()), replace(CONFIG, lr=0.1), shard_order=order)
+
+
+def test_snapshot_says_which_versions_wrote_it_and_where_the_schedule_stands() -> None:
+    state = through_json(trained()).state
+    assert state["versions"].keys() == {"pilot", "python", "torch", "flwr"}
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["schedule"]["step"] == 10.0
+    assert 0 < state["schedule"]["lr_multiplier"] <= 1
+    assert state["config_hash"] == CONFIG.training_hash()
+
+
+def test_merged_replies_are_logged_for_good_and_the_last_of_each_client_is_known() -> None:
+    state = trained(merged=[], merged_log=[], last_merged={})
+    for number in (5, 6):
+        replies = [
+            MergedReply(name, Fence("r", 2, number, 10 * number + i), 16, [[0, i, 0, 2]])
+            for i, name in enumerate("ab")
+        ]
+        state.note_merged(replies)
+    assert state.merged == replies
+    assert state.last_merged == {"a": [2, 6, 60], "b": [2, 6, 61]}
+    log = [json.loads(line) for line in through_json(state).merged]
+    assert [(one["round"], one["lease"]) for one in log] == [(5, 50), (5, 51), (6, 60), (6, 61)]
+    assert log[1] == {
+        "round": 5,
+        "term": 2,
+        "lease": 51,
+        "client": "b",
+        "tokens": 16,
+        "consumed": [[0, 1, 0, 2]],
+    }
+
+
+def test_what_doesnt_shape_the_training_may_change() -> None:
+    other = replace(CONFIG, grace_max=1.0, redis_url="redis://elsewhere", client_processes=2)
+    resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)
+    assert resumed.config is other
+
+
+def test_snapshot_of_another_format_is_refused() -> None:
+    snapshot = through_json(trained())
+    snapshot.state["format"] = 99
+    with pytest.raises(ResumeError, match="another version"):
+        RunState.from_snapshot(snapshot, CONFIG, shard_order=order)
+
+
+@pytest.mark.parametrize(
+    ("changes", "finished"),
+    [
+        ({}, False),
+        ({"tokens": 100_000}, True),
+        ({"tokens": 99_999}, False),
+        ({"config": replace(CONFIG, num_rounds=4)}, True),
+        ({"config": replace(CONFIG, num_rounds=5)}, False),
+    ],
+)
+def test_run_is_finished_by_tokens_or_rounds(changes: dict[str, Any], finished: bool) -> None:
+    assert trained(**changes).finished is finished
+
+
+def test_run_is_finished_when_every_row_is_committed() -> None:
+    state = trained()
+    lease = state.ledger.lease("a", 10_000)
+    while lease is not None:
+        counts = {segment.shard: 9 for segment in lease.segments}
+        used = [replace(segment, end_row=9) for segment in lease.segments]
+        state.ledger.commit(lease.lease_id, used, counts)
+        lease = state.ledger.lease("a", 10_000)
+    assert state.finished
+
+
+def test_steps_are_those_of_the_tokens_committed() -> None:
+    assert trained().steps == 10
+
+
+def test_record_is_found_by_its_round() -> None:
+    state = trained()
+    assert state.record(4) is state.history[0] and state.record(5) is None

@@ -1,0 +1,94 @@
+"""A round of three sites, and answers to it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pilot.config import RunConfig
+from pilot.rules.ledger import Ledger
+from pilot.run.events import read_events
+from pilot.run.state import RunState
+from pilot.server.mailbox import Answer
+from pilot.server.open_round import OpenRound, Work
+from pilot.server.roster import Site
+from pilot.server.telemetry import Telemetry
+from pilot.wire.codec import encode
+from pilot.wire.messages import Fence, HelloReply, TrainReply, to_header
+
+ROW_TOKENS, SHARD_ROWS = 8, 10
+CONFIG = RunConfig(
+    run_name="r", sequence_len=ROW_TOKENS, total_batch_size=4 * ROW_TOKENS, num_shards=6
+)
+
+
+class Round:
+    """A round of three sites that have two shards of ten rows each, and what tests do with it."""
+
+    def __init__(self, directory: Path) -> None:
+        ledger = Ledger(num_shards=6, epochs=2, shard_order=lambda _: range(6))
+        weights = {"w": torch.zeros(3), "b": torch.zeros(2, 2)}
+        self.state = RunState(CONFIG, weights, ledger, total_tokens=10**6)
+        self.spool, self.events = directory / "spool", directory / "events.jsonl"
+        self.telemetry = Telemetry(
+            directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
+        )
+        self.open = OpenRound(3, self.state, self.telemetry, spool=self.spool, opened_at_s=0.0)
+        self.works = {}
+        for number, name in enumerate("abc"):
+            self.order(name, number, {2 * number, 2 * number + 1})
+
+    def order(self, name: str, number: int, shards: set[int]) -> None:
+        self.state.ledger.register(name, shards)
+        lease = self.state.ledger.lease(name, 4)
+        assert lease is not None
+        fence = Fence("r", 1, 3, lease.lease_id)
+        work = Work(f"m-{name}", Site(name, number, HelloReply()), fence, lease)
+        self.works[name] = work
+        self.open.add(work)
+
+    def reply(self, name: str, rows: int = 4, **changes: Any) -> TrainReply:
+        work = self.works[name]
+        assert work.lease is not None
+        first = work.lease.segments[0]
+        consumed = [[first.epoch, first.shard, 0, rows]] if rows else []
+        reply = TrainReply(
+            fence=work.fence,
+            client=name,
+            steps=1,
+            tokens=rows * ROW_TOKENS,
+            loss_nats=2.0 * rows * ROW_TOKENS,
+            eval_nats=10.0,
+            eval_bytes=5,
+            eval_rows=2,
+            train_s=2.0,
+            consumed=consumed,
+        )
+        return replace(reply, **changes)
+
+    def answer(self, name: str, reply: TrainReply, value: float = 1.0) -> Answer:
+        update = {key: torch.full_like(t, value) for key, t in self.state.weights.items()}
+        return Answer(f"m-{name}", 0, to_header(reply), encode(update) if reply.tokens else [])
+
+    def take(self, name: str, value: float = 1.0, **changes: Any) -> bool:
+        """Whether the answer was to this round, taken or refused."""
+        answer = self.answer(name, self.reply(name, **changes), value)
+        return self.open.take(answer) is not None
+
+    def refusals(self) -> list[str]:
+        return [e["reason"] for e in read_events(self.events) if e["event"] == "reply_refused"]
+
+    @property
+    def rows_open(self) -> set[int]:
+        return set(self.state.ledger.open)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Round]:
+    round_ = Round(tmp_path)
+    yield round_
+    books = round_.state.ledger
+    assert books.rows_leased == books.rows_committed + books.rows_returned + books.rows_open

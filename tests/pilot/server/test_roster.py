@@ -1,0 +1,217 @@
+"""Who takes part: every node is asked once, and sites agree to the bit or hear why not."""
+
+import logging
+from typing import Any
+
+import pytest
+from flwr.common.constant import ErrorCode
+
+from pilot.server.mailbox import LOST_AFTER_S, Mailbox
+from pilot.server.roster import ASK_AGAIN_S, LOST_AGAIN_S, Roster, natural
+from pilot.wire.messages import HelloOrder, HelloReply, package_hash, to_header
+
+from ..grid_fixture import ManualClock, ManualGrid
+
+ORDER = HelloOrder(run="r", config={}, redis_url="")
+AGREED = {"tokenizer": "t", "validation rows": "v", "pilot package": package_hash()}
+
+
+class Federation:
+    def __init__(self, *nodes: int, **options: Any) -> None:
+        self.grid, self.clock = ManualGrid(*nodes), ManualClock()
+        self.box = Mailbox(self.grid, self.clock)  # type: ignore[arg-type]  # what Grid is used for
+        values: dict[str, Any] = {"min_clients": 1, "fingerprints": {}} | options
+        self.roster = Roster(self.box, ORDER, self.clock, **values)
+        self.turn()
+
+    def turn(self) -> None:
+        for answer in self.box.poll():
+            assert self.roster.take(answer)
+        self.roster.greet()
+
+    def says(self, node: int, name: str | None, **values: Any) -> None:
+        """The node answers its last hello."""
+        hello = HelloReply(**{"fingerprints": AGREED, "shards": [0], **values})
+        header = to_header(hello) | ({"node_name": name} if name else {})
+        self.grid.answer(self.grid.to(node)[-1], header)
+        self.turn()
+
+    @property
+    def names(self) -> list[str]:
+        return [site.name for site in self.roster.accepted()]
+
+
+def test_every_new_node_is_asked_once_who_it_is() -> None:
+    them = Federation(1, 2)
+    for _ in range(3):
+        them.turn()
+    assert len(them.grid.pushed) == 2 and them.roster.questions_open
+    assert them.grid.header(them.grid.to(1)[0]) == to_header(ORDER)
+    them.grid.online.add(3)
+    them.turn()
+    assert len(them.grid.to(3)) == 1
+
+
+def test_sites_take_part_in_the_natural_order_of_their_names() -> None:
+    them = Federation(1, 2, 3)
+    for node, name in ((1, "client_10"), (2, "client_2"), (3, "alpha")):
+        them.says(node, name)
+    assert them.names == ["alpha", "client_2", "client_10"]
+    assert sorted(["b", "a10", "a9", "9", ""], key=natural) == ["", "9", "a9", "a10", "b"]
+    assert [site.node_id for site in them.roster.ready()] == [3, 2, 1]
+
+
+def test_site_with_an_open_message_is_accepted_but_not_ready() -> None:
+    them = Federation(1, 2)
+    them.says(1, "a")
+    them.says(2, "b")
+    them.box.send(1, "train", {})
+    assert them.names == ["a", "b"]
+    assert [site.name for site in them.roster.ready()] == ["b"]
+
+
+def test_site_that_cant_take_part_is_refused_with_its_sentence_and_asked_again_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    them = Federation(1)
+    them.says(1, "a", error="run `python -m nanochat.dataset -n 240`")
+    assert them.names == [] and "nanochat.dataset -n 240" in them.roster.waiting_for(1)
+    them.clock.at_s += ASK_AGAIN_S - 0.1
+    them.turn()
+    assert len(them.grid.to(1)) == 1
+    them.clock.at_s += 0.1
+    them.turn()
+    them.says(1, "a", error="run `python -m nanochat.dataset -n 240`")
+    assert sum("is refused" in r.getMessage() for r in caplog.records) == 1, "told once"
+    them.clock.at_s += ASK_AGAIN_S
+    them.turn()
+    them.says(1, "a")
+    assert them.names == ["a"] and them.roster.refusals == {}
+
+
+@pytest.mark.parametrize("what", list(AGREED))
+def test_site_that_differs_from_the_run_is_told_in_what(what: str) -> None:
+    them = Federation(1, 2, fingerprints=AGREED)
+    them.says(1, "a")
+    them.says(2, "b", fingerprints=AGREED | {what: "other"})
+    assert them.names == ["a"]
+    assert f"its {what} differ from those of the run" in them.roster.refusals["b"]
+
+
+def test_without_agreement_nobody_starts_and_the_majority_decides() -> None:
+    them = Federation(1, 2, 3, min_clients=2)
+    them.says(1, "odd", fingerprints=AGREED | {"tokenizer": "other"})
+    assert them.names == []
+    them.says(2, "a")
+    assert them.names == [] and "disagree" in them.roster.waiting_for(2)
+    them.says(3, "b")
+    assert them.names == ["a", "b"] and "odd" in them.roster.refusals
+    assert them.roster.fingerprints == AGREED
+
+
+def test_sites_with_another_package_than_the_servers_dont_agree() -> None:
+    them = Federation(1)
+    them.says(1, "a", fingerprints=AGREED | {"pilot package": "another version"})
+    assert them.names == []
+
+
+def test_run_may_be_resumed_with_a_newer_package_on_all_sites() -> None:
+    them = Federation(1, 2, fingerprints=AGREED | {"pilot package": "of the first start"})
+    them.says(1, "a")
+    them.says(2, "b", fingerprints=AGREED | {"pilot package": "of the first start"})
+    assert them.names == ["a"] and "b" in them.roster.refusals
+
+
+def test_newer_node_of_the_same_name_supersedes_the_older_and_keeps_its_speed() -> None:
+    them = Federation(1)
+    them.says(1, "a")
+    them.roster.accepted()[0].tokens_per_s = 7.0
+    them.grid.online.add(2)
+    them.turn()
+    them.says(2, "a", shards=[5])
+    (site,) = them.roster.accepted()
+    assert (site.node_id, site.tokens_per_s, site.hello.shards) == (2, 7.0, [5])
+    them.grid.online.discard(1)
+    them.turn()
+    assert them.names == ["a"]
+
+
+def test_site_whose_hello_was_lost_is_asked_again_soon() -> None:
+    them = Federation(1)
+    them.grid.fail(them.grid.to(1)[-1], ErrorCode.CLIENT_APP_CRASHED)
+    them.turn()
+    them.clock.at_s += LOST_AGAIN_S
+    them.turn()
+    assert len(them.grid.to(1)) == 2
+
+
+def test_node_that_leaves_is_forgotten_and_asked_again_when_it_comes_back() -> None:
+    them = Federation(1)
+    them.says(1, "a")
+    them.grid.online.discard(1)
+    them.turn()
+    assert them.names == []
+    them.grid.online.add(1)
+    them.turn()
+    assert len(them.grid.to(1)) == 2
+    them.says(1, "a")
+    assert them.names == ["a"]
+
+
+def test_node_that_never_answered_leaves_no_reason_behind_once_it_does() -> None:
+    them = Federation(1)
+    them.grid.fail(them.grid.to(1)[0], 8, "killed")
+    them.turn()
+    assert them.roster.refusals == {"node 1": "Flower error 8: killed"}
+    them.clock.at_s += ASK_AGAIN_S
+    them.turn()
+    them.says(1, "a")
+    assert them.roster.refusals == {}
+
+
+@pytest.mark.parametrize(
+    "header", [{}, {"kind": "TrainReply"}, {"kind": "HelloReply", "shards": 1}]
+)
+def test_answer_that_is_no_hello_refuses_its_node(header: dict[str, Any]) -> None:
+    them = Federation(1)
+    them.grid.answer(them.grid.to(1)[0], header | {"node_name": "a"})
+    them.turn()
+    assert them.names == [] and list(them.roster.refusals) == ["a"]
+
+
+def test_answer_to_another_message_is_not_taken() -> None:
+    them = Federation(1)
+    them.says(1, "a")
+    message_id = them.box.send(1, "train", {})
+    them.grid.answer(message_id, {})
+    (answer,) = them.box.poll()
+    assert not them.roster.take(answer)
+
+
+def test_warning_of_a_site_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    them = Federation(1)
+    them.says(1, "a", warning="cannot reach Redis")
+    assert them.names == ["a"] and "cannot reach Redis" in caplog.text
+
+
+def test_closed_federation_is_hopeless_once_all_have_answered_and_too_few_may_train() -> None:
+    them = Federation(1, 2, closed=True, min_clients=2)
+    assert not them.roster.hopeless(2), "they have not answered"
+    them.says(1, "a", error="no data")
+    assert not them.roster.hopeless(2)
+    them.says(2, "b")
+    assert them.roster.hopeless(2)
+    still_open = Federation(1, min_clients=1)
+    still_open.says(1, "a", error="no data")
+    assert not still_open.roster.hopeless(1)
+
+
+def test_hello_that_was_lost_with_its_node_is_no_open_question() -> None:
+    them = Federation(1, 2)
+    them.says(2, "b")
+    them.grid.online.discard(1)
+    them.turn()
+    them.clock.at_s += LOST_AFTER_S
+    them.turn()
+    assert not them.roster.questions_open

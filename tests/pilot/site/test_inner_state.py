@@ -1,0 +1,187 @@
+"""What a client's optimizer carries from round to round: exactly what was merged, nothing else."""
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pilot.config import RunConfig
+from pilot.site.inner_state import inner_state_dir
+from pilot.site.ranks import Ranks
+from pilot.site.round import Round
+from pilot.wire.messages import Fence
+
+from ..worker_kit import BATCH_ROWS, first_weights, site, site_config, site_dir, train_order
+
+__all__ = ["site", "site_dir"]  # fixtures
+SHARD_ROWS = 20  # of shard 0
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, before)
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Federation:
+    """A server of one client: fedavg at rate 1, rows in order; `lease` is its next free row."""
+
+    config: RunConfig
+    client: str
+    weights: dict[str, Tensor]
+    merged: list[int] = field(default_factory=list)
+    row: int = 0
+    rounds: int = 0
+
+    def round(self, fate: str) -> None:
+        """One round whose reply meets `fate`: merged, or lost, refused, or trained twice over."""
+        self.rounds += 1
+        fence = Fence(self.config.run_name, 1, self.rounds, 10 * self.rounds)
+        order = train_order(
+            self.config,
+            segments(self.row, BATCH_ROWS * self.config.round_steps),
+            fence=fence,
+            client=self.client,
+            committed_tokens=self.row * self.config.sequence_len,
+            merged=self.merged,
+        )
+        for _ in range(2 if fate == "repeated" else 1):
+            weights = {name: weight.clone() for name, weight in self.weights.items()}
+            reply, update = Round(order, ALONE, time.monotonic()).run(weights)
+        if fate in ("lost", "refused"):
+            return
+        assert reply.tokens
+        self.weights = {name: weight - update[name] for name, weight in self.weights.items()}
+        self.merged = [fence.term, fence.round_number, fence.lease_id]
+        self.row += reply.tokens // self.config.sequence_len
+
+    def state(self) -> dict[str, bytes]:
+        """The bytes of the state that the last merged reply left."""
+        directory = inner_state_dir(self.config.run_name, self.client)
+        prefix = "-".join(map(str, self.merged)) + "."
+        return {
+            path.name.removeprefix(prefix): path.read_bytes()
+            for path in directory.glob(f"{prefix}*")
+        }
+
+
+def segments(first: int, rows: int) -> list[list[int]]:
+    """`rows` rows of shard 0 from `first` on, in as many epochs as that takes."""
+    found = []
+    while rows:
+        epoch, row = divmod(first, SHARD_ROWS)
+        taken = min(rows, SHARD_ROWS - row)
+        found.append([epoch, 0, row, row + taken])
+        first, rows = first + taken, rows - taken
+    return found
+
+
+def federation(site: Path, client: str, **values: Any) -> Federation:
+    config = site_config(site, run_name="inner", round_steps=1, **values)
+    return Federation(config, client, first_weights(config))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_or_optimizer(
+    site: Path, seed: int
+) -> None:
+    fates = ["merged", "lost", "refused", "repeated", "merged"]
+    random.Random(seed).shuffle(fates)
+    troubled = federation(site, f"troubled-{seed}")
+    for fate in fates:
+        troubled.round(fate)
+    calm = federation(site, f"calm-{seed}")
+    for fate in fates:
+        if fate in ("merged", "repeated"):
+            calm.round("merged")
+    assert troubled.state() and troubled.state() == calm.state()
+    for name, weight in calm.weights.items():
+        assert torch.equal(weight, troubled.weights[name]), name
+
+
+def test_keeping_the_state_makes_rounds_of_one_step_equal_to_one_round_of_many(site: Path) -> None:
+    kept, reset = federation(site, "kept"), federation(site, "reset", inner_state="reset")
+    for _ in range(3):
+        kept.round("merged")
+        reset.round("merged")
+    config = site_config(site, run_name="inner", round_steps=3)
+    whole = Federation(config, "whole", first_weights(config))
+    whole.round("merged")
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(kept.weights[name], weight, rtol=1e-5, atol=1e-6)
+    differs = [n for n, w in whole.weights.items() if not torch.allclose(reset.weights[n], w)]
+    assert differs, "without the state other weights come out: the comparison means something"
+    assert not inner_state_dir("inner", "reset").exists()
+
+
+def test_a_damaged_or_missing_state_costs_the_state_and_not_the_round(site: Path) -> None:
+    client = federation(site, "damaged")
+    client.round("merged")
+    for path in inner_state_dir("inner", "damaged").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    client.round("merged")
+    for path in inner_state_dir("inner", "damaged").glob("*.safetensors"):
+        path.unlink()
+    client.round("merged")
+    (path,) = inner_state_dir("inner", "damaged").glob("*.safetensors")
+    half = path.with_name(f".{path.name}.1.tmp")  # of a process that was killed as it wrote
+    half.write_bytes(b"half")
+    older = {name: t[:1].clone() if t.dim() else t for name, t in load_file(path).items()}
+    save_file(older, path)  # cut otherwise, by another version of the program
+    client.round("merged")
+    assert client.row == 4 * BATCH_ROWS and not half.exists()
+
+
+def test_the_final_order_removes_what_the_client_has_kept(site: Path) -> None:
+    client = federation(site, "leaving")
+    client.round("merged")
+    assert client.state()
+    order = train_order(
+        client.config, [], client="leaving", final=True, fence=Fence("inner", 1, 2, 0)
+    )
+    Round(order, ALONE, time.monotonic()).run(client.weights)
+    assert not inner_state_dir("inner", "leaving").exists()
+
+
+def test_a_state_of_another_number_of_processes_is_not_taken(site: Path) -> None:
+    client = federation(site, "resized")
+    client.round("merged")
+    (path,) = inner_state_dir("inner", "resized").glob("*.safetensors")
+    path.rename(path.with_name(path.name.replace("rank0of1", "rank0of2")))
+    client.round("merged")
+    names = [path.name for path in inner_state_dir("inner", "resized").glob("*")]
+    assert names == ["1-2-20.rank0of1.safetensors"]
+
+
+def test_a_second_order_of_a_round_leaves_what_the_first_one_left(site: Path) -> None:
+    client = federation(site, "twice")
+    client.round("merged")
+    before = list(client.merged)
+    client.round("merged")
+    first = client.state()
+    assert first
+    # asked again in that round, in vain: the reply to the first order is not merged yet
+    order = train_order(
+        client.config,
+        segments(client.row, 1),  # too few for a step
+        client="twice",
+        fence=Fence("inner", 1, 2, 99),
+        merged=before,
+    )
+    Round(order, ALONE, time.monotonic()).run(client.weights)
+    assert client.state() == first
+    client.round("merged")
+    names = {path.name for path in inner_state_dir("inner", "twice").glob("*")}
+    assert names == {"1-2-20.rank0of1.safetensors", "1-3-30.rank0of1.safetensors"}

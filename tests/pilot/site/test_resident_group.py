@@ -1,0 +1,303 @@
+"""Resident worker groups: the next ClientApp finds them, and nothing keeps them when nobody needs them."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pilot.coordination.coordinator import ServerCoordinator
+from pilot.site.group_directory import Lodging, clear
+from pilot.site.handle import SOCKET_NAME, WorkerHandle
+from pilot.wire.frames import receive_frame, send_frame
+from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
+
+from ..redis_fixture import redis_url
+from ..worker_kit import ENDLESS, ask, first_weights, site, site_config, site_dir, train_order
+from .test_group import ROOT, family, gone, leader, until
+
+__all__ = ["leader", "redis_url", "site", "site_dir"]  # fixtures
+
+# One message, as Flower's ClientApp lives for it: `--parent-pid` says whom it works for.
+CLIENTAPP = """
+import json, sys
+from pathlib import Path
+from pilot.site.handle import WorkerHandle
+header, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).parent
+parts = []
+if (directory / "weights").exists():
+    from safetensors.torch import load_file, save_file
+    from pilot.wire.codec import decode, encode
+    parts = encode(load_file(directory / "weights"))
+with WorkerHandle(
+    processes=header.get("processes", 1), device="cpu", idle_s=float(sys.argv[2]), name="c"
+) as worker:
+    print(worker._pid, worker._dir, flush=True)
+    answer, update = worker.ask(header, parts)
+(directory / "answer.json").write_text(json.dumps(answer))
+if parts:
+    save_file(decode(update), directory / "update")
+"""
+
+
+@dataclass
+class Said:
+    """A ClientApp at work, or done: which group it speaks to, and what it was told."""
+
+    process: "subprocess.Popen[str]"
+    directory: Path
+    pid: int = field(init=False)  # of the group's supervisor
+    lodging: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.process.stdout is not None
+        pid, lodging = self.process.stdout.readline().split()
+        self.pid, self.lodging = int(pid), Path(lodging)
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.wait(60) == 0
+        answer: dict[str, Any] = json.loads((self.directory / "answer.json").read_text())
+        return answer
+
+
+class SuperNode:
+    """A process that ClientApps work for, and which does nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.process = subprocess.Popen(["sleep", "600"])
+        self._directory, self._apps = directory, list[Said]()
+
+    def send(
+        self,
+        order: HelloOrder | TrainOrder,
+        weights: dict[str, torch.Tensor] | None = None,
+        *,
+        idle_s: float = 60.0,
+    ) -> Said:
+        directory = self._directory / f"message-{len(self._apps)}"
+        directory.mkdir()
+        (directory / "order.json").write_text(json.dumps(to_header(order)))
+        if weights:
+            save_file(weights, directory / "weights")
+        command = [sys.executable, "-c", CLIENTAPP, str(directory / "order.json"), str(idle_s)]
+        process = subprocess.Popen(
+            [*command, "--parent-pid", str(self.process.pid)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PILOT_SCRATCH_DIR": str(self._directory)},
+        )
+        self._apps.append(Said(process, directory))
+        return self._apps[-1]
+
+    def close(self) -> None:
+        for process in (self.process, *(app.process for app in self._apps)):
+            process.kill()
+            process.communicate()
+        for app in self._apps:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                members = family(app.pid)
+                until(lambda members=members: gone(members), limit_s=10.0)  # type: ignore[misc]
+
+
+@pytest.fixture
+def supernode(tmp_path: Path) -> Iterator[SuperNode]:
+    supernode = SuperNode(tmp_path)
+    try:
+        yield supernode
+    finally:
+        supernode.close()
+
+
+def hello(site: Path) -> HelloOrder:
+    return HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url="")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_next_order_goes_to_the_same_group_and_gives_what_a_new_group_would(
+    site: Path, supernode: SuperNode, processes: int
+) -> None:
+    config = site_config(site)
+    weights = first_weights(config)
+    orders = [
+        train_order(config, [[0, 0, 4, -1]], processes=processes, eval_end_row=12),
+        train_order(config, [[0, 1, 0, -1]], processes=processes, fence=Fence("r", 1, 2, 2)),
+    ]
+    kept = []
+    for order in orders:
+        app = supernode.send(order, weights)
+        kept.append((app, app.answer(), load_file(app.directory / "update")))
+    assert kept[0][0].pid == kept[1][0].pid
+    for order, (_, answer, update) in zip(orders, kept, strict=True):
+        with WorkerHandle(processes=processes, device="cpu") as worker:
+            reply, expected = ask(worker, order, weights)
+        assert answer["consumed"] == reply.consumed and answer["loss_nats"] == reply.loss_nats
+        assert update.keys() == expected.keys()
+        assert all(torch.equal(update[name], expected[name]) for name in expected)
+
+
+def test_group_that_nobody_comes_back_to_ends_and_leaves_no_directory(
+    site: Path, supernode: SuperNode
+) -> None:
+    app = supernode.send(hello(site), idle_s=0.3)
+    members = family(app.pid)
+    app.answer()
+    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: not app.lodging.exists(), limit_s=10.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_group_that_died_between_two_orders_is_replaced(
+    site: Path, supernode: SuperNode, number: signal.Signals
+) -> None:
+    first = supernode.send(hello(site))
+    first.answer()
+    members = family(first.pid)
+    members[1].send_signal(number)  # rank 0, which has nothing in hand
+    until(lambda: gone(members), limit_s=10.0)
+    second = supernode.send(hello(site))
+    assert second.answer()["error"] == "" and second.pid != first.pid
+
+
+def test_supernodes_death_ends_a_group_that_waits(site: Path, supernode: SuperNode) -> None:
+    app = supernode.send(hello(site))
+    app.answer()
+    members = family(app.pid)
+    supernode.process.kill()
+    supernode.process.wait()
+    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: not app.lodging.exists(), limit_s=10.0)
+
+
+@pytest.mark.parametrize("orders_before", [0, 1])
+def test_clientapps_death_in_mid_round_ends_the_group(
+    site: Path,
+    supernode: SuperNode,
+    redis_url: str,
+    leader: ServerCoordinator,
+    orders_before: int,
+) -> None:
+    for _ in range(orders_before):
+        supernode.send(hello(site)).answer()
+    config = site_config(site, round_steps=0)
+    order = train_order(config, ENDLESS, redis_url=redis_url)
+    app = supernode.send(order, first_weights(config))
+    until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+    members = family(app.pid)
+    app.process.kill()
+    until(lambda: gone(members), limit_s=10.0)
+
+
+def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> None:
+    config = site_config(site)
+    app = supernode.send(
+        train_order(config, [], final=True, eval_end_row=12), first_weights(config)
+    )
+    members = family(app.pid)
+    assert app.answer()["eval_rows"] == 12
+    until(lambda: gone(members), limit_s=10.0)
+
+
+def test_group_that_was_told_to_leave_ends_with_its_reply(
+    site: Path, supernode: SuperNode, redis_url: str, leader: ServerCoordinator
+) -> None:
+    config = site_config(site, round_steps=0)
+    order = train_order(config, ENDLESS, redis_url=redis_url)
+    app = supernode.send(order, first_weights(config))
+    until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+    members = family(app.pid)
+    os.kill(app.pid, signal.SIGTERM)
+    assert app.answer()["stopped_by"] == "SIGTERM"
+    until(lambda: gone(members), limit_s=10.0)
+
+
+def test_group_of_another_version_is_replaced(site: Path, supernode: SuperNode) -> None:
+    facts = ("c", 1, "cpu")
+    os.environ["PILOT_SCRATCH_DIR"] = str(supernode._directory)
+    try:
+        lodging = Lodging.take(psutil.Process(supernode.process.pid), *facts)
+    finally:
+        del os.environ["PILOT_SCRATCH_DIR"]
+    assert lodging is not None
+    lodging.leave()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(lodging.directory / SOCKET_NAME))
+        listener.listen()
+
+        def another() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                receive_frame(connection)
+                send_frame(connection, {"package": "another", "supervisor": 1})
+
+        other = threading.Thread(target=another)
+        other.start()
+        app = supernode.send(hello(site))
+        assert app.answer()["error"] == "" and app.lodging == lodging.directory
+        other.join()
+
+
+def test_second_clientapp_at_a_time_gets_a_group_of_its_own(
+    site: Path, supernode: SuperNode, redis_url: str, leader: ServerCoordinator
+) -> None:
+    config = site_config(site, round_steps=0)
+    busy = supernode.send(train_order(config, ENDLESS, redis_url=redis_url), first_weights(config))
+    other = supernode.send(hello(site))
+    members = family(other.pid)
+    assert other.answer()["error"] == "" and other.pid != busy.pid
+    assert gone(members) and not other.lodging.exists()
+    leader.end_round("target-tokens")
+    assert busy.answer()["error"] == ""
+
+
+def test_where_no_supernode_stands_behind_nothing_stays(site: Path) -> None:
+    with WorkerHandle(device="cpu", idle_s=60.0) as worker:
+        worker.ask(to_header(hello(site)))
+        members = family(worker._pid)
+    assert gone(members)
+
+
+# -- lodgings ------------------------------------------------------------------------------------
+
+
+def test_lodging_is_one_clientapps_at_a_time_and_not_removed_under_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOT_SCRATCH_DIR", str(tmp_path))
+    me = psutil.Process()
+    lodging = Lodging.take(me, "a", 1)
+    assert lodging is not None and Lodging.take(me, "a", 1) is None
+    other = Lodging.take(me, "b", 1)
+    assert other is not None and other.directory != lodging.directory
+    clear(lodging.directory)
+    assert lodging.directory.exists()
+    lodging.leave()
+    clear(lodging.directory)
+    assert not lodging.directory.exists()
+    again = Lodging.take(me, "a", 1)
+    assert again is not None and again.directory == lodging.directory
+    again.leave()
+
+
+def test_directory_that_others_may_enter_is_no_lodging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOT_SCRATCH_DIR", str(tmp_path))
+    me = psutil.Process()
+    lodging = Lodging.take(me, "a")
+    assert lodging is not None
+    lodging.leave()
+    lodging.directory.chmod(0o755)
+    assert Lodging.take(me, "a") is None
