@@ -1,9 +1,10 @@
 """The ClientApp's end of a worker group: start it or find it, ask it, leave it or stop it.
 
 A group must not outlive the ClientApp whose order it works on, nor the ClientApp the SuperNode that sent it
-(it would block in a wait and keep the GPUs: docs/flower.md). So a group holds the read end of a pipe whose write
-end belongs to whom it was started by, a resident one also ends when a connection closes while it works, both
-look at the SuperNode, and while we wait we look whether our own parent is still the one we started with.
+(it would block in a wait and keep the GPUs: docs/flower.md). So a group holds the read end of a pipe whose
+write end belongs to the process that started it, a resident one also ends when a connection closes while it
+works, both look at the SuperNode, and while we wait we check that our own parent is still the one we started
+with.
 """
 
 import contextlib
