@@ -26,7 +26,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.rows.stream import shard_order
-from pilot.rules.ledger import Ledger, Segment
+from pilot.rules.ledger import Ledger
+from pilot.segment import Segment
 
 SHARD_ROWS = 50_000
 LEASE_ROWS = 1024  # 32 steps of 32 rows; half of it is used

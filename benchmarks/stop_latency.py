@@ -111,7 +111,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _wait_until_it_trains(coordinator: ServerCoordinator, child: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while int(coordinator.heartbeats([CLIENT]).get(CLIENT, {}).get("step", 0)) < 1:
+    while not any(h.heartbeat.step for h in coordinator.heartbeats([CLIENT]).values()):
         if child.poll() is not None or time.monotonic() > deadline:
             raise PilotError("the worker did not begin to train: see what it says above")
         time.sleep(0.05)
@@ -127,6 +127,7 @@ def _work(arguments: argparse.Namespace) -> None:
 
     from nanochat.rows.stream import RowStream
     from pilot import plan
+    from pilot.segment import Segment
     from pilot.site.ranks import Ranks
     from pilot.site.round import Round
     from pilot.site.stop import StopWatcher
@@ -137,12 +138,12 @@ def _work(arguments: argparse.Namespace) -> None:
 
         looks: list[float]
 
-        def _should_stop(self, stop: StopWatcher) -> bool:
-            stopping = super()._should_stop(stop)
+        def _agree(self, stop: StopWatcher) -> bool:
+            stopping = super()._agree(stop)
             self.looks.append(time.monotonic())
             return stopping
 
-        def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:
+        def _read(self, stream: RowStream[Segment], stop: StopWatcher) -> np.ndarray | None:
             rows = super()._read(stream, stop)
             self.looks.append(time.monotonic())
             return rows
@@ -157,8 +158,8 @@ def _work(arguments: argparse.Namespace) -> None:
             config=config.to_mapping(),
             redis_url=arguments.child,
             processes=1,
-            segments=[[epoch, shard, 0, -1] for epoch in range(1000) for shard in range(8)],
-            last=False,
+            segments=[Segment(epoch, n, 0, None) for epoch in range(1000) for n in range(8)],
+            lease_is_tail=False,
             seconds_left=3600.0,
             committed_tokens=0,
             total_tokens=config.total_tokens,

@@ -49,6 +49,7 @@ class Trainer:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = device_batch_rows * world_size
+        self.micro_steps = 0  # begun so far, those of a step that was dropped included
         self._run_block = run_block
         self._usual_rows = 0  # of the first micro-batch: only those of its size are compiled for
         self._batches: Batches | None = None
@@ -76,6 +77,7 @@ class Trainer:
             if should_stop is not None and should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
+            self.micro_steps += 1
             micro = rows[first : first + self.micro_batch_rows]
             mine = micro[rank_slice(len(micro), rank=self.rank, world_size=self.world_size)]
             if len(mine):

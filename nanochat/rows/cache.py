@@ -94,6 +94,13 @@ class RowCache:
             self._shards[shard] = ShardRows(job)
         return self._shards[shard]
 
+    def wait_packed(self, shard: int, *, should_stop: StopCheck | None = None) -> bool:
+        """Wait until `shard` is packed, or until `should_stop()` is true; whether it is packed.
+
+        Raises UserError as `rows` and `ShardRows.read` do.
+        """
+        return self.rows(shard).wait_packed(should_stop=should_stop)
+
     @property
     def dtype(self) -> np.dtype:
         """Of the rows: uint16 where all ids fit, else uint32."""
@@ -157,6 +164,14 @@ class ShardRows:
         if self.stats is None:
             self._keep_packing()
         return self.stats is not None
+
+    def wait_packed(self, *, should_stop: StopCheck | None = None) -> bool:
+        """Wait until the last row is packed, or until `should_stop()` is true; whether it is packed."""
+        while not self.keep_packing():
+            if should_stop is not None and should_stop():
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def read(
         self, first_row: int, end_row: int, *, should_stop: StopCheck | None = None

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,13 +29,29 @@ class Segment:
     end_row: int | None
 
 
-class RowStream:
+class SegmentLike(Protocol):
+    """What a row stream needs of a segment, which is any frozen dataclass with these fields."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def end_row(self) -> int | None: ...
+
+
+S = TypeVar("S", bound=SegmentLike)
+
+
+class RowStream(Generic[S]):
     """The rows of a lease in order: whole segments one after the other.
 
     Packs one shard ahead of the one being read.
     """
 
-    def __init__(self, cache: RowCache, segments: Sequence[Segment]) -> None:
+    def __init__(self, cache: RowCache, segments: Sequence[S]) -> None:
         self._cache = cache
         self._segments = list(segments)
         self._served = [0] * len(self._segments)  # rows read of each
@@ -66,15 +83,16 @@ class RowStream:
             return np.concatenate(parts)
         return np.empty((0, self._cache.sequence_len + 1), dtype=self._cache.dtype)
 
-    def consumed(self, num_rows: int) -> list[Segment]:
+    def consumed(self, num_rows: int) -> list[S]:
         """The closed intervals that the first `num_rows` rows of this stream came from."""
-        intervals = []
+        intervals: list[S] = []
         left = num_rows
         for segment, served in zip(self._segments, self._served, strict=True):
             taken = min(left, served)
             if taken:
                 end_row = segment.first_row + taken
-                intervals.append(dataclasses.replace(segment, end_row=end_row))
+                closed: Any = dataclasses.replace(segment, end_row=end_row)  # type: ignore[type-var]
+                intervals.append(closed)
             left -= taken
         if left:
             raise ValueError(f"{num_rows} rows were not read, only {num_rows - left}")
@@ -143,7 +161,7 @@ class EpochStream:
         assert position is not None
         return position
 
-    def _open(self, epoch: int, shard: int | None = None, row: int = 0) -> RowStream:
+    def _open(self, epoch: int, shard: int | None = None, row: int = 0) -> RowStream[Segment]:
         order = shard_order(self._num_shards, epoch, self._seed)
         rest = order if shard is None else order[order.index(shard) :]
         segments = [Segment(epoch, number, 0, None) for number in rest]

@@ -6,7 +6,7 @@ flushed. Durable keys say what is true; a publish only wakes whoever listens:
     server           string, expires   who leads the run: host, run directory, token
     round            hash              term, round, phase (open|ended), reason
     run              hash              term, state (running|finished|interrupted)
-    client:<name>    hash, expires     a client's last sign of life in a round
+    client:<name>    hash, expires     a client's last heartbeat of a round
     stop:<name>      string, expires   why this client is to leave; no new work for it meanwhile
     ack:<name>       string, expires   the fence of this client's last reply that the server has on disk
     signals          channel           "look at the keys"
@@ -22,7 +22,6 @@ import json
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,11 +29,11 @@ from typing import Any
 
 import redis
 
-from pilot.config import Scalar
 from pilot.coordination import scripts
 from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
 from pilot.redis_url import redact_url
-from pilot.wire.messages import Fence
+from pilot.rules.rounds import Clock, MonotonicClock
+from pilot.wire.messages import Fence, Heartbeat
 
 __all__ = ["ClientCoordinator", "CoordinatorError", "ServerCoordinator", "ping", "resolve_url"]
 
@@ -42,7 +41,15 @@ SERVER_EXPIRY_S = 15.0
 FINISHED_EXPIRY_S = 24 * 3600
 STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
+# Redis forgets a heartbeat after so many intervals of it, but not within ten seconds.
+_EXPIRY_HEARTBEATS, _EXPIRY_MIN_S = 10.0, 10.0
+_COUNTER = "beat"  # the field of a heartbeat that every new one changes
 _ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
+
+
+def heartbeat_expiry_s(heartbeat_s: float) -> float:
+    """How long Redis keeps the last heartbeat of a client that sends one every `heartbeat_s`."""
+    return max(_EXPIRY_MIN_S, _EXPIRY_HEARTBEATS * heartbeat_s)
 
 
 def fence_text(fence: Fence) -> str:
@@ -50,28 +57,35 @@ def fence_text(fence: Fence) -> str:
     return json.dumps(asdict(fence), sort_keys=True)
 
 
-@dataclass
-class _Pulses:
-    """Signs of life of one round, dated by the server's own monotonic clock.
+@dataclass(frozen=True)
+class Heard:
+    """A client's last heartbeat in this round, `age_s` seconds ago as this server saw it."""
 
-    What counts is that the beat counter has changed, not what a client's clock says. While Redis fails
-    nothing is known of anybody, so nobody ages: `forget` lets all begin anew.
+    heartbeat: Heartbeat
+    age_s: float
+
+
+@dataclass
+class _Ages:
+    """How old the heartbeats of one round are, by the server's own clock.
+
+    What counts is that the counter in the heartbeat has changed, not what a client's clock says. While Redis
+    fails nothing is known of any client, so none ages: `forget` lets all start again.
     """
 
+    clock: Clock
     _seen: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self._seen.clear()
 
-    def look(self, name: str, beat: dict[str, str] | None) -> dict[str, str] | None:
-        """The last beat of `name` with its `age` in seconds; `beat` is what Redis has, if anything."""
-        now = time.monotonic()
-        known = self._seen.get(name)
-        if beat and (known is None or known[0].get("beat") != beat.get("beat")):
-            self._seen[name] = known = (beat, now)
-        if known is None:
-            return None
-        return known[0] | {"age": f"{now - known[1]:.3f}"}
+    def of(self, name: str, found: dict[str, str] | None) -> Heard | None:
+        """The last heartbeat of `name`; `found` is what Redis holds now, if anything."""
+        now_s = self.clock.now_s()
+        seen = self._seen.get(name)
+        if found and (seen is None or seen[0].get(_COUNTER) != found.get(_COUNTER)):
+            self._seen[name] = seen = (found, now_s)
+        return None if seen is None else Heard(Heartbeat.from_redis(seen[0]), now_s - seen[1])
 
 
 class ServerCoordinator:
@@ -81,10 +95,13 @@ class ServerCoordinator:
     later only if another server has taken over.
     """
 
-    def __init__(self, url: str, run: str, *, term: int, run_dir: Path) -> None:
+    def __init__(
+        self, url: str, run: str, *, term: int, run_dir: Path, clock: Clock | None = None
+    ) -> None:
         ping(url)
         self.url = url
-        self._link = RedisLink(url, run)
+        self._clock = clock or MonotonicClock()
+        self._link = RedisLink(url, run, self._clock)
         self._where = {"host": socket.gethostname(), "run_dir": str(run_dir.resolve())}
         self._identity = json.dumps(
             {**self._where, "pid": os.getpid(), "token": secrets.token_hex(8)}
@@ -92,10 +109,9 @@ class ServerCoordinator:
         self._round: dict[str, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
         self._state = "running"
         self._term = term
-        self._pulses = _Pulses()
-        self._notes: dict[
-            str, tuple[str, float]
-        ] = {}  # key → value, when it expires: to heal Redis
+        self._ages = _Ages(self._clock)
+        # key → value, when it expires: to heal Redis
+        self._notes: dict[str, tuple[str, float]] = {}
         try:
             self._lead()
         except (redis.RedisError, CoordinatorError) as error:
@@ -124,7 +140,7 @@ class ServerCoordinator:
     def open_round(self, round_number: int) -> None:
         """From now on clients of (term, round) may train."""
         self._round = {"term": self._term, "round": round_number, "phase": "open", "reason": ""}
-        self._pulses.forget()
+        self._ages.forget()
         self.tick()
 
     def end_round(self, reason: str) -> None:
@@ -141,7 +157,7 @@ class ServerCoordinator:
         values = [self._identity, int(SERVER_EXPIRY_S * 1000), *self._round.values(), self._state]
         found = self._leading(scripts.TICK, ["server", "round", "run"], values)
         if found == 2 and self._notes:
-            now = time.monotonic()
+            now = self._clock.now_s()
             self._notes = {key: note for key, note in self._notes.items() if note[1] > now}
             self._note({key: (value, at - now) for key, (value, at) in self._notes.items()})
 
@@ -168,11 +184,11 @@ class ServerCoordinator:
         """Whether Redis fails for this server."""
         return self._link.failing
 
-    def heartbeats(self, clients: Iterable[str]) -> dict[str, dict[str, str]]:
-        """The last sign of life in this round of each of `clients` that has given one.
+    def heartbeats(self, clients: Iterable[str]) -> dict[str, Heard]:
+        """The last heartbeat in this round of each of `clients` that has sent one.
 
-        `age` is how many seconds ago it came, as this server saw it; it grows when a client falls silent,
-        but not while Redis fails for this server, which then can't know.
+        Its age grows when a client falls silent, but not while Redis fails for this server, which cannot know
+        then.
         """
         names = list(clients)
 
@@ -182,16 +198,16 @@ class ServerCoordinator:
                     pipe.hgetall(self._link.key(f"client:{name}"))
                 return pipe.execute()
 
-        beats = self._link.attempt("reading", read)
+        found = self._link.attempt("reading", read)
         if self._link.failing:
-            self._pulses.forget()
+            self._ages.forget()
         current = (str(self._round["term"]), str(self._round["round"]))
-        found = {}
-        for name, beat in zip(names, beats or [], strict=False):
-            mine = beat if (beat.get("term"), beat.get("round")) == current else None
-            if (pulse := self._pulses.look(name, mine)) is not None:
-                found[name] = pulse
-        return found
+        heard = {}
+        for name, values in zip(names, found or [], strict=False):
+            ours = (values.get("term"), values.get("round")) == current
+            if (last := self._ages.of(name, values if ours else None)) is not None:
+                heard[name] = last
+        return heard
 
     def acknowledge(self, client: str, fence: Fence) -> None:
         """Tell `client` that its reply under `fence` is on this server's disk: its node may go."""
@@ -219,7 +235,7 @@ class ServerCoordinator:
 
     def _note(self, notes: Mapping[str, tuple[str, float]]) -> None:
         """Set keys to (value, seconds to live), and keep them for a Redis that loses them; "" deletes."""
-        now = time.monotonic()
+        now = self._clock.now_s()
         values: list[str | int] = [self._identity]
         for key, (value, expiry_s) in notes.items():
             values += [value, int(expiry_s * 1000)]
@@ -254,11 +270,21 @@ class ServerCoordinator:
 class ClientCoordinator:
     """A client's half, for one round of one term. Nothing here raises because Redis is away."""
 
-    def __init__(self, url: str, run: str, *, client: str, term: int, round_number: int) -> None:
-        self._link = RedisLink(url, run)
+    def __init__(
+        self,
+        url: str,
+        run: str,
+        *,
+        client: str,
+        term: int,
+        round_number: int,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or MonotonicClock()
+        self._link = RedisLink(url, run, self._clock)
         self._client, self._mine = client, (term, round_number)
         self._listener: Any = None
-        self._nonce, self._beats = secrets.token_hex(4), itertools.count()
+        self._nonce, self._sent = secrets.token_hex(4), itertools.count()
 
     # -- what the keys say -----------------------------------------------------------------------
 
@@ -318,9 +344,9 @@ class ClientCoordinator:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something is published, at most `timeout_s`."""
-        before = time.monotonic()
+        until_s = self._clock.now_s() + timeout_s
         if not self._link.attempt("reading", lambda: self._receive(timeout_s)):  # don't spin
-            time.sleep(max(0.0, timeout_s - (time.monotonic() - before)))
+            self._clock.sleep(max(0.0, until_s - self._clock.now_s()))
 
     def _receive(self, timeout_s: float) -> bool:
         if self._listener is None:
@@ -339,21 +365,17 @@ class ClientCoordinator:
 
     # -- what this client tells ------------------------------------------------------------------
 
-    def beat(self, values: Mapping[str, Scalar], *, expiry_s: float) -> None:
-        """Tell the server how far this client is; forgotten after `expiry_s`."""
+    def send_heartbeat(self, heartbeat: Heartbeat, *, expiry_s: float) -> None:
+        """Tell the server how far this client is; Redis forgets it after `expiry_s`."""
         term, round_number = self._mine
-        mapping: dict[Any, Any] = {
-            name: int(value) if isinstance(value, bool) else value for name, value in values.items()
-        }
-
-        own: dict[str, Any] = {"client": self._client, "term": term, "round": round_number}
+        own: dict[Any, Any] = {"client": self._client, "term": term, "round": round_number}
 
         def write() -> None:
             key = self._link.key(f"client:{self._client}")
             # never the same twice, not even from another process or after Redis lost its keys
-            own["beat"] = f"{self._nonce}-{next(self._beats)}"
+            own[_COUNTER] = f"{self._nonce}-{next(self._sent)}"
             with self._link.redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping=own | mapping)
+                pipe.hset(key, mapping=own | asdict(heartbeat))
                 pipe.pexpire(key, int(expiry_s * 1000))
                 pipe.execute()
 

@@ -8,7 +8,6 @@ attempts spends its time on something else than waiting.
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from redis.retry import Retry
 
 from pilot.errors import PilotError
 from pilot.redis_url import check_redis_url, redact_url
+from pilot.rules.rounds import Clock, MonotonicClock
 
 URL_VARIABLE = "PILOT_REDIS_URL"
 TIMEOUT_S = 2.0
@@ -42,8 +42,9 @@ def resolve_url(configured: str) -> str:
 class RedisLink:
     """One process's connection for one run, whose keys stand under `pilot:<run>:`."""
 
-    def __init__(self, url: str, run: str) -> None:
+    def __init__(self, url: str, run: str, clock: Clock | None = None) -> None:
         self.url, self.run = url, run
+        self._clock = clock or MonotonicClock()
         self.redis = redis.Redis.from_url(
             url,
             decode_responses=True,
@@ -68,12 +69,12 @@ class RedisLink:
 
         `what` is "reading" or "writing": a Redis that is full, or can't save, refuses only the latter.
         """
-        if time.monotonic() < self._try_again_at:
+        if self._clock.now_s() < self._try_again_at:
             return None
         try:
             result = action()
         except (redis.RedisError, OSError) as error:
-            now = time.monotonic()
+            now = self._clock.now_s()
             if not self._failing:
                 self._down_since = now
                 url = redact_url(self.url)
@@ -85,7 +86,7 @@ class RedisLink:
         if what in self._failing:
             self._failing.discard(what)
             if not self._failing:
-                away_s = time.monotonic() - self._down_since
+                away_s = self._clock.now_s() - self._down_since
                 log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
         return result
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import platform
 import socket
 from dataclasses import dataclass
 
@@ -94,7 +93,6 @@ def hello(order: HelloOrder) -> HelloReply:
             "corpus": data.source.manifest_sha256(),
             "pilot package": package_hash(),
         },
-        versions={"python": platform.python_version(), "torch": torch.__version__},
     )
 
 

@@ -10,7 +10,6 @@ fits neither (another machine, another number of processes, a lost disk) starts 
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -39,8 +38,8 @@ class InnerState:
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self._directory, self._ranks = directory, ranks
 
-    def restore(self, optimizer: MuonAdamW, merged: Sequence[int], fence: Fence) -> bool:
-        """Put back the state that `merged` ([term, round, lease], or empty: none) left.
+    def restore(self, optimizer: MuonAdamW, merged: Fence | None, fence: Fence) -> bool:
+        """Put back the state that the order of `merged` (None: none was merged) left.
 
         Everything else is removed but what earlier orders of the round of `fence` left, which may be merged
         yet. False: there is none, and the optimizer stays as it is, on all ranks alike.
@@ -65,7 +64,7 @@ class InnerState:
         A disk that does not take it costs one warning and the state, never the round: training
         starts anew after it then.
         """
-        path = self._path([fence.term, fence.round_number, fence.lease_id])
+        path = self._path(fence)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
@@ -78,12 +77,10 @@ class InnerState:
         if self._ranks.first:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _path(self, fence: Sequence[int]) -> Path:
-        term, round_number, lease_id = fence
+    def _path(self, fence: Fence) -> Path:
+        name = f"{fence.term}-{fence.round_number}-{fence.lease_id}"
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        return self._directory / (
-            f"{term}-{round_number}-{lease_id}.rank{rank}of{world_size}.safetensors"
-        )
+        return self._directory / f"{name}.rank{rank}of{world_size}.safetensors"
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
         try:

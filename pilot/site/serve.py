@@ -119,7 +119,7 @@ class _Server:
         self._ranks.broadcast_json(to_header(order))
         task = Round(order, self._ranks, received, resident=self._idle_s > 0)
         reply, update = task.run(weights)
-        return reply, update, not (order.final or task.leaving)
+        return reply, update, not (order.run_is_over or task.leaving)
 
 
 def _follow(directory: Path, idle_s: float) -> None:

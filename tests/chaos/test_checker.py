@@ -10,9 +10,10 @@ import pytest
 from benchmarks.chaos import checker
 from benchmarks.chaos.checker import Books, Limits, Merged, Outage
 from pilot.config import RunConfig
-from pilot.rules.ledger import Ledger, Segment
+from pilot.rules.ledger import Ledger
 from pilot.run.snapshot import write_snapshot
-from pilot.run.state import MergedReply, RunState
+from pilot.run.state import Contribution, MergedReply, RoundRecord, RunState
+from pilot.segment import Segment
 from pilot.wire.messages import Fence
 
 RUN, T = "run", 64
@@ -126,11 +127,11 @@ def test_books_are_read_from_snapshots_as_the_server_writes_them(tmp_path: Path)
     lease = ledger.lease("site-a", 4)
     assert lease is not None
     shard = lease.segments[0].shard
-    ledger.commit(lease.lease_id, [Segment(0, shard, 0, 4)], {})
     state = RunState(config=config, weights={}, ledger=ledger, total_tokens=10**6)
-    state.round_number, state.tokens = 1, 4 * T
     fence = Fence(RUN, 1, 1, lease.lease_id)
-    state.note_merged([MergedReply("site-a", fence, 4 * T, [[0, shard, 0, 4]])])
+    reply = MergedReply("site-a", fence, 4 * T, [Segment(0, shard, 0, 4)])
+    record = RoundRecord(1, "min-duration", 1, 4 * T, 1.0, 2.0)
+    state.absorb(record, [Contribution(reply, {}, norm=1.0)], None)
     path = write_snapshot(tmp_path, state.to_snapshot(term=1), keep=3)
     rows = ((0, shard), (0, 4))
     merged = Merged("site-a", RUN, 1, 1, lease.lease_id, (rows,))

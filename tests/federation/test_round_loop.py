@@ -11,6 +11,7 @@ import torch
 from federation.scripted import ROW_TOKENS, FastClock, ScriptedSite, events
 
 from pilot.run.snapshot import latest_snapshot
+from pilot.segment import Segment
 from pilot.server.round_loop import RunFailed
 from pilot.wire.messages import TrainOrder, to_header
 
@@ -36,7 +37,8 @@ def test_a_round_without_replies_leaves_the_model_as_it_was_and_the_next_one_run
     state = run.run()
     assert torch.equal(state.weights["w"], torch.zeros(5))
     assert torch.equal(state.weights["b"], torch.ones(2, 3))
-    assert (state.empty_rounds, state.tokens, state.ledger.rows_committed) == (1, 0, 0)
+    assert [record.clients for record in state.history] == [0]
+    assert (state.tokens, state.ledger.rows_committed) == (0, 0)
     state = server(sites, num_rounds=2, run_name="again").run()
     assert not torch.equal(state.weights["w"], torch.zeros(5))
     assert [record.clients for record in state.history] == [0, 2]
@@ -75,7 +77,10 @@ def test_odd_metrics_cost_no_reply(server: Any) -> None:
         (lambda o, r, u: replace(r, error="no GPU"), "no GPU"),
         (lambda o, r, u: replace(r, fence=replace(r.fence, term=99)), "its fence is"),
         (lambda o, r, u: replace(r, fence=replace(r.fence, run="other")), "its fence is"),
-        (lambda o, r, u: replace(r, consumed=[[0, 3, 0, 4]]), "does not start as the leased"),
+        (
+            lambda o, r, u: replace(r, consumed=[Segment(0, 3, 0, 4)]),
+            "does not start as the leased",
+        ),
         (lambda o, r, u: replace(r, tokens="many"), "tokens is a str"),
         (lambda o, r, u: {"kind": "Nonsense"}, "not a Pilot message"),
     ],

@@ -56,7 +56,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _reference_logits(model: GPT, idx: Tensor) -> Tensor:
-    """NANOCHAT.md in float64, one head at a time, on the model's weights by their names."""
+    """The documented model in float64, one head at a time, on the model's weights by their names."""
     c = model.config
     w = {name: tensor.double() for name, tensor in model.state_dict().items()}
     modern = c.arch == "modern"

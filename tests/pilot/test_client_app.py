@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from pilot import client_app
 from pilot.client_app import answer
@@ -189,9 +190,10 @@ def test_heartbeats_go_on_while_the_reply_is_sent_until(
 ) -> None:
     worker.update = UPDATE
     ask(redis_url, heartbeat=0.05)
-    until(lambda: leader.heartbeats(["c"]).get("c", {}).get("state") == "sending")
-    first = leader.heartbeats(["c"])["c"]["beat"]
-    until(lambda: leader.heartbeats(["c"])["c"]["beat"] != first)
+    until(lambda: [h.heartbeat.state for h in leader.heartbeats(["c"]).values()] == ["sending"])
+    with redis.Redis.from_url(redis_url) as raw:
+        first = raw.hget("pilot:r:client:c", "beat")
+        until(lambda: raw.hget("pilot:r:client:c", "beat") not in (first, None))
     leader.end_round("min-duration")
     assert [thread.name for thread in threading.enumerate()].count("sending") == 1
     if end == "acknowledged":
@@ -221,7 +223,7 @@ def test_sigterm_drains_the_worker_and_the_reply_still_goes_out(
     process = multiprocessing.get_context("fork").Process(target=client)
     process.start()
     try:
-        until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+        until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGTERM)
         assert here.poll(LIMIT_S)

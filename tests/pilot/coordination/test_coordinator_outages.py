@@ -10,7 +10,7 @@ import redis
 from pilot.coordination.coordinator import ClientCoordinator, CoordinatorError, ping, resolve_url
 from pilot.processes.local_redis import LocalRedis
 from pilot.site.stop import Progress, StopWatcher
-from pilot.wire.messages import Fence
+from pilot.wire.messages import Fence, Heartbeat
 
 from ..coordinator_kit import client, keys, server, until
 from ..redis_fixture import free_port, redis_url, tcp_redis
@@ -69,7 +69,7 @@ def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(
             leader.tick()
             assert leader.heartbeats(["c"]) == {}
             assert half.round_over() is None
-            half.beat({"tokens": 1}, expiry_s=60)
+            half.send_heartbeat(Heartbeat(tokens=1), expiry_s=60)
             half.wait(0.01)
         leader.end_round("min-duration")
         assert counted(caplog, "fails, going on") == 2, "one line a side"
@@ -77,7 +77,7 @@ def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(
         with LocalRedis(port=port, password="correct horse"):
             leader.tick()
             assert half.round_over() == "min-duration", "the end that nobody heard is there"
-            half.beat({"tokens": 1}, expiry_s=60)
+            half.send_heartbeat(Heartbeat(tokens=1), expiry_s=60)
             half.wait(0.01)
             half.wait(0.01)
             assert list(leader.heartbeats(["c"])) == ["c"]
@@ -125,7 +125,7 @@ def test_client_that_never_reaches_redis_goes_on(caplog: pytest.LogCaptureFixtur
     url = f"redis://:hunter2@127.0.0.1:{free_port()}"
     with client(url) as half:
         assert half.round_over() is None
-        half.beat({"tokens": 1}, expiry_s=1)
+        half.send_heartbeat(Heartbeat(tokens=1), expiry_s=1)
         half.wait(0.0)
     assert counted(caplog, "fails, going on") == 1 and "hunter2" not in caplog.text
 
@@ -165,10 +165,10 @@ def test_redis_that_refuses_writes_only_is_one_line_not_one_a_beat(
     with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
         operator.config_set("maxmemory", "1")  # full: each write is refused, reading works
         for _ in range(3):
-            half.beat({"tokens": 1}, expiry_s=60)
+            half.send_heartbeat(Heartbeat(tokens=1), expiry_s=60)
             assert half.round_over() is None
         assert counted(caplog, "fails, going on") == 1
         assert counted(caplog, "is back") == 0
         operator.config_set("maxmemory", "0")
-        half.beat({"tokens": 1}, expiry_s=60)
+        half.send_heartbeat(Heartbeat(tokens=1), expiry_s=60)
         assert counted(caplog, "is back") == 1

@@ -109,7 +109,7 @@ def test_training_goes_on_and_all_is_as_before_when_redis_is_back(
             began, ticks = time.monotonic(), 0
             while time.monotonic() - began < 1.5:
                 leader.tick()
-                assert all(float(b["age"]) == 0 for b in leader.heartbeats(["c"]).values())
+                assert all(heard.age_s == 0 for heard in leader.heartbeats(["c"]).values())
                 ticks += 1
                 time.sleep(0.05)
             assert commands <= 40 + 8 * ticks, "it spins"

@@ -106,7 +106,7 @@ class Site:
         }
         with self._monkeypatch.context() as patch:
             patch.setenv("PILOT_NODE_DIR", str(self.directory))
-            in_flight.note(InFlight(**(defaults | values)))
+            in_flight.write(InFlight(**(defaults | values)))
 
 
 @pytest.fixture

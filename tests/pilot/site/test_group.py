@@ -89,7 +89,7 @@ class Group:
 
     def until_it_trains(self, leader: ServerCoordinator) -> None:
         def trains() -> bool:
-            return int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0
+            return any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values())
 
         until(lambda: self.answer.done() or trains())
         if self.answer.done():

@@ -194,7 +194,7 @@ def test_clientapps_death_in_mid_round_ends_the_group(
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, redis_url=redis_url)
     app = supernode.send(order, first_weights(config))
-    until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+    until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
     members = family(app.pid)
     app.process.kill()
     until(lambda: gone(members), limit_s=10.0)
@@ -203,7 +203,7 @@ def test_clientapps_death_in_mid_round_ends_the_group(
 def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> None:
     config = site_config(site)
     app = supernode.send(
-        train_order(config, [], final=True, eval_end_row=12), first_weights(config)
+        train_order(config, [], run_is_over=True, eval_end_row=12), first_weights(config)
     )
     members = family(app.pid)
     assert app.answer()["eval_rows"] == 12
@@ -216,7 +216,7 @@ def test_group_that_was_told_to_leave_ends_with_its_reply(
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, redis_url=redis_url)
     app = supernode.send(order, first_weights(config))
-    until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+    until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
     members = family(app.pid)
     os.kill(app.pid, signal.SIGTERM)
     assert app.answer()["stopped_by"] == "SIGTERM"
