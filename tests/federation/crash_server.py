@@ -77,7 +77,7 @@ class _Site(ScriptedSite):
         update: dict[str, torch.Tensor] = {}
         if rows:
             first = reply.consumed[0]
-            generator = torch.Generator().manual_seed(1000 * first[1] + first[2])
+            generator = torch.Generator().manual_seed(1000 * first.shard + first.first_row)
             shapes = sorted(
                 (part.name, part.shape) for part in parts
             )  # in whatever order they came

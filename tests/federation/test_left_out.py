@@ -29,7 +29,7 @@ def test_site_refused_three_times_running_is_left_out_and_the_others_go_on(serve
     assert [record.refused for record in state.history] == [1, 1, 1, 0, 0]
     assert [record.clients for record in state.history] == [1, 1, 1, 1, 1]
     assert [order.fence.round_number for order in bad.orders if order.segments] == [1, 2, 3]
-    assert bad.orders[-1].final, "to evaluate, everybody is good enough"
+    assert bad.orders[-1].run_is_over, "to evaluate, everybody is good enough"
     assert [event["client"] for event in events(run, "client_cooling")] == ["bad"]
     committed = events(run, "round_committed")
     assert "refused=1" in committed[0]["message"] and "refused" not in committed[3]["message"]

@@ -242,9 +242,10 @@ def test_an_order_names_the_last_fence_of_its_client_that_was_merged(server: Any
     run.run()
     for site, merged_rounds in zip(sites, ([0, 1, 1, 3, 4], [0, 1, 2, 2, 4]), strict=True):
         orders = [order for order in site.orders if order.segments]
-        assert [order.merged[1] if order.merged else 0 for order in orders] == merged_rounds
+        assert [
+            o.last_merged_fence.round_number if o.last_merged_fence else 0 for o in orders
+        ] == merged_rounds
         fences = {o.fence.round_number: o.fence for o in orders}
         for order in orders[1:]:
-            fence = fences[order.merged[1]]
-            assert order.merged == [fence.term, fence.round_number, fence.lease_id]
-        assert [order.final for order in site.orders] == [False] * 5 + [True]
+            assert order.last_merged_fence == fences[order.last_merged_fence.round_number]
+        assert [order.run_is_over for order in site.orders] == [False] * 5 + [True]

@@ -103,10 +103,8 @@ def test_last_lease_ends_with_one_short_step(site: Path) -> None:
     config = site_config(site, round_steps=0)
     reply, _ = run(config, [[0, 0, 0, 2 * BATCH_ROWS + 3]], lease_is_tail=True)
     assert (reply.steps, reply.tokens) == (3, (2 * BATCH_ROWS + 3) * T)
-    assert (
-        lists(reply.consumed) == [[0, 0, 0, 2 * BATCH_ROWS + 3]]
-        and reply.stopped_by == "lease used up"
-    )
+    assert lists(reply.consumed) == [[0, 0, 0, 2 * BATCH_ROWS + 3]]
+    assert reply.stopped_by == "lease used up"
 
 
 def test_lease_too_small_for_a_step_trains_nothing_but_tells_its_shards_sizes(site: Path) -> None:
@@ -121,7 +119,7 @@ def test_sizes_told_after_fixed_steps_depend_on_the_work_alone(site: Path, tmp_p
     config = site_config(site, round_steps=1)
     counts = sizes(config)  # now everything is packed: an eager client could tell both
     reply, _ = run(config, [[0, 1, 0, -1], [0, 0, 0, -1]])
-    assert reply.row_counts == [[1, counts[1]]]
+    assert reply.row_counts == {1: counts[1]}
     with pytest.MonkeyPatch.context() as patch:  # and here nothing is
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         fresh = site_config(site, round_steps=1, tokenizer=str(site / "bytes"))
@@ -146,7 +144,7 @@ def test_time_that_is_up_is_a_reply_without_training(site: Path) -> None:
 def test_time_ruled_round_trains_until_its_time_is_up(site: Path) -> None:
     reply, update = run(site_config(site, round_steps=0), ENDLESS, seconds_left=1.5)
     assert reply.stopped_by == "deadline" and reply.steps > 0 and update
-    rows = sum(end - first for _, _, first, end in reply.consumed)
+    rows = sum(segment.rows or 0 for segment in reply.consumed)
     assert rows * T == reply.tokens == reply.steps * BATCH_ROWS * T
 
 
