@@ -35,6 +35,7 @@ from nanochat.kernels import attention, cpu
 from nanochat.kernels.head import softcap
 from nanochat.layers import RunBlock, run_block
 from nanochat.memory import keep_freed_memory
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
 
@@ -191,7 +192,7 @@ def make_trainer(
     rates = learning_rates(arch).scaled(scale_lr_for_batch(batch_tokens))
     trainer = Trainer(
         model,
-        model.make_optimizer(rates, weight_decay=0.1),
+        make_optimizer(model, rates, weight_decay=0.1),
         device=device,
         device_batch_rows=batch_tokens // sequence_len,
         run_block=run,

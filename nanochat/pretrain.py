@@ -22,6 +22,7 @@ from nanochat.kernels.choices import training_seconds
 from nanochat.layers import RunBlock
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
 from nanochat.memory import keep_freed_memory
+from nanochat.param_groups import make_optimizer
 from nanochat.progress import ProgressLog
 from nanochat.resume import RunState, resolve_step, restore_run, save_run
 from nanochat.rows.cache import RowCache
@@ -92,7 +93,7 @@ def pretrain(
         unembedding_lr=settings.unembedding_lr,
         scalar_lr=settings.scalar_lr,
     ).scaled(scale_lr_for_batch(settings.total_batch_size))
-    optimizer = model.make_optimizer(rates, weight_decay=schedule.weight_decay)
+    optimizer = make_optimizer(model, rates, weight_decay=schedule.weight_decay)
     trainer = Trainer(
         model,
         optimizer,

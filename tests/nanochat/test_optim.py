@@ -19,6 +19,7 @@ from nanochat.optim import (
     reduce_variance,
     snap_norm,
 )
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import learning_rates
 
 SHAPES = [(6, 6), (12, 5), (5, 12), (1, 8)]
@@ -219,7 +220,7 @@ def test_rates_may_be_given_by_name() -> None:
 def test_saved_state_continues_bit_for_bit(arch: str, dtype: torch.dtype) -> None:
     rates = learning_rates(arch).scaled(0.1)
     model = _model(arch, dtype)
-    optimizer = model.make_optimizer(rates, weight_decay=0.1)
+    optimizer = make_optimizer(model, rates, weight_decay=0.1)
     _train(model, optimizer, 3)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -229,7 +230,7 @@ def test_saved_state_continues_bit_for_bit(arch: str, dtype: torch.dtype) -> Non
     saved = torch.load(file, weights_only=True)
     resumed = _model(arch, dtype)
     resumed.load_state_dict(saved["model"])
-    other = resumed.make_optimizer(learning_rates(arch), weight_decay=0.0)
+    other = make_optimizer(resumed, learning_rates(arch), weight_decay=0.0)
     other.load_state_dict(saved["optimizer"])
     _train(resumed, other, 2)
     for name, tensor in model.state_dict().items():
