@@ -38,6 +38,7 @@ from nanochat.memory import keep_freed_memory
 from nanochat.param_groups import make_optimizer
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
+from nanochat.update_rules import AdamWRule
 
 STAGES = ("forward", "head", "backward", "optimizer")
 _LONG_RUN_S = 1e6
@@ -238,17 +239,14 @@ def _plain_adamw(
     exp_avg_sq: Tensor,
     *,
     step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    rule: AdamWRule,
 ) -> None:
-    """AdamW as its paper writes it (arXiv 1711.05101), an operation after the other."""
-    beta1, beta2 = betas
+    """AdamW as its paper writes it (arXiv 1711.05101), one operation after another."""
+    lr, (beta1, beta2) = rule.lr, rule.betas
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    weight.mul_(1 - lr * weight_decay)
+    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(rule.eps)
+    weight.mul_(1 - lr * rule.weight_decay)
     weight.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
 
 

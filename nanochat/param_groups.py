@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from nanochat.gpt_config import GPTConfig
-from nanochat.optim import POLAR_STEPS, MuonAdamW
+from nanochat.optim import MuonAdamW
 from nanochat.schedule import LearningRates
+from nanochat.update_rules import POLAR_STEPS
 
 _LR_REFERENCE_WIDTH = 768  # the rates of the vocabulary matrices were tuned at this n_embd
 
