@@ -94,6 +94,18 @@ class RowCache:
             self._shards[shard] = ShardRows(job)
         return self._shards[shard]
 
+    def wait_packed(self, shard: int, *, should_stop: StopCheck | None = None) -> int | None:
+        """The number of rows of `shard`, once all are packed; None if `should_stop()` came first.
+
+        Raises as `ShardRows.read` does.
+        """
+        rows = self.rows(shard)
+        while not rows.keep_packing():
+            if should_stop is not None and should_stop():
+                return None
+            time.sleep(_POLL_S)
+        return rows.num_rows
+
     @property
     def dtype(self) -> np.dtype:
         """Of the rows: uint16 where all ids fit, else uint32."""
@@ -153,7 +165,7 @@ class ShardRows:
         return self.job.partial_rows() if self.stats is None else self.stats.rows
 
     def keep_packing(self) -> bool:
-        """See to it that somebody packs this shard; whether it is packed. Raises as `read` does."""
+        """Make sure that a packer works on this shard; returns whether it is packed. Raises as `read` does."""
         if self.stats is None:
             self._keep_packing()
         return self.stats is not None

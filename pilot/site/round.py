@@ -40,7 +40,6 @@ from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import LEASE_USED_UP, TrainOrder, TrainReply
 
 _LOSS_EMA = 0.9
-_BEYOND = 1 << 40  # a row number that no shard has
 _LOG_EVERY_S = 1.0  # reading the loss waits for the device: not oftener than this
 
 log = logging.getLogger("pilot.site")
@@ -273,8 +272,7 @@ class Round:
             at = [values[:2] for values in self.order.segments].index([epoch, shard])
             shards = shards[: at + 1]
             for shard in shards:
-                # a row behind the end comes, as nothing, when the end is known
-                data.rows.rows(shard).read(_BEYOND, _BEYOND + 1, should_stop=stop.should_stop)
+                data.rows.wait_packed(shard, should_stop=stop.should_stop)
         known = stream.known_rows
         return [[shard, known[shard]] for shard in sorted({*shards}) if shard in known]
 
