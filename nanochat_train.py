@@ -26,7 +26,10 @@ def _parser() -> ArgumentParser:
     add("--depth", type=int, default=4, help="transformer layers; the width follows")
     add("--arch", default="classic", choices=ARCHITECTURES, help="architecture")
     add("--lr", type=float, help="Muon's learning rate; the others follow it")
-    add("--source", help="fineweb-edu, climbmix, builtin, or a directory; none: what is here")
+    add(
+        "--source",
+        help="fineweb-edu, climbmix, builtin, hf:NAME, or a directory; none: what is here",
+    )
     add("--tokenizer", help="tokenizer's directory; none: what is here")
     add("--eval-rows", type=int, default=32, help="validation rows")
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")

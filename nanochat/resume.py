@@ -30,7 +30,7 @@ Meta = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunState:
+class TrainingState:
     """Where a run stands after `step` steps, besides its weights and optimizer."""
 
     step: int = 0
@@ -48,7 +48,7 @@ class RunState:
         position: tuple[int, int, int, int | None],
         train_loss: float | None,
         training_time_s: float,
-    ) -> "RunState":
+    ) -> "TrainingState":
         """After `step` steps, at `EpochStream.position`."""
         epoch, shard, row, _ = position
         return replace(
@@ -61,7 +61,7 @@ class RunState:
             training_time_s=training_time_s,
         )
 
-    def validated(self, val_bpb: float) -> "RunState":
+    def validated(self, val_bpb: float) -> "TrainingState":
         """The same place with a new validation; what JSON cannot hold (no bytes: inf) is left out."""
         if not math.isfinite(val_bpb):
             return replace(self, val_bpb=None)
@@ -88,12 +88,12 @@ class RunState:
         }
 
     @staticmethod
-    def from_meta(meta: Meta) -> "RunState":
+    def from_meta(meta: Meta) -> "TrainingState":
         """Raises UserError for the checkpoint of a program that keeps no row."""
         try:
             place, loop = meta["dataloader_state_dict"], meta["loop_state"]
             least = loop["min_val_bpb"]
-            return RunState(
+            return TrainingState(
                 step=meta["step"],
                 epoch=place["epoch"],
                 shard=place["pq_idx"],
@@ -159,7 +159,7 @@ def restore_run(
     same: Meta,
     rank: int,
     world_size: int,
-) -> RunState:
+) -> TrainingState:
     """Put the weights and this rank's optimizer shard back; returns where the run stands.
 
     same: what must stand in the checkpoint's meta data for this to be the same run, a value or a
@@ -174,7 +174,7 @@ def restore_run(
     weights, shard, meta = load_checkpoint(
         directory, step, model.get_device(), load_optimizer=True, rank=rank
     )
-    state = RunState.from_meta(meta)
+    state = TrainingState.from_meta(meta)
     for key, values in same.items():
         for name, value in values.items():
             saved = meta.get(key, {}).get(name)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from nanochat.errors import UserError
 from nanochat.kernels.choices import COMPILE_MODES
-from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS
 
+WANDB_MODES = ("auto", "online", "offline", "disabled")
 _AT_LEAST_1 = (
     *("aspect_ratio", "head_dim", "max_seq_len", "batch_size"),
     *("eval_rows", "core_max_per_task", "log_every"),

@@ -28,7 +28,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
-from nanochat.samples import sample_texts
+from nanochat.prompts import sample_texts
 from nanochat.source import default_packing
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import rank_slice

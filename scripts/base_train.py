@@ -14,10 +14,9 @@ from nanochat.errors import UserError
 from nanochat.gpt_config import ARCHITECTURES
 from nanochat.kernels.choices import COMPILE_MODES
 from nanochat.pretrain import pretrain
-from nanochat.progress import WANDB_MODES
 from nanochat.rows.packing import PACKINGS
 from nanochat.schedule import SCHEDULE_KINDS
-from nanochat.settings import Settings
+from nanochat.settings import WANDB_MODES, Settings
 
 
 def _parser() -> ArgumentParser:
@@ -46,7 +45,11 @@ def _parser() -> ArgumentParser:
     add("--window-pattern", type=str, help="attention windows, as SSSL; none: the architecture's")
     add("--max-seq-len", help="tokens a row")
     # the data
-    add("--source", type=str, help="fineweb-edu, climbmix, builtin, or a directory of shards")
+    add(
+        "--source",
+        type=str,
+        help="fineweb-edu, climbmix, builtin, hf:NAME, or a directory of shards",
+    )
     add("--num-shards", help="training shards to use; none: those that are here")
     add("--tokenizer", type=str, help="tokenizer's directory under the base directory, or a path")
     add("--packing", type=str, choices=PACKINGS, help="how documents become rows")

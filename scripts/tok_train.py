@@ -184,7 +184,9 @@ def main() -> None:
         "--num-shards", type=int, default=0, help="train on shards 0..n-1 (0: all that are here)"
     )
     parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, help=f"{', '.join(COLLECTIONS)}, or a directory"
+        "--source",
+        default=DEFAULT_SOURCE,
+        help=f"{', '.join(COLLECTIONS)}, hf:NAME, or a directory",
     )
     parser.add_argument(
         "--tokenizer",

@@ -15,7 +15,7 @@ import torch
 import nanochat_train
 from nanochat.checkpoint_manager import load_any, optimizer_ranks
 from nanochat.common import run_command_line
-from nanochat.samples import PROMPTS
+from nanochat.prompts import PROMPTS
 from nanochat.settings import Settings
 from scripts import base_eval, base_train
 
