@@ -1,6 +1,6 @@
 """Tokens/s and peak RSS of the training step, as ratios to the plain configuration.
 
-uv run python -m benchmarks.train_step [--configs plain,eager,default]
+python -m benchmarks.train_step [--configs plain,eager,default]
 
 `plain` is the straightforward step: eager, fp32, all logits at once, a T x T mask for a window, torch's
 own gradients and memory settings.
@@ -12,7 +12,6 @@ JSON: `ratio_4096`, `ratio_32768` (tokens/s, default to plain), `rss_ratio_32768
 `cpu_ratio_*` are of CPU seconds, which a busy machine falsifies less.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -20,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nanochat import gpt, optim
 from nanochat.acceleration import accelerated_block
+from nanochat.common import ArgumentParser, run_command_line
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.kernels import attention, cpu
 from nanochat.kernels.head import softcap
@@ -46,7 +47,9 @@ HYPER = Hyper(lr_multiplier=1.0, momentum=0.9, weight_decay=0.1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(
+        prog="benchmarks.train_step", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--vocab", type=_numbers, default=[4096, 32768])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--sequence-len", type=int, default=512)
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--arch", default="modern", choices=["classic", "modern"])
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each")
     parser.add_argument("--configs", default="plain,default", help="the first is the reference")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(arguments)
@@ -78,7 +81,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _measure(arguments: argparse.Namespace, names: list[str], vocab: int) -> dict[str, Any]:
+def _measure(arguments: Namespace, names: list[str], vocab: int) -> dict[str, Any]:
     """Medians of each configuration's steps, taken by turns."""
     shared = ["--vocab", str(vocab), "--depth", str(arguments.depth), "--arch", arguments.arch]
     shared += ["--sequence-len", str(arguments.sequence_len)]
@@ -132,7 +135,7 @@ def _ask(child: "subprocess.Popen[str]", what: str) -> Any:
 # -- what is measured, in a process of its own -------------------------------------------------
 
 
-def _child(arguments: argparse.Namespace) -> None:
+def _child(arguments: Namespace) -> None:
     """Answer `start` and `step` on standard input, a line of JSON each."""
     trainer, facts = _trainer(arguments)
     T = arguments.sequence_len
@@ -153,7 +156,7 @@ def _child(arguments: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _trainer(arguments: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
+def _trainer(arguments: Namespace) -> tuple[Trainer, dict[str, Any]]:
     return make_trainer(
         arguments.child,
         depth=arguments.depth,
@@ -257,4 +260,4 @@ def _plain_windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)
