@@ -10,7 +10,7 @@ figure is the median of `--repeat` rounds. On a busy machine trust ratios more t
 seconds (of all threads) more than either.
 
 The trainers to compare with are fetched once, into `benchmarks/` of the base directory. A sentence
-says so when one cannot be had; its ratios are null then. Lines are JSON, one a measurement; the
+says so when one cannot be had; its ratios are null then. Lines are JSON, one per measurement; the
 last one holds the ratios (theirs to ours: above 1, ours is better).
 """
 
@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=numbers, default=[8192, 32768, 65536])
     parser.add_argument("--threads", type=numbers, default=[1, 2])
     parser.add_argument("--repeat", type=int, default=1, help="rounds, of which medians are taken")
-    parser.add_argument("--trainers", default="ours,rustbpe,tokenizers", help="ours is always one")
+    parser.add_argument(
+        "--trainers", default="ours,rustbpe,tokenizers", help="ours is always included"
+    )
     parser.add_argument("--no-curve", action="store_true", help="skip the curve over merges")
     parser.add_argument("--out", type=Path, help="write everything to this JSON file, too")
     args = parser.parse_args()
@@ -91,7 +93,7 @@ def numbers(text: str) -> list[int]:
 
 
 def fetch(name: str) -> Path | None:
-    """The directory with the trainer `name`, installed there if it is not yet; None without it.
+    """The directory with the trainer `name`, installed there if it is missing; None without it.
 
     PyPI's rustbpe has the name of ours, so neither may be installed beside the other.
     """
@@ -112,7 +114,7 @@ def fetch(name: str) -> Path | None:
         shutil.rmtree(partial, ignore_errors=True)
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         print(
-            f"{REQUIREMENTS[name]} cannot be installed (no network?), so it is not compared with: "
+            f"{REQUIREMENTS[name]} cannot be installed (no network?), so it is left out: "
             f"{lines[-1].strip() if lines else error}",
             file=sys.stderr,
         )

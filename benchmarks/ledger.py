@@ -1,4 +1,4 @@
-"""What the ledger costs a round: leases and commits of many clients over many shards.
+"""What the ledger costs per round: leases and commits of many clients over many shards.
 
 python -m benchmarks.ledger
 python -m benchmarks.ledger --shards 1000,10000 --clients 1000 --rounds 15
@@ -11,7 +11,7 @@ which each set of shards is looked for in the epoch's order. Disks: `all` (every
 shards that nobody else has). `done` is the share of the epoch's shards that are committed before the
 first round.
 
-Lines are JSON, one a setting; the last one has the ratios of the biggest number of shards to the smallest
+Lines are JSON, one per setting; the last one has the ratios of the biggest number of shards to the smallest
 (about 1 where the cost does not grow with the shards), and what leasing and the first round cost at the worst.
 """
 

@@ -4,9 +4,9 @@ python -m benchmarks.loss_curve --text ../shared/data/books
 
 `plain` and `default` as in `benchmarks.train_step`: eager fp32 with all logits, against what this
 machine chooses by itself. Each seed sets the first weights and the order of rows; both configurations
-get the same. A line of JSON a seed, and a last one: `difference`, the mean over seeds and steps of
+get the same. One line of JSON per seed, and a last one: `difference`, the mean over seeds and steps of
 default - plain; `noise`, the standard deviation of plain's own curve over seeds, averaged over steps;
-`last`, the mean loss of the last tenth, a number a seed. Losses are nats a token; curves are smoothed
+`last`, the mean loss of the last tenth, one number per seed. Losses are nats per token; curves are smoothed
 over ten steps.
 """
 
@@ -90,7 +90,7 @@ def _in_child(name: str, seed: int) -> list[float]:
 
 
 def _train(arguments: Namespace) -> list[float]:
-    """Nats a token of every step."""
+    """Nats per token of every step."""
     shape: dict[str, Any] = {
         key: getattr(arguments, key) for key in ("depth", "arch", "vocab", "sequence_len")
     }

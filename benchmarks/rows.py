@@ -39,8 +39,8 @@ from nanochat.rows.encoder import BatchEncoder
 from nanochat.rows.packer import PackJob, PackStats, pack
 from nanochat.rows.packing import BUFFER_DOCUMENTS, make_packer
 from nanochat.schedule import make_schedule
-from nanochat.source import Source, get_source, iter_texts
-from nanochat.tokenizer import RustBPETokenizer, cropped
+from nanochat.source import Source, cropped, get_source, iter_texts
+from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Trainer
 
 REFERENCE_BATCH = 128  # documents that upstream tokenizes at once
@@ -151,7 +151,7 @@ def run_ours(job: PackJob) -> PackStats:
 
 
 def measure_packing(job: PackJob, tokenizer: RustBPETokenizer, rounds: int) -> dict[str, Any]:
-    """Tokens in rows a CPU second of both, and where the time goes."""
+    """Tokens packed per CPU second by both, and where the time goes."""
     set_up = statistics.median(cpu_s(lambda: set_up_packer(job)) for _ in range(3))
     ours, theirs, stages = [], [], []
     for _ in range(rounds):

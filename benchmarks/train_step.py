@@ -5,10 +5,9 @@ python -m benchmarks.train_step [--configs plain,eager,default]
 `plain` is the straightforward step: eager, fp32, all logits at once, a T x T mask for a window, torch's
 own gradients and memory settings.
 `default` is what a long run gets by itself; `eager` and `compiled` are the same without and with compiled
-blocks. Each configuration
-lives in a process of its own, so that its peak RSS is its own; they take their steps by turns, so that
-what else the machine does hits all. Compiling is done before, and told as `start_s`. The last line is
-JSON: `ratio_4096`, `ratio_32768` (tokens/s, default to plain), `rss_ratio_32768`, and the parts.
+blocks. Each configuration has a process of its own, so that its peak RSS is its own; they take turns, so
+that other load on the machine affects all alike. Compiling comes first and is reported as `start_s`. The
+last line is JSON: `ratio_4096`, `ratio_32768` (tokens/s, default to plain), `rss_ratio_32768`, and the parts.
 `cpu_ratio_*` are of CPU seconds, which a busy machine falsifies less.
 """
 
@@ -82,7 +81,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _measure(arguments: Namespace, names: list[str], vocab: int) -> dict[str, Any]:
-    """Medians of each configuration's steps, taken by turns."""
+    """Medians of each configuration's steps; the configurations take turns."""
     shared = ["--vocab", str(vocab), "--depth", str(arguments.depth), "--arch", arguments.arch]
     shared += ["--sequence-len", str(arguments.sequence_len)]
     shared += ["--batch-tokens", str(arguments.batch_tokens)]
@@ -136,7 +135,7 @@ def _ask(child: "subprocess.Popen[str]", what: str) -> Any:
 
 
 def _child(arguments: Namespace) -> None:
-    """Answer `start` and `step` on standard input, a line of JSON each."""
+    """Answer `start` and `step` on standard input, one line of JSON each."""
     trainer, facts = _trainer(arguments)
     T = arguments.sequence_len
     rows = np.random.default_rng(0).integers(

@@ -55,8 +55,8 @@ def download(
 ) -> list[str]:
     """Fetch training shards 0..n-1 and the validation shard; returns a line for each that failed.
 
-    What is on the disk already is kept, an interrupted shard is continued. One download a
-    directory: a second one waits for the first. `$HF_TOKEN` is sent to the hub, and only there.
+    Keeps what is on the disk already and continues an interrupted shard. One download per
+    directory at a time: a second one waits. `$HF_TOKEN` is sent to the hub, and only there.
     """
     assert source.repository is not None
     downloader = downloader or Downloader()
@@ -132,7 +132,7 @@ def _check_directory(source: Source) -> None:
     print(
         f"{source.directory}: {len(held) - 1} training shards and validation shard "
         f"{source.val_shard}, {documents} documents"
-        + (f"; {gaps} numbers below {source.val_shard} are not there" if gaps else "")
+        + (f"; {gaps} numbers below {source.val_shard} are missing" if gaps else "")
     )
 
 
@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("-w", "--workers", type=int, default=4, help="parallel downloads")
     parser.add_argument("--prepare", action="store_true", help="pack the shards into rows")
     parser.add_argument("--tokenizer", default="tokenizer", help="for --prepare: name or path")
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="for --prepare: tokens a row")
+    parser.add_argument(
+        "--max-seq-len", type=int, default=2048, help="for --prepare: tokens per row"
+    )
     parser.add_argument("--packing", help="for --prepare: bestfit or stream; none: the source's")
     args = parser.parse_args()
 
@@ -193,7 +195,7 @@ def _fetch(source: Source, num_files: int | None, *, workers: int) -> None:
     if failures:
         raise UserError(
             f"{len(failures)} shards are missing in {source.directory}, see above: "
-            "the same command goes on where it stopped"
+            "the same command continues where it stopped"
         )
     print(f"{source.directory}: {number} training shards and validation shard {source.val_shard}")
 

@@ -1,7 +1,7 @@
 """The GPT: one class, two architectures.
 
 `classic` is what transformers' NanoChatForCausalLM computes. `modern` adds value embeddings,
-residual scalars, smear and backout: a lower loss a token, but 2.5 times the bytes to synchronise at
+residual scalars, smear and backout: a lower loss per token, but 2.5 times the bytes to synchronise at
 depth 20. Both share rotary positions, QK norm, grouped-query attention, relu^2 MLPs, untied
 embeddings, norms without weights, no biases, and a softcap on the logits.
 
@@ -294,9 +294,9 @@ class GPT(nn.Module):
         return counts["total"]
 
     def estimate_flops(self) -> int:
-        """Floating-point operations of training a token: forward and backward.
+        """Floating-point operations per trained token, forward and backward.
 
-        6 a weight of each matmul, and 12 * heads * head_dim a visible key in attention.
+        6 per weight of each matmul, and 12 * heads * head_dim per visible key in attention.
         """
         config = self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))

@@ -11,7 +11,7 @@ from nanochat.common import get_base_dir
 from nanochat.errors import UserError
 
 PREFIX = "hf:"
-# The validation shard of every such source. A stream does not tell its length, so the last number of the
+# The validation shard of every such source. The length of a stream is not known, so the last number of the
 # collection is fixed instead: more training shards can follow later without moving it.
 VAL_SHARD = 99_999
 _DIRECTORY = "base_data_hf"

@@ -205,7 +205,6 @@ class _Maker:
 def _open(name: HfName) -> _Stream:
     """The dataset as a stream of its text column; UserError if there is no such thing."""
     import datasets  # slow to import, and only this needs it
-    from datasets import exceptions
 
     path = name.local_path
     try:
@@ -223,7 +222,7 @@ def _open(name: HfName) -> _Stream:
         columns = loaded.column_names or list(next(iter(loaded), {}))
     except UserError:
         raise
-    except (exceptions.DatasetNotFoundError, exceptions.EmptyDatasetError) as error:
+    except FileNotFoundError as error:  # not on the hub, or an empty directory
         raise UserError(
             f"there is no dataset {name.name!r} on the hub, and no data in a directory of that name: "
             "check the name, and set HF_TOKEN if it is a private one"

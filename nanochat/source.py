@@ -5,8 +5,9 @@ disk: a site that holds 240 shards of 1,823 must not take its highest one for va
 another site train on the one that this site validates on.
 """
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +172,20 @@ def parquets_iter_batched(
     for number, batch in enumerate(batches):
         if number >= start and (number - start) % step == 0:
             yield [text for text in batch if text]
+
+
+def cropped(batches: Iterable[Sequence[str]], *, max_chars: int, doc_cap: int) -> Iterator[str]:
+    """The first `doc_cap` characters of each document, until `max_chars` characters are reached.
+
+    Long documents would give their own words too much weight; `doc_cap` 0 crops nothing.
+    """
+    left = max_chars
+    for text in itertools.chain.from_iterable(batches):
+        if left <= 0:
+            return
+        document = text[:doc_cap] if doc_cap else text
+        left -= len(document)
+        yield document
 
 
 def check_shard(path: Path) -> None:

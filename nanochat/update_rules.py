@@ -26,7 +26,9 @@ _POLAR_COEFFICIENTS = (
 )
 POLAR_STEPS = len(_POLAR_COEFFICIENTS)
 _POLAR_SAFETY = 1.01
-_PIECE = 1 << 20  # elements of AdamW on a CPU: 86 ms a step at a vocabulary of 32,768, 94 with 2^17
+_PIECE = (
+    1 << 20
+)  # elements of AdamW on a CPU: 86 ms per step at a vocabulary of 32,768, 94 with 2^17
 _TINY = 1e-10  # keeps divisions by a norm finite where a gradient is exactly zero
 
 

@@ -152,7 +152,7 @@ def test_the_command_makes_a_source_that_everything_takes(
     ("files", "spec", "sentence"),
     [
         ({"a.jsonl": '{"text": 3}\n' * 30}, "", "holds int, not text"),
-        ({"a.jsonl": ""}, "", "is empty|has no text"),
+        ({"a.jsonl": ""}, "", "is empty|has no text|cannot be loaded"),
         ({"a.jsonl": '{"text": ""}\n' * 30}, "", "has no text"),
         ({"a.jsonl": '{"text": "one"}\n'}, "", "has one document"),
         ({"a.jsonl": '{"text": "one"}\n' * 30}, ":nosplit", "cannot be loaded"),

@@ -122,7 +122,7 @@ def test_compiled_steps_of_two_processes_are_those_of_one(corpus: Path, base_dir
     def run(*arguments: str) -> None:
         process = _begin("-m", "scripts.base_train", *train, *arguments)
         output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0 and "compiling on" in output, output
+        assert process.returncode == 0 and "compile: on" in output, output
 
     run("--run", "whole")
     whole, broken = (_directory(base_dir, name) for name in ("whole", "broken"))
@@ -144,7 +144,9 @@ def test_ctrl_c_ends_the_step_saves_it_and_the_run_goes_on(
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 130, output
     assert "Traceback" not in output
-    stopped = re.search(r"stopped after step (\d+): --resume-from-step latest", output)
+    stopped = re.search(
+        r"stopped after step (\d+): continue with --resume-from-step latest", output
+    )
     assert stopped and checkpoint_manager.find_last_step(directory) == int(stopped[1])
     # the signal is only flagged: nothing but whole steps is there
     assert not list(directory.glob(".*.tmp"))
