@@ -125,7 +125,7 @@ def _scaled(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_scaled(total: Tensor, part: Tensor, *, is_first: bool) -> None:
     """Add 2/15 of `part` to fp32 `total`, or set it, if it is the first.
 
-    Converted in pieces: torch's sum of two dtypes costs five times as much (171 against 31 ms a step
+    Converted in pieces: torch's sum of two dtypes costs five times as much (171 against 31 ms per step
     at a vocabulary of 32,768).
     """
     for mine, more in _pieces(total, part):
@@ -149,7 +149,7 @@ def _rows(x: Tensor, vocab_size: int) -> int:
 
 def _passes(scaled: Tensor, targets: Tensor, nats: Tensor, scale: Tensor | None) -> None:
     """From 2/15 of the raw logits, (n, V), to `nats` (n,) and, with `scale`, to their gradient with
-    respect to what was handed in, in place."""
+    respect to what was passed in, in place."""
     step = len(scaled)
     if scaled.device.type == "cpu":
         step = max(1, _PASS_ELEMENTS_CPU // scaled.size(1))

@@ -3,8 +3,8 @@
 import dataclasses
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,18 +19,10 @@ def shard_order(num_shards: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows first_row..end_row-1 of a shard in an epoch; `end_row` None: up to the shard's end."""
-
-    epoch: int
-    shard: int
-    first_row: int
-    end_row: int | None
-
-
 class SegmentLike(Protocol):
-    """What a row stream needs of a segment, which is any frozen dataclass with these fields."""
+    """A dataclass with these fields, such as `Segment`: a lease may come with segments of its own."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def epoch(self) -> int: ...
@@ -45,10 +37,20 @@ class SegmentLike(Protocol):
 S = TypeVar("S", bound=SegmentLike)
 
 
-class RowStream(Generic[S]):
-    """The rows of a lease in order: whole segments one after the other.
+@dataclass(frozen=True)
+class Segment:
+    """Rows first_row..end_row-1 of a shard in an epoch; `end_row` None: up to the shard's end."""
 
-    Packs one shard ahead of the one being read.
+    epoch: int
+    shard: int
+    first_row: int
+    end_row: int | None
+
+
+class RowStream(Generic[S]):
+    """The rows of a lease in order, one segment after another.
+
+    Packs one shard ahead of the one that is being read.
     """
 
     def __init__(self, cache: RowCache, segments: Sequence[S]) -> None:
@@ -77,22 +79,21 @@ class RowStream(Generic[S]):
             if not missing:
                 break
             if len(rows) < end - first and shard_rows.num_rows is None:
-                break  # told to stop
+                break  # `should_stop` said so
             self._current += 1
         if parts:
             return np.concatenate(parts)
         return np.empty((0, self._cache.sequence_len + 1), dtype=self._cache.dtype)
 
     def consumed(self, num_rows: int) -> list[S]:
-        """The closed intervals that the first `num_rows` rows of this stream came from."""
-        intervals: list[S] = []
+        """The segments, with known ends, that the first `num_rows` rows of this stream came from."""
+        intervals = []
         left = num_rows
         for segment, served in zip(self._segments, self._served, strict=True):
             taken = min(left, served)
             if taken:
                 end_row = segment.first_row + taken
-                closed: Any = dataclasses.replace(segment, end_row=end_row)  # type: ignore[type-var]
-                intervals.append(closed)
+                intervals.append(dataclasses.replace(segment, end_row=end_row))
             left -= taken
         if left:
             raise ValueError(f"{num_rows} rows were not read, only {num_rows - left}")
@@ -165,5 +166,5 @@ class EpochStream:
         order = shard_order(self._num_shards, epoch, self._seed)
         rest = order if shard is None else order[order.index(shard) :]
         segments = [Segment(epoch, number, 0, None) for number in rest]
-        segments[0] = replace(segments[0], first_row=row)
+        segments[0] = dataclasses.replace(segments[0], first_row=row)
         return RowStream(self._cache, segments)
