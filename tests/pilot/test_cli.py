@@ -199,7 +199,7 @@ def test_merged_values_survive_the_file_that_flower_reads(tmp_path: Path) -> Non
         "on": True,
         "t": {"odd key": {"x": 1}},
     }
-    connection.write_run_config(tmp_path / "c.toml", values)
+    connection.write_toml(tmp_path / "c.toml", values)
     assert tomllib.loads((tmp_path / "c.toml").read_text()) == values
 
 
