@@ -32,7 +32,7 @@ from pilot import plan
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.site.data import SiteData, open_data
-from pilot.site.group import last_words
+from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
@@ -344,7 +344,7 @@ class Round:
 
 def _give_up(sentence: str) -> None:
     """End this rank, and with it the group, at once; the handle is told why."""
-    last_words(Path(sys.argv[1]), sentence)
+    record_failure(Path(sys.argv[1]), sentence)
     os._exit(1)
 
 
