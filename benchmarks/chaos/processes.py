@@ -17,12 +17,6 @@ CONNECTION = "local-deployment"
 MARK = "PILOT_TEST_SITE"  # in the environment of all that a site starts
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def listening(port: int) -> bool:
     """Whether somebody accepts connections at 127.0.0.1:`port`."""
     with socket.socket() as probe:

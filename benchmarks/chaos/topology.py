@@ -29,7 +29,6 @@ from benchmarks.chaos.processes import (
     ROOT,
     end_group,
     environment,
-    free_port,
     listening,
     marked,
     marked_below,
@@ -37,6 +36,7 @@ from benchmarks.chaos.processes import (
 )
 from benchmarks.chaos.proxy import Line, Network
 from pilot.processes.local_redis import find_server
+from pilot.processes.scratch import free_port
 
 SUPERVISE_S = 0.25
 RESTART_S = 1.0  # between two starts of the same service

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.chaos.processes import free_port
+from pilot.processes.scratch import free_port
 from benchmarks.chaos.proxy import Line, Network
 
 

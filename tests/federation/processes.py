@@ -18,7 +18,6 @@ from benchmarks.chaos.processes import (
     ROOT,
     end_group,
     environment,
-    free_port,
     listening,
     write_connection,
 )

@@ -23,9 +23,9 @@ from pilot.launch import connection, flower_run
 from pilot.launch import superlink as superlink_module
 from pilot.launch.connection import Connection, flower_environment, flower_program
 from pilot.launch.flower_run import FlowerRun
+from pilot.processes.scratch import free_port
 
 from .flower_app import write_app
-from .redis_fixture import free_port
 
 pytestmark = pytest.mark.timeout(300)
 
