@@ -1,4 +1,4 @@
-"""Redis that loses everything, is away, full, or refuses the login: told once, and nobody stops for it."""
+"""Redis that loses everything, is away, full, or refuses the login: logged once, and nothing stops for it."""
 
 import logging
 import time
@@ -26,7 +26,7 @@ def counted(log: pytest.LogCaptureFixture, text: str) -> int:
     return sum(text in record.getMessage() for record in log.records)
 
 
-def test_everything_is_written_anew_after_redis_lost_it(redis_url: str, tmp_path: Path) -> None:
+def test_everything_is_written_again_after_redis_lost_it(redis_url: str, tmp_path: Path) -> None:
     leader = server(redis_url, tmp_path)
     leader.open_round(3)
     with redis.Redis.from_url(redis_url) as raw:
@@ -56,7 +56,7 @@ def test_stops_and_acknowledgements_of_the_server_come_back_too(
         assert other.told_to_leave() is None
 
 
-def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(
+def test_outage_stops_nothing_and_is_logged_once_when_it_starts_and_ends(
     tcp_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -77,7 +77,9 @@ def test_outage_stops_nobody_and_is_told_once_when_it_starts_and_ends(
         assert counted(caplog, "is back") == 0
         with LocalRedis(port=port, password="correct horse"):
             leader.tick()
-            assert half.round_over() == "min-duration", "the end that nobody heard is there"
+            assert half.round_over() == "min-duration", (
+                "the end whose signal was lost is in the key"
+            )
             half.beat({"tokens": 1}, expiry_s=60)
             half.wait(0.01)
             half.wait(0.01)

@@ -114,7 +114,7 @@ def test_training_goes_on_and_all_is_as_before_when_redis_is_back(
                 ticks += 1
                 time.sleep(0.05)
             assert commands <= 40 + 8 * ticks, "it spins"
-            assert not watcher.should_stop(), "the round goes on"
+            assert not watcher.should_stop(), "the round is still open"
             until(timed.should_stop)
             assert timed.reason == "deadline"
             assert counted(caplog, "unavailable while") == 2, "one line a side"
