@@ -1,20 +1,20 @@
 """Every Redis key of a run: the server's half and the client's half.
 
-All keys stand under `pilot:<run>:`, so runs on one Redis don't see each other, and nothing is ever
-flushed. Durable keys say what is true; a publish only wakes whoever listens:
+All keys are `pilot:<run>:…`, so runs on one Redis do not see each other, and nothing is ever flushed. Durable
+keys hold the truth; a publish only wakes those who wait for it:
 
-    server           string, expires   who leads the run: host, run directory, token
+    server           string, expires   the server that leads the run: host, run directory, token
     round            hash              term, round, phase (open|ended), reason
     run              hash              term, state (running|finished|interrupted)
-    client:<name>    hash, expires     a client's last heartbeat of a round
-    stop:<name>      string, expires   why this client is to leave; no new work for it meanwhile
+    client:<name>    hash, expires     a client's last heartbeat in a round
+    stop:<name>      string, expires   why this client is to leave; it gets no new work meanwhile
     ack:<name>       string, expires   the fence of this client's last reply that the server has on disk
     signals          channel           "look at the keys"
 
-What only the leading server may write is written by Lua scripts that look at the lock first: between a
-look and a write of its own, another server could have taken over. Redis may be away or lose
-everything (`link.py`): the server then goes on with what Flower tells it and writes its keys anew,
-a client goes on until the seconds that its order gave it are over.
+What only the leading server may write is written by Lua scripts that check the lock first: between a check
+and a separate write, another server could take over. Redis may be away or lose everything (`link.py`): the
+server then continues with what Flower reports and writes its keys again, and a client trains until the seconds
+in its order are over.
 """
 
 import itertools
@@ -89,9 +89,9 @@ class _Ages:
 
 
 class ServerCoordinator:
-    """The server's half. One live server a run: a second one is refused when it is made.
+    """The server's half. One live server per run: constructing a second one fails.
 
-    Raises CoordinatorError if Redis cannot be reached at the start, or another server leads the run;
+    Raises CoordinatorError if Redis cannot be reached at the start, or if another server leads the run;
     later only if another server has taken over.
     """
 
@@ -110,7 +110,7 @@ class ServerCoordinator:
         self._state = "running"
         self._term = term
         self._ages = _Ages(self._clock)
-        # key → value, when it expires: to heal Redis
+        # key → (value, when it expires): written again when Redis has lost its keys
         self._notes: dict[str, tuple[str, float]] = {}
         try:
             self._lead()
@@ -121,7 +121,7 @@ class ServerCoordinator:
             raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({error})") from error
 
     def _lead(self) -> None:
-        """Take the run's lock. One on this host for the same directory is a dead server's: the caller
+        """Take the run's lock. One of this host and run directory was left by a dead server: the caller
         holds the directory's file lock, which only one living process can."""
         key, expiry_ms = self._link.key("server"), int(SERVER_EXPIRY_S * 1000)
         holder = str(self._link.redis.get(key) or "")
@@ -138,21 +138,21 @@ class ServerCoordinator:
     # -- the round and the run -------------------------------------------------------------------
 
     def open_round(self, round_number: int) -> None:
-        """From now on clients of (term, round) may train."""
+        """From now on, clients may train in (term, round)."""
         self._round = {"term": self._term, "round": round_number, "phase": "open", "reason": ""}
         self._ages.forget()
         self.tick()
 
     def end_round(self, reason: str) -> None:
-        """All clients of the round stop: the durable key first, then the wake-up."""
+        """Stop all clients of the round: the durable key first, then the wake-up."""
         self._round |= {"phase": "ended", "reason": reason}
         self.tick()
         self._wake()
 
     def tick(self) -> None:
-        """Write what is true once more: renews the lock, and heals a Redis that lost its keys.
+        """Write the current state again: renews the lock, and restores the keys that Redis has lost.
 
-        Raises CoordinatorError if another server leads the run by now: two would spoil its clients.
+        Raises CoordinatorError if another server leads the run by now: two would confuse the clients.
         """
         values = [self._identity, int(SERVER_EXPIRY_S * 1000), *self._round.values(), self._state]
         found = self._leading(scripts.TICK, ["server", "round", "run"], values)
@@ -162,9 +162,9 @@ class ServerCoordinator:
             self._note({key: (value, at - now) for key, (value, at) in self._notes.items()})
 
     def finish(self, run_finished: bool = False) -> None:
-        """Let go of the run: the round is ended, the lock free, the keys expire in a day.
+        """Leave the run: end the round, free the lock, let the keys expire in a day.
 
-        `run_finished` says that it reached its end; else it was interrupted and may be resumed.
+        `run_finished`: the run has reached its end; otherwise it was interrupted and may be resumed.
         """
         self._state = "finished" if run_finished else "interrupted"
         try:
@@ -174,14 +174,14 @@ class ServerCoordinator:
                 scripts.RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False
             )
         except CoordinatorError:
-            pass  # another server leads the run: these keys are its own
+            pass  # another server leads the run: the keys are that server's now
         self._link.close()
 
     # -- single clients --------------------------------------------------------------------------
 
     @property
     def failing(self) -> bool:
-        """Whether Redis fails for this server."""
+        """Whether this server's last attempt to use Redis failed."""
         return self._link.failing
 
     def heartbeats(self, clients: Iterable[str]) -> dict[str, Heard]:
@@ -210,21 +210,25 @@ class ServerCoordinator:
         return heard
 
     def acknowledge(self, client: str, fence: Fence) -> None:
-        """Tell `client` that its reply under `fence` is on this server's disk: its node may go."""
+        """Confirm to `client` that its reply with `fence` is on this server's disk: its node may leave."""
         self._note({f"ack:{client}": (fence_text(fence), ACK_EXPIRY_S)})
         self._wake()
 
     def stop_client(self, client: str, reason: str) -> None:
-        """Make `client` finish its micro-step, reply and take no new work, for an hour at the most."""
-        self._note({f"stop:{client}": (reason or "told to leave", STOP_EXPIRY_S)})
+        """Make `client` finish its micro-step, reply, and take no new work for at most an hour.
+
+        Not called by the round loop: operators set the key (docs/deployment.md), tests and benchmarks call
+        this.
+        """
+        self._note({f"stop:{client}": (reason or "asked to leave", STOP_EXPIRY_S)})
         self._wake()
 
     def clear_client_stop(self, client: str) -> None:
-        """`client` may work again, whoever stopped it."""
+        """Let `client` work again, whether an operator, `stop_client` or the client itself stopped it."""
         self._note({f"stop:{client}": ("", 0.0)})
 
     def draining(self, clients: Iterable[str]) -> dict[str, str]:
-        """Those of `clients` that are leaving, with the reason: they get no new work until they are back."""
+        """Those of `clients` that are leaving, with the reason: they get no new work for now."""
         names = list(clients)
         keys = [self._link.key(f"stop:{name}") for name in names]
         reasons = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) if keys else []
@@ -234,7 +238,7 @@ class ServerCoordinator:
     # -- writing as the leader -------------------------------------------------------------------
 
     def _note(self, notes: Mapping[str, tuple[str, float]]) -> None:
-        """Set keys to (value, seconds to live), and keep them for a Redis that loses them; "" deletes."""
+        """Set keys to (value, seconds to live), again if Redis loses them; a value of "" deletes its key."""
         now = self._clock.now_s()
         values: list[str | int] = [self._identity]
         for key, (value, expiry_s) in notes.items():
@@ -248,9 +252,9 @@ class ServerCoordinator:
     def _leading(
         self, script: str, names: list[str], values: list[Any], *, must_lead: bool = True
     ) -> int | None:
-        """Run `script` on keys; its answer, or None while Redis fails.
+        """Run `script` on keys. Returns its answer, or None while Redis fails.
 
-        Raises CoordinatorError if another server leads the run by now and `must_lead`.
+        Raises CoordinatorError if `must_lead` and another server leads the run by now.
         """
         keys = [self._link.key(name) for name in names]
         found: Any = self._link.attempt(
@@ -268,7 +272,7 @@ class ServerCoordinator:
 
 
 class ClientCoordinator:
-    """A client's half, for one round of one term. Nothing here raises because Redis is away."""
+    """A client's half, for one round of one term. No method raises because Redis is away."""
 
     def __init__(
         self,
@@ -289,23 +293,23 @@ class ClientCoordinator:
     # -- what the keys say -----------------------------------------------------------------------
 
     def round_over(self) -> str | None:
-        """Why this round is over, by its durable key; None while it runs, or if nobody can tell."""
+        """Why this round is over, by its durable key; None while it runs, or while that is unknown."""
         current, ended, run_over = self._look()
         if current > self._mine:
             return "a later round"
         return (ended or run_over) if current == self._mine else None
 
     def superseded(self) -> str | None:
-        """Why no reply to this round is taken any more; None while one is, or if nobody can tell."""
+        """Why replies to this round are no longer accepted; None while they are, or while that is unknown."""
         current, _, run_over = self._look()
         if current > self._mine:
             return "a later round"
         return run_over if current == self._mine else None
 
     def _look(self) -> tuple[tuple[int, int], str | None, str | None]:
-        """(term, round) of the server, why that round and why the run is over: None if it isn't.
+        """The server's (term, round), why that round is over, why the run is over (None: it is not).
 
-        (0, 0) if nobody can tell.
+        (0, 0) while that is unknown.
         """
 
         def read() -> list[dict[str, str]]:
@@ -322,22 +326,22 @@ class ClientCoordinator:
         return (int(found["term"]), int(found["round"])), ended, run["state"] if over else None
 
     def told_to_leave(self) -> str | None:
-        """Why this client is to leave, by its `stop:` key; None if it isn't, or if nobody can tell.
+        """Why this client is to leave, by its `stop:` key; None if it is not, or while that is unknown.
 
-        What the client itself announced doesn't count: its own reason for it may be over.
+        What the client itself announced does not count: its own reason may no longer hold.
         """
         key = self._link.key(f"stop:{self._client}")
         reason: Any = self._link.attempt("reading", lambda: self._link.redis.get(key))
         return None if not reason or reason.startswith(_ANNOUNCED) else reason
 
     def acknowledged(self, fence: Fence) -> bool:
-        """Whether the server has the reply under `fence` on its disk."""
+        """Whether the server has the reply with `fence` on its disk."""
         key = self._link.key(f"ack:{self._client}")
         return self._link.attempt("reading", lambda: self._link.redis.get(key)) == fence_text(fence)
 
     @property
     def failing(self) -> bool:
-        """Whether Redis failed at the last attempt: what the methods say then is "nobody can tell"."""
+        """Whether the last attempt to use Redis failed: the answers of the other methods are then unknown."""
         return self._link.failing
 
     # -- listening -------------------------------------------------------------------------------
@@ -354,7 +358,9 @@ class ClientCoordinator:
             listener.subscribe(self._link.key("signals"))
             listener.get_message(timeout=TIMEOUT_S)  # the confirmation
             self._listener = listener
-            return True  # what was published before stands in the keys only: look at them again
+            return (
+                True  # what was published before is in the keys only: the caller reads them again
+            )
         try:
             self._listener.get_message(timeout=timeout_s)
         except redis.RedisError:
@@ -363,7 +369,7 @@ class ClientCoordinator:
             raise
         return True
 
-    # -- what this client tells ------------------------------------------------------------------
+    # -- what this client announces --------------------------------------------------------------
 
     def send_heartbeat(self, heartbeat: Heartbeat, *, expiry_s: float) -> None:
         """Tell the server how far this client is; Redis forgets it after `expiry_s`."""
@@ -382,7 +388,7 @@ class ClientCoordinator:
         self._link.attempt("writing", write)
 
     def announce_leave(self, reason: str, *, expiry_s: float) -> None:
-        """Tell the server that this client leaves by itself: it gets no new work for `expiry_s`."""
+        """Announce that this client leaves of its own accord: it gets no new work for `expiry_s`."""
         self.stop(_ANNOUNCED + reason, expiry_s=expiry_s)
 
     def stop(self, reason: str, *, expiry_s: float) -> None:
@@ -393,7 +399,7 @@ class ClientCoordinator:
         )
 
     def clear_stop(self, reason: str) -> None:
-        """Take this client's `stop:` key away if it begins with `reason`: others' stops stay."""
+        """Delete this client's `stop:` key if it begins with `reason`; a stop with another reason stays."""
         key = self._link.key(f"stop:{self._client}")
         self._link.attempt("writing", lambda: self._link.redis.eval(scripts.CLEAR, 1, key, reason))
 

@@ -32,7 +32,7 @@ from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.segment import Segment
 from pilot.site.data import SiteData, open_data
-from pilot.site.group import last_words
+from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
@@ -365,5 +365,5 @@ class LossMeter:
 
 def _give_up(sentence: str) -> None:
     """End this rank, and with it the group, at once; the handle finds the reason."""
-    last_words(Path(sys.argv[1]), sentence)
+    record_failure(Path(sys.argv[1]), sentence)
     os._exit(1)

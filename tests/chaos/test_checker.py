@@ -27,7 +27,7 @@ def reply(round_number: int, lease_id: int, *rows: tuple[int, int, int, int]) ->
 
 
 def good() -> list[Books]:
-    """Three rounds: two sites, then nobody, then one site that goes on where the first was."""
+    """Three rounds: two sites, then nobody, then one site that continues where the first was."""
     first = {(0, 0): [(0, 16)], (0, 1): [(0, 8)]}
     second = {(0, 0): [(0, 24)], (0, 1): [(0, 8)]}
     log = ((1, 1, 1), (1, 1, 2))
@@ -62,8 +62,8 @@ def test_good_books_have_no_violation() -> None:
 @pytest.mark.parametrize(
     ("books", "found"),
     [
-        (good()[:1] + good()[2:], "rounds: snapshot 2 is that of round 3"),
-        (changed(1, term=3), "rounds: round 2 is of term 1, after term 3"),
+        (good()[:1] + good()[2:], "rounds: snapshot 2 belongs to round 3"),
+        (changed(1, term=3), "rounds: round 2 has term 1, after term 3"),
         (changed(2, tokens=8 * T), "rounds: round 2 has 512 tokens, after 1536"),
         (
             changed(3, merged=(reply(2, 5, (0, 0, 16, 24)),)),
@@ -89,7 +89,7 @@ def test_good_books_have_no_violation() -> None:
         ),
         (
             changed(3, merged=()),
-            "rows: round 3 commits rows 16..24 of (0, 0), which no merged reply had",
+            "rows: round 3 commits rows 16..24 of (0, 0), which no merged reply contains",
         ),
         (
             changed(3, committed={(0, 0): [(0, 24)]}),
@@ -101,12 +101,12 @@ def test_good_books_have_no_violation() -> None:
         ),
         (
             changed(3, committed={(0, 0): [(0, 16), (12, 24)], (0, 1): [(0, 8)]}),
-            "ledger: round 3 has rows twice in [(0, 0)]",
+            "ledger: round 3 lists rows twice in [(0, 0)]",
         ),
         (changed(3, tokens=31 * T), "ledger: round 3 counts 448 tokens for 8 rows of 64"),
         (
             changed(2, log=((1, 1, 1),)),
-            "fences: the list of round 2 is not that of what was merged so far",
+            "fences: the log in snapshot 2 differs from the replies merged so far",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_stall_is_found_unless_an_outage_explains_it() -> None:
     assert list(checker.check_stalls(log, [], LIMITS)) == []
     log[2]["time"], log[3]["time"] = 46.0, 65.0
     assert list(checker.check_stalls(log, [], LIMITS)) == [
-        "stall: 41.0 s after round_opened, 40.0 s were allowed"
+        "stall: 41.0 s after round_opened, where 40.0 s were allowed"
     ]
     end = [event("round_committed", 0.0), event("run_finished", 59.0)]
     assert list(checker.check_stalls(end, [], LIMITS)) == []

@@ -123,7 +123,9 @@ def test_silent_client_ages_though_its_key_is_gone_until_it_is_heard_again_or_th
     assert leader.heartbeats(["c"]) == {}
 
 
-def test_nobody_ages_while_the_server_cannot_know(tcp_redis: LocalRedis, tmp_path: Path) -> None:
+def test_no_heartbeat_ages_while_the_server_cannot_know(
+    tcp_redis: LocalRedis, tmp_path: Path
+) -> None:
     leader = server(tcp_redis.url, tmp_path)
     leader.open_round(1)
     with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
@@ -149,7 +151,7 @@ def test_stop_of_a_client_is_its_own_until_it_is_cleared(redis_url: str, tmp_pat
         assert half.told_to_leave() is None
         leader.stop_client("c", "maintenance")
         assert half.told_to_leave() == "maintenance" and other.told_to_leave() is None
-        assert half.round_over() is None, "the round goes on"
+        assert half.round_over() is None, "the round is still open"
         assert leader.draining(["c", "d"]) == {"c": "maintenance"}
         with redis.Redis.from_url(redis_url) as raw:
             assert 0 < raw.ttl("pilot:r:stop:c") <= module.STOP_EXPIRY_S
@@ -165,7 +167,9 @@ def test_client_that_leaves_by_itself_tells_the_server_and_may_come_back(
     with client(redis_url) as half:
         half.announce_leave("preempt-file /x", expiry_s=60)
         assert leader.draining(["c"]) == {"c": "leaving: preempt-file /x"}
-        assert half.told_to_leave() is None, "the file decides, not what it said of it before"
+        assert half.told_to_leave() is None, (
+            "the file decides, not what the client announced before"
+        )
         leader.clear_client_stop("c")
         leader.stop_client("c", "maintenance")
         half.announce_leave("SIGTERM", expiry_s=60)
@@ -268,7 +272,7 @@ def test_keys_of_a_finished_run_expire_and_its_lock_is_free(redis_url: str, tmp_
         assert 0 < raw.ttl("pilot:r:round") <= module.FINISHED_EXPIRY_S
         assert all(raw.ttl(key) > 0 for key in raw.keys("pilot:*"))
     with client(redis_url) as half:
-        assert half.round_over() == "interrupted", "whoever still trains stops"
+        assert half.round_over() == "interrupted", "clients that still train stop"
     again = server(redis_url, tmp_path / "elsewhere", term=2)
     again.open_round(2)
     with redis.Redis.from_url(redis_url) as raw:
