@@ -5,13 +5,36 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadGroupScheduling
 
+from benchmarks.chaos.micro import TOKENIZER, VOCAB_SIZE
 from nanochat.builtin import ensure_builtin_tokenizer
 from nanochat.tokenizer import tokenizer_dir
 
-TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
+_TESTS = Path(__file__).parent
+# The order in which these files begin; the rest follows by name.
+LONGEST_FIRST = (
+    "chaos/test_tour.py",
+    "federation/test_runs.py",
+    "federation/test_leaving.py",
+    "federation/test_authenticated.py",
+    "readme/test_readme.py",
+    "pilot/test_cli.py",
+    "pilot/site/test_group.py",
+    "pilot/site/test_resident_group.py",
+    "federation/test_crash.py",
+    "federation/test_equivalence.py",
+    "nanochat/test_resume.py",
+    "nanochat/test_base_train.py",
+    "federation/test_membership.py",
+    "federation/test_round_loop.py",
+    "federation/test_left_out.py",
+    "pilot/launch/test_node.py",
+    "nanochat/test_trainer.py",
+)
 
 # Whoever runs the tests in the background may ignore these, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,6 +45,28 @@ for _signum in (signal.SIGHUP, signal.SIGQUIT):
 
 # Tests share two cores with the processes that they start: more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+class _ByFile(LoadGroupScheduling):
+    """The tests of a group go to one worker; those in no group go with their file, to share its fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        group = super()._split_scope(nodeid)
+        return nodeid.split("::")[0] if group == nodeid else group
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadGroupScheduling:
+    return _ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that both workers are busy to the end."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.path.relative_to(_TESTS).as_posix()
+    return next((i for i, long in enumerate(LONGEST_FIRST) if path == long), len(LONGEST_FIRST))
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +83,11 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="session")
-def prepared_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory with the built-in corpus and a small tokenizer, made once for all tests."""
-    directory = tmp_path_factory.mktemp("prepared")
+def prepared_base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A base directory with the built-in corpus and a small tokenizer, made once for all workers."""
+    of_this_worker = tmp_path_factory.getbasetemp()
+    of_all = of_this_worker.parent if hasattr(request.config, "workerinput") else of_this_worker
+    directory = of_all / "prepared"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
         ensure_builtin_tokenizer(tokenizer_dir(TOKENIZER), VOCAB_SIZE)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation.scripted import ScriptedSite, Server, scripted_config
 
 from pilot.processes.local_redis import LocalRedis
+
+from .scripted import ScriptedSite, Server, scripted_config
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,12 @@
 
 import contextlib
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from federation.keys import Keys
-from federation.micro import as_toml
-
+from benchmarks.chaos.micro import as_toml
 from benchmarks.chaos.processes import (
     BIN,
     CONNECTION,
@@ -25,12 +22,8 @@ from benchmarks.chaos.processes import (
 from pilot.processes.local_redis import LocalRedis
 from pilot.run.events import read_events
 
-
-def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
-        time.sleep(0.1)
+from ..waiting import until
+from .keys import Keys
 
 
 def pilot_run(
@@ -74,7 +67,7 @@ class Deployment:
         command += ["--disable-runtime-dependency-installation"]
         command += self._keys.superlink_options() if self._keys else ["--insecure"]
         self._start(command, self.env, "superlink")
-        wait_until(lambda: listening(self.port), 60, "the SuperLink")
+        until(lambda: listening(self.port), 60, "the SuperLink")
         return self
 
     def start_node(self, name: str) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation.local_grid import LocalGrid
-from federation.micro import MICRO
 
+from benchmarks.chaos.micro import MICRO
 from nanochat.checkpoint_manager import load_any, load_checkpoint
 from nanochat.pretrain import Settings, pretrain
 from pilot.client_app import answer
@@ -22,6 +21,8 @@ from pilot.run.state import RunState
 from pilot.server.mailbox import Mailbox
 from pilot.server.round_loop import RoundLoop
 from pilot.server.telemetry import Telemetry
+
+from .local_grid import LocalGrid
 
 from nanochat.rows.stream import shard_order  # isort: skip
 

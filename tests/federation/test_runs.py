@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from federation.micro import MICRO
-from federation.processes import (
+
+from benchmarks.chaos.micro import MICRO
+from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
+from nanochat.checkpoint_manager import load_checkpoint
+from pilot.run.snapshot import latest_snapshot
+
+from ..waiting import until
+from .processes import (
     Deployment,
     events,
     killed_at_end,
     pilot_run,
-    wait_until,
     write_config,
 )
-
-from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
-from nanochat.checkpoint_manager import load_checkpoint
-from pilot.run.snapshot import latest_snapshot
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -74,7 +75,7 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
 
     check_books(builtin, "simulated")
     check_evaluation(builtin, env, bpbs[-1])
-    wait_until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
+    until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
     again = subprocess.run(
         [BIN / "pilot", "run", "local-simulation", "--run-config", config],
         cwd=ROOT,
@@ -135,9 +136,9 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
         finished(process)
     snapshots = builtin / "runs" / "broken" / "snapshots"
     with killed_at_end(pilot_run("local-simulation", config, broken, env=env)) as process:
-        wait_until((snapshots / "round-000001").exists, 300, "the first commit")
+        until((snapshots / "round-000001").exists, 300, "the first commit")
         process.kill()
-    wait_until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
+    until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
     assert not (builtin / "runs" / "broken" / "final_model.pt").exists()
     with killed_at_end(pilot_run("local-simulation", config, broken, env=env)) as process:
         output = finished(process)
@@ -177,11 +178,11 @@ def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path
                 stderr=subprocess.STDOUT,
             )
         ) as process:
-            wait_until(lambda: len(opened(builtin)) == 2, 300, "the second round")
+            until(lambda: len(opened(builtin)) == 2, 300, "the second round")
             site = deployment.mark("site-b")
-            wait_until(lambda: workers(site), 120, "a worker of site-b")
+            until(lambda: workers(site), 120, "a worker of site-b")
             deployment.nodes["site-b"].send_signal(signal.SIGKILL)
-            wait_until(lambda: not workers(site), 10, "the end of site-b's workers")
+            until(lambda: not workers(site), 10, "the end of site-b's workers")
             output = finished(process)
         listed = subprocess.run(
             [BIN / "flwr", "ls", "local-deployment", "--format", "json"],

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
-from federation.micro import MICRO
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from benchmarks.chaos.micro import MICRO
 from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, free_port, marked
 from nanochat.source import get_source
 from scripts.config_table import README, with_table

@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import redis
 
+from benchmarks.chaos.processes import free_port
 from pilot.coordination.coordinator import ClientCoordinator, CoordinatorError, ping, resolve_url
 from pilot.processes.local_redis import LocalRedis
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import Fence
 
-from ..coordinator_kit import client, keys, server, until
-from ..redis_fixture import free_port, redis_url, tcp_redis
-
-__all__ = ["redis_url", "tcp_redis"]  # fixtures
-
+from ...waiting import until
+from ..coordinator_kit import client, keys, server
 
 # -- outages -------------------------------------------------------------------------------------
 

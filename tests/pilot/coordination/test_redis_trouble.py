@@ -10,16 +10,14 @@ import psutil
 import pytest
 import redis
 
+from benchmarks.chaos.processes import free_port
 from pilot.coordination import link as link_module
 from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
 from pilot.processes.local_redis import LocalRedis
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import Fence
 
-from ..coordinator_kit import until
-from ..redis_fixture import free_port, tcp_redis
-
-__all__ = ["tcp_redis"]  # a fixture
+from ...waiting import until
 
 HEARTBEAT_S = 0.1
 FENCE = Fence("r", 1, 3, 9)

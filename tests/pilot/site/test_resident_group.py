@@ -24,11 +24,8 @@ from pilot.site.handle import SOCKET_NAME, WorkerHandle
 from pilot.wire.frames import receive_frame, send_frame
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
 
-from ..redis_fixture import redis_url
-from ..worker_kit import ENDLESS, ask, first_weights, site, site_config, site_dir, train_order
-from .test_group import ROOT, family, gone, leader, until
-
-__all__ = ["leader", "redis_url", "site", "site_dir"]  # fixtures
+from ...waiting import family, gone, until
+from ..worker_kit import ENDLESS, ROOT, ask, first_weights, site_config, train_order
 
 # One message, as Flower's ClientApp lives for it: `--parent-pid` says whom it works for.
 CLIENTAPP = """

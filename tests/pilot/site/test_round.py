@@ -36,13 +36,10 @@ from ..worker_kit import (
     VAL_SHARD,
     T,
     first_weights,
-    site,
     site_config,
-    site_dir,
     train_order,
 )
 
-__all__ = ["site", "site_dir"]  # fixtures
 ROOT = Path(__file__).resolve().parents[3]
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
