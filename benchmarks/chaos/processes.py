@@ -42,6 +42,7 @@ def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # or other tests' processes leave a simulation hardly any time
         **more,
     }
 

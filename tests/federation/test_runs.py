@@ -4,18 +4,23 @@ import contextlib
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from benchmarks.chaos.micro import MICRO
 from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
 from nanochat.checkpoint_manager import load_checkpoint
+from pilot.config import RunConfig
 from pilot.run.snapshot import latest_snapshot
+from scripts import base_eval
 
 from ..waiting import until
+from .in_process import federate
 from .processes import (
     Deployment,
     events,
@@ -34,7 +39,10 @@ def finished(process: "subprocess.Popen[str]") -> str:
 
 
 def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
-    builtin: Path, tmp_path: Path
+    builtin: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     values = MICRO | {
         "run-name": "simulated",
@@ -74,8 +82,8 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
     assert bpbs == sorted(bpbs, reverse=True)
 
     check_books(builtin, "simulated")
-    check_evaluation(builtin, env, bpbs[-1])
-    until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
+    check_evaluation(builtin, bpbs[-1], monkeypatch, capsys)
+    until(lambda: not marked(str(tmp_path)), what="the end of all processes")
     again = subprocess.run(
         [BIN / "pilot", "run", "local-simulation", "--run-config", config],
         cwd=ROOT,
@@ -106,20 +114,17 @@ def check_books(base: Path, run: str) -> None:
     assert rows * MICRO["sequence-len"] == snapshot.state["tokens"]
 
 
-def check_evaluation(base: Path, env: dict[str, str], last_bpb: float) -> None:
+def check_evaluation(
+    base: Path, last_bpb: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`base_eval` on the path and on the run's name gives the last bpb that the run logged."""
     final = base / "runs" / "simulated" / "final_model.pt"
     for checkpoint in (str(final), "simulated"):
-        done = subprocess.run(
-            [BIN / "python", "scripts/base_eval.py", "--checkpoint", checkpoint],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found = re.search(r"val_bpb=(\d+\.\d+)", done.stdout)
-        assert found, done.stdout
+        monkeypatch.setattr(sys, "argv", ["base_eval", "--checkpoint", checkpoint])
+        base_eval.main()
+        said = capsys.readouterr().out
+        found = re.search(r"val_bpb=(\d+\.\d+)", said)
+        assert found, said
         assert float(found[1]) == pytest.approx(
             last_bpb, abs=2e-6 + 0.5 * 10 ** -len(found[1].split(".")[1])
         )
@@ -128,19 +133,22 @@ def check_evaluation(base: Path, env: dict[str, str], last_bpb: float) -> None:
 def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     builtin: Path, tmp_path: Path
 ) -> None:
-    values = MICRO | {"round-steps": 3, "num-rounds": 3, "total-tokens": 10**6}
-    config = write_config(tmp_path, values)
+    """Nothing of the killed one survives; the other is led in this process, by the same rules."""
+    values = MICRO | {"round-steps": 3, "num-rounds": 3, "total-tokens": 10**6, "client-threads": 1}
+    federate(RunConfig.from_mapping(values | {"run-name": "whole"}), "client_0", "client_1")
+
+    config = write_config(tmp_path, values | {"run-name": "broken"})
     env = environment(builtin, tmp_path, **{MARK: str(tmp_path)})
-    whole, broken = 'run-name="whole"', 'run-name="broken"'
-    with killed_at_end(pilot_run("local-simulation", config, whole, env=env)) as process:
-        finished(process)
     snapshots = builtin / "runs" / "broken" / "snapshots"
-    with killed_at_end(pilot_run("local-simulation", config, broken, env=env)) as process:
+    with killed_at_end(pilot_run("local-simulation", config, env=env)) as process:
         until((snapshots / "round-000001").exists, 300, "the first commit")
+        (scratch,) = scratch_directories(str(tmp_path))
         process.kill()
-    until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
+        assert process.wait() == -signal.SIGKILL
+    until(lambda: not marked(str(tmp_path)), what="the end of all processes")
+    until(lambda: not scratch.exists(), what="the end of the scratch directory")
     assert not (builtin / "runs" / "broken" / "final_model.pt").exists()
-    with killed_at_end(pilot_run("local-simulation", config, broken, env=env)) as process:
+    with killed_at_end(pilot_run("local-simulation", config, env=env)) as process:
         output = finished(process)
     assert re.search(r"Resuming run broken after round [12]", output)
 
@@ -151,6 +159,15 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     for name, weight in models[0].items():
         assert torch.equal(weight, models[1][name]), name
     check_books(builtin, "broken")
+
+
+def scratch_directories(mark: str) -> set[Path]:
+    """Of the marked processes, as `pilot run` names them to all that it starts."""
+    found = set()
+    for process in marked(mark):
+        with contextlib.suppress(psutil.Error):
+            found.add(process.environ().get("PILOT_SCRATCH_DIR", ""))
+    return {Path(directory) for directory in found if directory}
 
 
 def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path) -> None:
@@ -182,7 +199,7 @@ def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path
             site = deployment.mark("site-b")
             until(lambda: workers(site), 120, "a worker of site-b")
             deployment.nodes["site-b"].send_signal(signal.SIGKILL)
-            until(lambda: not workers(site), 10, "the end of site-b's workers")
+            until(lambda: not workers(site), what="the end of site-b's workers")
             output = finished(process)
         listed = subprocess.run(
             [BIN / "flwr", "ls", "local-deployment", "--format", "json"],

@@ -198,7 +198,7 @@ def test_supernode_ends_with_its_node_however_that_ends(site: Site) -> None:
     with site.node() as process:
         supernode = psutil.Process(site.told("pid")[0])
         process.kill()
-    until(lambda: gone([supernode]), 10.0)
+    until(lambda: gone([supernode]))
 
 
 # -- leaving -------------------------------------------------------------------------------------

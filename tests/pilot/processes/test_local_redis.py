@@ -75,7 +75,7 @@ def test_two_servers_share_nothing() -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_ends_with_its_parent_however_that_ends(end: signal.Signals) -> None:
-    parent, path, processes = start_parent("time.sleep(60)")
+    parent, path, processes = start_parent("time.sleep(600)")
     parent.send_signal(end)
     parent.wait()
     until(lambda: gone(processes))
@@ -84,7 +84,7 @@ def test_ends_with_its_parent_however_that_ends(end: signal.Signals) -> None:
 
 def test_ends_with_a_parent_whose_fork_lives_on() -> None:
     # one of the two speaks: lines of both could mix
-    fork = "import os; pid = os.fork(); pid and print(pid, flush=True); time.sleep(60)"
+    fork = "import os; pid = os.fork(); pid and print(pid, flush=True); time.sleep(600)"
     parent, path, processes = start_parent(fork)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
@@ -112,7 +112,7 @@ print(redis.Redis.from_url(made[0].url).ping(), flush=True)
 
 
 def test_server_dies_with_its_keeper() -> None:
-    parent, path, (keeper, server) = start_parent("time.sleep(60)")
+    parent, path, (keeper, server) = start_parent("time.sleep(600)")
     try:
         keeper.kill()
         until(lambda: gone([server]))

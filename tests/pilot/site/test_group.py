@@ -242,7 +242,7 @@ def test_killed_process_ends_the_group_with_a_sentence(
     members[2].kill()  # rank 1
     with pytest.raises(WorkerError, match=r"^worker process 1 was killed by signal 9"):
         group.reply()
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 HOLDER = """
@@ -252,14 +252,16 @@ with WorkerHandle(processes=int(sys.argv[1]), device="cpu") as worker:
     print(worker._pid, worker._dir, flush=True)
     time.sleep(600)
 """
-ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@pytest.mark.xdist_group("seconds")
 @pytest.mark.parametrize(
     ("who", "signum"),
-    [
-        *(("ClientApp", signum) for signum in ENDS),
-        *(("SuperNode", signum) for signum in ENDS),
+    [  # a ClientApp unwinds at Ctrl-C only; a SuperNode's end looks the same from here, whatever ends it
+        ("ClientApp", signal.SIGKILL),
+        ("ClientApp", signal.SIGTERM),
+        ("ClientApp", signal.SIGINT),
+        ("SuperNode", signal.SIGKILL),
         ("supervisor", signal.SIGKILL),
     ],
 )

@@ -81,7 +81,7 @@ class SuperNode:
         order: HelloOrder | TrainOrder,
         weights: dict[str, torch.Tensor] | None = None,
         *,
-        idle_s: float = 60.0,
+        idle_s: float = 600.0,
     ) -> Said:
         directory = self._directory / f"message-{len(self._apps)}"
         directory.mkdir()
@@ -106,7 +106,7 @@ class SuperNode:
         for app in self._apps:
             with contextlib.suppress(psutil.NoSuchProcess):
                 members = family(app.pid)
-                until(lambda members=members: gone(members), limit_s=10.0)  # type: ignore[misc]
+                until(lambda members=members: gone(members))  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -151,8 +151,8 @@ def test_group_that_nobody_comes_back_to_ends_and_leaves_no_directory(
     app = supernode.send(hello(site), idle_s=0.3)
     members = family(app.pid)
     app.answer()
-    until(lambda: gone(members), limit_s=10.0)
-    until(lambda: not app.lodging.exists(), limit_s=10.0)
+    until(lambda: gone(members))
+    until(lambda: not app.lodging.exists())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -163,7 +163,7 @@ def test_group_that_died_between_two_orders_is_replaced(
     first.answer()
     members = family(first.pid)
     members[1].send_signal(number)  # rank 0, which has nothing in hand
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
     second = supernode.send(hello(site))
     assert second.answer()["error"] == "" and second.pid != first.pid
 
@@ -174,8 +174,8 @@ def test_supernodes_death_ends_a_group_that_waits(site: Path, supernode: SuperNo
     members = family(app.pid)
     supernode.process.kill()
     supernode.process.wait()
-    until(lambda: gone(members), limit_s=10.0)
-    until(lambda: not app.lodging.exists(), limit_s=10.0)
+    until(lambda: gone(members))
+    until(lambda: not app.lodging.exists())
 
 
 @pytest.mark.parametrize("orders_before", [0, 1])
@@ -194,7 +194,7 @@ def test_clientapps_death_in_mid_round_ends_the_group(
     until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
     members = family(app.pid)
     app.process.kill()
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> None:
@@ -204,7 +204,7 @@ def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> Non
     )
     members = family(app.pid)
     assert app.answer()["eval_rows"] == 12
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 def test_group_that_was_told_to_leave_ends_with_its_reply(
@@ -217,7 +217,7 @@ def test_group_that_was_told_to_leave_ends_with_its_reply(
     members = family(app.pid)
     os.kill(app.pid, signal.SIGTERM)
     assert app.answer()["stopped_by"] == "SIGTERM"
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 def test_group_of_another_version_is_replaced(site: Path, supernode: SuperNode) -> None:
