@@ -27,9 +27,10 @@ from .keys import Keys
 
 
 def pilot_run(
-    connection: str, config: Path, *overrides: str, env: dict[str, str]
+    connection: str, config: Path, *, env: dict[str, str], app: Path | None = None
 ) -> "subprocess.Popen[str]":
-    command = [str(BIN / "pilot"), "run", connection, "--run-config", str(config), *overrides]
+    command = [str(BIN / "pilot"), "run", connection, "--run-config", str(config)]
+    command += [] if app is None else ["--app", str(app)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_reply(
-    builtin: Path, tmp_path: Path
+    builtin: Path, tmp_path: Path, app: Path
 ) -> None:
     values = MICRO | {"run-name": "leaving", "total-tokens": 10**8, "num-rounds": 1, "epochs": 9}
     config = write_config(
@@ -37,7 +37,7 @@ def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_re
         for name in ("site-a", "site-b"):
             deployment.start_pilot_node(name)
         process = stack.enter_context(
-            killed_at_end(pilot_run("local-deployment", config, env=deployment.env))
+            killed_at_end(pilot_run("local-deployment", config, env=deployment.env, app=app))
         )
 
         def trains(name: str) -> bool:

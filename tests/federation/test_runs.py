@@ -46,7 +46,7 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
 ) -> None:
     values = MICRO | {
         "run-name": "simulated",
-        "total-tokens": 12 * 16384,  # a fast machine overshoots a round's target by half a second
+        "total-tokens": 6 * 16384,  # a fast machine overshoots a round's target by half a second
         "target-tokens": 16384,
         "epochs": 3,
     }
@@ -59,7 +59,7 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
     for line in (
         r"\[ROUND 2\]",
         r"Scaling weight decay from 0\.000000 to 0\.000000 for depth 1",
-        r"Round 2 schedule: Step \d+\.\d/192, LRM 1\.000, Momentum 0\.\d+",
+        r"Round 2 schedule: Step \d+\.\d/96, LRM 1\.000, Momentum 0\.\d+",
         r"Flower nodes: client_0 \(\d+\), client_1 \(\d+\)",
         r"configure_train: Training on all 2 Flower nodes",
         r"Shard progress: \d+\.\d% \(\d+/24 complete\)",
@@ -73,7 +73,7 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
         assert re.search(line, output), f"{line} is not in:\n{output}"
 
     committed = events(builtin, "simulated", "round_committed")
-    assert len(committed) >= 5
+    assert len(committed) >= 3
     ended = events(builtin, "simulated", "round_ended")
     assert {event["reason"] for event in ended} <= {"target-tokens", "run-tokens"}
     scored = events(builtin, "simulated", "validation")
@@ -131,7 +131,7 @@ def check_evaluation(
 
 
 def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
-    builtin: Path, tmp_path: Path
+    builtin: Path, tmp_path: Path, app: Path
 ) -> None:
     """Nothing of the killed one survives; the other is led in this process, by the same rules."""
     values = MICRO | {"round-steps": 3, "num-rounds": 3, "total-tokens": 10**6, "client-threads": 1}
@@ -140,7 +140,7 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     config = write_config(tmp_path, values | {"run-name": "broken"})
     env = environment(builtin, tmp_path, **{MARK: str(tmp_path)})
     snapshots = builtin / "runs" / "broken" / "snapshots"
-    with killed_at_end(pilot_run("local-simulation", config, env=env)) as process:
+    with killed_at_end(pilot_run("local-simulation", config, env=env, app=app)) as process:
         until((snapshots / "round-000001").exists, 300, "the first commit")
         (scratch,) = scratch_directories(str(tmp_path))
         process.kill()
@@ -148,7 +148,7 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     until(lambda: not marked(str(tmp_path)), what="the end of all processes")
     until(lambda: not scratch.exists(), what="the end of the scratch directory")
     assert not (builtin / "runs" / "broken" / "final_model.pt").exists()
-    with killed_at_end(pilot_run("local-simulation", config, env=env)) as process:
+    with killed_at_end(pilot_run("local-simulation", config, env=env, app=app)) as process:
         output = finished(process)
     assert re.search(r"Resuming run broken after round [12]", output)
 
@@ -170,7 +170,9 @@ def scratch_directories(mark: str) -> set[Path]:
     return {Path(directory) for directory in found if directory}
 
 
-def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path) -> None:
+def test_a_deployment_survives_the_death_of_a_site(
+    builtin: Path, tmp_path: Path, app: Path
+) -> None:
     values = MICRO | {
         "run-name": "deployed",
         "total-tokens": 4 * 32768,
@@ -184,7 +186,7 @@ def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path
         for name in ("site-a", "site-b"):
             deployment.start_node(name)
         # plain Flower, as users of the prototype know it; a mistyped value is named by the server
-        run = [BIN / "flwr", "run", ".", "local-deployment", "--stream", "--run-config", config]
+        run = [BIN / "flwr", "run", app, "local-deployment", "--stream", "--run-config", config]
         with killed_at_end(
             subprocess.Popen(
                 run,
