@@ -103,8 +103,9 @@ def test_the_table_of_keys_is_that_of_the_configuration() -> None:
 @pytest.mark.parametrize("command", dict.fromkeys(run or said for said, run in COMMANDS.items()))
 def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> None:
     words = shlex.split(command.replace("{home}", shell["HOME"]))
+    env = shell | (own_environment(shell["HOME"]) if words[0] == "maturin" else {})
     done = subprocess.run(
-        [BIN / words[0], *words[1:]], cwd=ROOT, env=shell, capture_output=True, text=True
+        [BIN / words[0], *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     if "get_vocab_size" in command:
@@ -115,6 +116,13 @@ def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> N
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NANOCHAT_BASE_DIR", shell["NANOCHAT_BASE_DIR"])
             get_source("builtin").ensure([0, 8])
+
+
+def own_environment(home: str) -> dict[str, str]:
+    """A Python environment to install into, since other tests import what is installed in this one."""
+    directory = f"{home}/venv"
+    subprocess.run(["uv", "venv", "--quiet", "--python", BIN / "python", directory], check=True)
+    return {"VIRTUAL_ENV": directory}
 
 
 def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
