@@ -132,17 +132,16 @@ def test_next_order_goes_to_the_same_group_and_gives_what_a_new_group_would(
         train_order(config, [[0, 0, 4, -1]], processes=processes, eval_end_row=12),
         train_order(config, [[0, 1, 0, -1]], processes=processes, fence=Fence("r", 1, 2, 2)),
     ]
-    kept = []
-    for order in orders:
-        app = supernode.send(order, weights)
-        kept.append((app, app.answer(), load_file(app.directory / "update")))
-    assert kept[0][0].pid == kept[1][0].pid
-    for order, (_, answer, update) in zip(orders, kept, strict=True):
-        with WorkerHandle(processes=processes, device="cpu") as worker:
-            reply, expected = ask(worker, order, weights)
-        assert answer["consumed"] == reply.consumed and answer["loss_nats"] == reply.loss_nats
-        assert update.keys() == expected.keys()
-        assert all(torch.equal(update[name], expected[name]) for name in expected)
+    first = supernode.send(orders[0], weights)
+    first.answer()
+    second = supernode.send(orders[1], weights)
+    answer, update = second.answer(), load_file(second.directory / "update")
+    assert first.pid == second.pid
+    with WorkerHandle(processes=processes, device="cpu") as worker:
+        reply, expected = ask(worker, orders[1], weights)
+    assert answer["consumed"] == reply.consumed and answer["loss_nats"] == reply.loss_nats
+    assert update.keys() == expected.keys()
+    assert all(torch.equal(update[name], expected[name]) for name in expected)
 
 
 def test_group_that_nobody_comes_back_to_ends_and_leaves_no_directory(
@@ -156,7 +155,7 @@ def test_group_that_nobody_comes_back_to_ends_and_leaves_no_directory(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_group_that_died_between_two_orders_is_replaced(
+def test_group_that_died_between_two_orders_is_replaced_and_supernodes_death_ends_the_new_one(
     site: Path, supernode: SuperNode, number: signal.Signals
 ) -> None:
     first = supernode.send(hello(site))
@@ -166,16 +165,12 @@ def test_group_that_died_between_two_orders_is_replaced(
     until(lambda: gone(members))
     second = supernode.send(hello(site))
     assert second.answer()["error"] == "" and second.pid != first.pid
-
-
-def test_supernodes_death_ends_a_group_that_waits(site: Path, supernode: SuperNode) -> None:
-    app = supernode.send(hello(site))
-    app.answer()
-    members = family(app.pid)
+    # the one that waits now ends with the SuperNode
+    members = family(second.pid)
     supernode.process.kill()
     supernode.process.wait()
     until(lambda: gone(members))
-    until(lambda: not app.lodging.exists())
+    until(lambda: not second.lodging.exists())
 
 
 @pytest.mark.parametrize("orders_before", [0, 1])
