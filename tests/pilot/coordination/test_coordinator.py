@@ -17,10 +17,8 @@ from pilot.coordination.coordinator import CoordinatorError, Heard, ServerCoordi
 from pilot.processes.local_redis import LocalRedis
 from pilot.wire.messages import Fence, Heartbeat
 
-from ..coordinator_kit import LIMIT_S, client, keys, server, until
-from ..redis_fixture import redis_url, tcp_redis
-
-__all__ = ["redis_url", "tcp_redis"]  # fixtures
+from ...waiting import LIMIT_S, until
+from ..coordinator_kit import client, keys, server
 
 ROOT = Path(__file__).resolve().parents[3]
 
