@@ -1,4 +1,4 @@
-"""The books: who owns which rows, and which rows the model has seen.
+"""The books: which client holds which rows, and which rows the model has seen.
 
 Every row of every epoch is in exactly one state: free, leased (open) or committed. Leasing moves free
 rows to a client; committing moves a prefix of a lease to committed and returns the rest; giving back
@@ -90,7 +90,7 @@ class Ledger:
         """Lease to each client about the rows `wanted`, or its fair share where too few are free.
 
         Shares are those of `fair_shares`, in whole steps of `step_rows` rows. Clients with the
-        fewest shards choose first. Those for whom nothing is left are not in the result.
+        fewest shards choose first. Clients for which nothing is left are not in the result.
         """
         sharing: dict[ShardSet, dict[str, int]] = {}
         for client, rows in wanted.items():

@@ -46,7 +46,7 @@ _EVALUATION_ATTEMPTS = 3
 
 
 class RunFailed(PilotError):
-    """The run can't go on; what it has is on disk, and the same command resumes it."""
+    """The run cannot continue; what it has is on disk, and the same command resumes it."""
 
 
 class RunInterrupted(PilotError):
@@ -62,7 +62,7 @@ class RoundLoop:
         term: the number of this start of the server.
         mailbox: messages to and from Flower's nodes.
         coordinator: the server's half of Redis.
-        report: all that people are told.
+        report: all that people see.
         clock: the only source of time and of pauses.
         run_dir: where snapshots and the spool of the open round are kept.
         closed: no node will come that isn't there yet (a simulation).
