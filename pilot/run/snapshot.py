@@ -81,8 +81,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int, keep_every
     except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SnapshotError(
-            f"cannot write snapshot {final}: {error}; fix this and rerun the same "
-            "command to resume"
+            f"cannot write snapshot {final}: {error}; fix this and rerun the same command to resume"
         ) from error
     _prune(directory, keep=keep, keep_every=keep_every)
     return final
@@ -161,7 +160,9 @@ def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapsh
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             report(f"snapshot {path} is damaged; skipping it: {error}")
     if found:
-        raise SnapshotError(f"no snapshot in {directory} can be read; remove it to start from scratch")
+        raise SnapshotError(
+            f"no snapshot in {directory} can be read; remove it to start from scratch"
+        )
     return None
 
 

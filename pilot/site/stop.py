@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pilot.coordination.coordinator import ClientCoordinator, heartbeat_expiry_s
+from pilot.coordination.coordinator import ClientCoordinator
+from pilot.coordination.heartbeats import heartbeat_expiry_s
 from pilot.site.notice import noticed
 from pilot.wire.messages import Heartbeat, StopReason
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,24 @@ def test_a_tokenizer_replaced_while_in_use_is_noticed(make_cache, base_dir):
 
 
 # --- leases
+
+
+@dataclass(frozen=True, order=True)
+class OwnSegment:
+    """A segment as another package declares it, with a field more."""
+
+    epoch: int
+    shard: int
+    first_row: int
+    end_row: int | None
+    client: str
+
+
+def test_a_stream_takes_and_returns_segments_of_any_dataclass(make_cache):
+    segments = [OwnSegment(0, 1, 2, 4, "a"), OwnSegment(0, 0, 0, None, "b")]
+    stream = RowStream(make_cache(), segments)
+    assert len(stream.read(5)) == 5
+    assert stream.consumed(5) == [segments[0], OwnSegment(0, 0, 0, 3, "b")]
 
 
 def test_a_stream_gives_its_segments_in_order(make_cache, tokenizer):

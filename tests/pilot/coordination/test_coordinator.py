@@ -13,7 +13,8 @@ import pytest
 import redis
 
 from pilot.coordination import coordinator as module
-from pilot.coordination.coordinator import CoordinatorError, Heard, ServerCoordinator
+from pilot.coordination.coordinator import CoordinatorError, ServerCoordinator
+from pilot.coordination.heartbeats import Heard
 from pilot.processes.local_redis import LocalRedis
 from pilot.wire.messages import Fence, Heartbeat
 
