@@ -24,7 +24,7 @@ from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, free_port, 
 from nanochat.source import get_source
 from scripts.config_table import README, with_table
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.readme]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.readme]
 
 BUILTIN = "--source builtin --tokenizer tokenizer"
 SMALL = "--batch-size 2 --max-seq-len 32 --total-batch-size 128 --num-iterations 2 --eval-rows 4"
