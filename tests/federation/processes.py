@@ -24,6 +24,9 @@ from pilot.run.events import read_events
 from ..waiting import until
 from .keys import Keys
 
+# What a whole run may take to start, or to end: a minute, or ten beside other people's tests.
+RUN_S = 600.0
+
 
 def pilot_run(
     connection: str, config: Path, *, env: dict[str, str], app: Path | None = None

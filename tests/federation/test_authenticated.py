@@ -14,6 +14,7 @@ from benchmarks.chaos.processes import CONNECTION, marked
 
 from ..waiting import until
 from .processes import (
+    RUN_S,
     Deployment,
     events,
     killed_at_end,
@@ -21,7 +22,7 @@ from .processes import (
     write_config,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 # Flower's least interval: a node that was killed is refused for up to 20 s instead of up to 60 s
 SHORT_WINDOW = """
@@ -62,9 +63,9 @@ def test_authenticated_node_that_was_killed_is_refused_for_a_while_and_then_trai
             killed_at_end(pilot_run(CONNECTION, config, env=deployment.env, app=app))
         )
         beat = "pilot:authenticated:client:site-a"
-        until(lambda: int(keys.hget(beat, "tokens") or 0) > 0, 300, "site-a to train")
+        until(lambda: int(keys.hget(beat, "tokens") or 0) > 0, RUN_S, "site-a to train")
         supernode(deployment.mark("site-a")).kill()
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=RUN_S)
         assert run.returncode == 0, output[-5000:]
         node = deployment.nodes["site-a"]
         node.send_signal(signal.SIGTERM)

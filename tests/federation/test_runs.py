@@ -22,6 +22,7 @@ from scripts import base_eval
 from ..waiting import until
 from .in_process import federate
 from .processes import (
+    RUN_S,
     Deployment,
     events,
     killed_at_end,
@@ -29,11 +30,11 @@ from .processes import (
     write_config,
 )
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=RUN_S)
     assert process.returncode == 0, output[-5000:]
     return output
 
@@ -141,7 +142,7 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     env = environment(builtin, tmp_path, **{MARK: str(tmp_path)})
     snapshots = builtin / "runs" / "broken" / "snapshots"
     with killed_at_end(pilot_run("local-simulation", config, env=env, app=app)) as process:
-        until((snapshots / "round-000001").exists, 300, "the first commit")
+        until((snapshots / "round-000001").exists, RUN_S, "the first commit")
         (scratch,) = scratch_directories(str(tmp_path))
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -197,9 +198,9 @@ def test_a_deployment_survives_the_death_of_a_site(
                 stderr=subprocess.STDOUT,
             )
         ) as process:
-            until(lambda: len(opened(builtin)) == 2, 300, "the second round")
+            until(lambda: len(opened(builtin)) == 2, RUN_S, "the second round")
             site = deployment.mark("site-b")
-            until(lambda: workers(site), 120, "a worker of site-b")
+            until(lambda: workers(site), RUN_S, "a worker of site-b")
             deployment.nodes["site-b"].send_signal(signal.SIGKILL)
             until(lambda: not workers(site), what="the end of site-b's workers")
             output = finished(process)

@@ -27,7 +27,7 @@ from pilot.processes.scratch import free_port
 from ..waiting import until
 from .flower_app import write_app
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def superlink() -> Iterator[int]:
     )
     there = Connection("dep", {"address": f"127.0.0.1:{port}"}, Path())
     try:
-        until(lambda: reachable(there), 90)
+        until(lambda: reachable(there), 300)
         yield port
     finally:
         process.terminate()
@@ -327,7 +327,7 @@ def test_nothing_survives_the_interrupt_of_pilot_run(app: Path, tmp_path: Path) 
     report_path = tmp_path / "report.json"
     process = start("sim", "--run-config", f'mode="wait" report="{report_path}"')
     try:
-        until(report_path.exists, 120)
+        until(report_path.exists, 300)
         process.send_signal(signal.SIGINT)
         assert finish(process)[0] == 130
         until(lambda: all_gone(json.loads(report_path.read_text())))
@@ -339,7 +339,7 @@ def test_a_killed_server_fails_the_run_at_once(app: Path, tmp_path: Path) -> Non
     report_path = tmp_path / "report.json"
     process = start("sim", "--run-config", f'mode="wait" report="{report_path}"')
     try:
-        until(report_path.exists, 120)
+        until(report_path.exists, 300)
         report = json.loads(report_path.read_text())
         os.kill(report["pids"][0], signal.SIGKILL)
         code, _, err = finish(process)
@@ -369,7 +369,7 @@ def test_sigterm_stops_a_deployed_run(deployed_app: Path, tmp_path: Path) -> Non
     report_path = tmp_path / "report.json"
     process = start("dep", "--run-config", f'mode="wait" report="{report_path}"')
     try:
-        until(report_path.exists, 120)
+        until(report_path.exists, 300)
         process.terminate()
         code, lines, _ = finish(process)
     finally:

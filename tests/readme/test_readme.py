@@ -25,7 +25,7 @@ from nanochat.source import get_source
 from pilot.processes.scratch import free_port
 from scripts.config_table import README, with_table
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.readme]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.readme]
 
 BUILTIN = "--source builtin --tokenizer tokenizer"
 SMALL = "--batch-size 2 --max-seq-len 32 --total-batch-size 128 --num-iterations 2 --eval-rows 4"
