@@ -24,7 +24,7 @@ import torch
 
 import rustbpe
 from benchmarks.train_step import make_trainer
-from nanochat.common import ArgumentParser
+from nanochat.common import ArgumentParser, run_command_line
 from nanochat.schedule import Schedule
 
 _SMOOTH = 10
@@ -130,4 +130,4 @@ def _rows(directory: Path, vocab: int, sequence_len: int) -> np.ndarray:
 
 if __name__ == "__main__":
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    main()
+    run_command_line(main)

@@ -177,4 +177,4 @@ def _work(arguments: Namespace) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("WANDB_MODE", "disabled")
-    sys.exit(run_command_line(main))
+    run_command_line(main)

@@ -30,7 +30,7 @@ class HfName:
     def parse(text: str) -> "HfName":
         """From `hf:NAME[:SPLIT[:COLUMN]]`; UserError for any other form."""
         rest = text.removeprefix(PREFIX)
-        if Path(rest).expanduser().exists():  # a path may hold colons
+        if rest and Path(rest).expanduser().exists():  # a path may hold colons
             return HfName(rest)
         parts = rest.split(":")
         if len(parts) > 3 or not all(parts):

@@ -187,3 +187,6 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert str(HfName.parse("hf:a/b:test")) == "hf:a/b:test"
     assert str(HfName.parse("hf:a/b:train:story")) == "hf:a/b:train:story"
     assert HfName("a/b").directory != HfName("a/b", "test").directory
+    for wrong in ("hf:", "hf:a/b:", "hf:a/b:train:text:more"):
+        with pytest.raises(UserError, match=r"is not hf:NAME\[:SPLIT\[:COLUMN\]\]"):
+            HfName.parse(wrong)
