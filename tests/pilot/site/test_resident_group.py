@@ -24,7 +24,7 @@ from pilot.site.handle import SOCKET_NAME, WorkerHandle
 from pilot.wire.frames import receive_frame, send_frame
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
 
-from ...waiting import family, gone, until
+from ...waiting import LIMIT_S, family, gone, until
 from ..worker_kit import ENDLESS, ROOT, ask, first_weights, site_config, train_order
 
 # One message, as Flower's ClientApp lives for it: `--parent-pid` says whom it works for.
@@ -64,7 +64,7 @@ class Said:
         self.pid, self.lodging = int(pid), Path(lodging)
 
     def answer(self) -> dict[str, Any]:
-        assert self.process.wait(60) == 0
+        assert self.process.wait(LIMIT_S) == 0
         answer: dict[str, Any] = json.loads((self.directory / "answer.json").read_text())
         return answer
 

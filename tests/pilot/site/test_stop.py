@@ -15,10 +15,9 @@ from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
 from pilot.site.notice import notice_files, noticed
 from pilot.site.stop import Progress, StopWatcher
 
-from ...waiting import until
+from ...waiting import LIMIT_S, until
 
 ROOT = Path(__file__).resolve().parents[3]
-LIMIT_S = 30.0
 
 
 def alone(seconds_left: float = 600.0) -> StopWatcher:
