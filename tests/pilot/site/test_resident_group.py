@@ -24,7 +24,7 @@ from pilot.site.handle import SOCKET_NAME, WorkerHandle
 from pilot.wire.frames import receive_frame, send_frame
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
 
-from ...waiting import family, gone, until
+from ...waiting import LIMIT_S, family, gone, until
 from ..worker_kit import ENDLESS, ROOT, ask, first_weights, site_config, train_order
 
 # A ClientApp, which lives for one message as Flower's do; `--parent-pid` names its SuperNode.
@@ -64,7 +64,7 @@ class ClientApp:
         self.pid, self.group_dir = int(pid), Path(group_dir)
 
     def answer(self) -> dict[str, Any]:
-        assert self.process.wait(60) == 0
+        assert self.process.wait(LIMIT_S) == 0
         answer: dict[str, Any] = json.loads((self.directory / "answer.json").read_text())
         return answer
 

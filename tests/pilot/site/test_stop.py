@@ -16,10 +16,9 @@ from pilot.site.notice import notice_files, noticed
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import Heartbeat
 
-from ...waiting import until
+from ...waiting import LIMIT_S, until
 
 ROOT = Path(__file__).resolve().parents[3]
-LIMIT_S = 30.0
 
 
 def alone(seconds_left: float = 600.0) -> StopWatcher:
