@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from nanochat.acceleration import accelerated_block
 from nanochat.common import get_base_dir, print0
@@ -17,6 +18,7 @@ from nanochat.data_spec import DataSpec, count_train_shards, open_source, valida
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
+from nanochat.gpus import device_rows, peak_flops, settle_garbage
 from nanochat.interrupt import stop_on_signals
 from nanochat.kernels.choices import training_seconds
 from nanochat.layers import RunBlock
@@ -75,6 +77,7 @@ def pretrain(
         params = GPT(config, compute_dtype=torch.float32)
     batch_tokens = _batch_tokens(settings, params)
     settings = replace(settings, total_batch_size=batch_tokens, eval_rows=spec.eval_rows)
+    settings = replace(settings, batch_size=_device_rows(settings, device, world_size))
     num_steps = _num_steps(settings, params)
     schedule = _schedule(settings, params, num_steps)
     print0(
@@ -137,6 +140,8 @@ def pretrain(
         config=asdict(settings),
         done=state.step,
         training_time_s=state.training_time_s,
+        token_flops=model.estimate_flops(),
+        peak_flops=world_size * (peak_flops(device) or 0.0),
     )
 
     watch = _Watch(
@@ -157,6 +162,8 @@ def pretrain(
             hyper = schedule.at(step)
             nats = trainer.step(rows, hyper=hyper)
             assert nats is not None
+            if step == state.step:
+                settle_garbage()
             done, last = step + 1, step + 1 == num_steps
             logger.step(done, nats, hyper.lr_multiplier, stream.position)
             state = state.moved(done, stream.position, logger.loss, logger.training_time_s)
@@ -186,6 +193,22 @@ def _run_block(settings: Settings, model: GPT, num_steps: int, world_size: int) 
     run_block, choices = accelerated_block(settings.compile, model=model, run_s=seconds)
     print0(choices)
     return run_block
+
+
+def _device_rows(settings: Settings, device: torch.device, world_size: int) -> int:
+    """Rows that each device takes at once: the least of what the ranks have room for."""
+    step_rows = settings.total_batch_size // settings.max_seq_len
+    rows = device_rows(
+        settings.batch_size,
+        device=device,
+        sequence_len=settings.max_seq_len,
+        rank_rows=-(-step_rows // world_size),
+    )
+    if world_size > 1:
+        least = torch.tensor(rows, device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        rows = int(least)
+    return rows
 
 
 def _due(every: int, done: int, last: bool) -> bool:

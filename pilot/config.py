@@ -83,7 +83,12 @@ class RunConfig:
         0.4, "last share of the run in which the rate falls", low=0, high=1
     )
     total_batch_size: int = _key(524288, "tokens of a client's optimizer step", low=1)
-    device_batch_size: int = _key(8, "rows a device takes at once", low=1)
+    device_batch_size: int = _key(
+        0,
+        "rows a device takes at once; 0: what its memory has room for",
+        low=0,
+        shapes_training=False,
+    )
     # rounds
     min_clients: int = _key(2, "clients that the run waits for before its first round", low=1)
     quorum: int = _key(2, "training clients without which only time ends a round", low=1)

@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
     add("--target-param-data-ratio", type=float, help="training tokens a parameter")
     add("--target-flops", type=float, help="floating-point operations of the run, instead of that")
     # the optimizer
-    add("--batch-size", "--device-batch-size", help="rows a device takes at once")
+    add("--batch-size", "--device-batch-size", help="rows a device takes at once; 0: what fits")
     add("--total-batch-size", help="tokens of an optimizer step; -1: from the run's length")
     add("--lr", type=float, help="Muon's learning rate; the others follow it")
     add("--matrix-lr", type=float, help="Muon's learning rate alone, instead of that")

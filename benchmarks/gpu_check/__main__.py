@@ -7,6 +7,7 @@ python -m benchmarks.gpu_check --only d20-b32 --variants head=eager,fused sdpa=f
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="directory for results.jsonl, table and logs")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no check outlives this process
     directory = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     setup = Setup(device=arguments.device, tiny=arguments.tiny, directory=directory)
     out = arguments.out or directory
@@ -53,7 +55,9 @@ def main() -> int:
     if arguments.out:
         with (out / "logs.txt").open("w", encoding="utf-8", errors="replace") as logs:
             for path in sorted((directory / "logs").glob("*.log")):
-                logs.write(f"== {path.name}\n{path.read_text(encoding='utf-8', errors='replace')}\n")
+                logs.write(
+                    f"== {path.name}\n{path.read_text(encoding='utf-8', errors='replace')}\n"
+                )
         shutil.rmtree(directory, ignore_errors=True)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from benchmarks.gpu_check.kit import relative_error
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from nanochat.attention import attention_by
-from nanochat.choices import Kernel
-from nanochat.flash3 import flash3_for
-from nanochat.flex import prepare_flex
+from nanochat.kernels.attention import attention_by
+from nanochat.kernels.choices import Kernel
+from nanochat.kernels.flash3 import flash3_for
+from nanochat.kernels.flex import prepare_flex
 
 _OUT, _GRADIENT = 6e-3, 1.2e-2  # relative errors in bf16
 

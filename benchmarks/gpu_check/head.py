@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check.kit import relative_error
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from nanochat.head import head_loss
+from nanochat.kernels.head import head_loss
 
 # relative errors: of the loss, of the gradients
 _BOUNDS = {torch.bfloat16: (1e-3, 1e-2), torch.float32: (2e-6, 1e-5)}
@@ -24,9 +24,9 @@ def check(setup: Setup, verdict: Verdict) -> None:
         exact_loss, exact_x, exact_weight = _reference(x, weight, targets)
         for reduction in ("sum", "mean"):
             scale = 1.0 if reduction == "sum" else 1.0 / int((targets >= 0).sum())
-            leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-            loss = head_loss(*leaves, targets, vocab_size=vocab, reduction=reduction)
-            grad_x, grad_weight = torch.autograd.grad(loss, leaves)
+            leaf, head = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            loss = head_loss(leaf, head, targets, vocab_size=vocab, reduction=reduction)
+            grad_x, grad_weight = torch.autograd.grad(loss, (leaf, head))
             error = abs(float(loss.detach()) / (scale * exact_loss) - 1)
             verdict.at_most(f"{name}_{reduction}_loss", error, loss_bound)
             error = relative_error(grad_x, scale * exact_x)
@@ -63,9 +63,7 @@ def _reference(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, Tenso
     wide = (weight * (2 / 15)).to(x.dtype).double() * (15 / 2)
     wide.requires_grad_()
     total, gradients = 0.0, []
-    for piece, target in zip(
-        x.split(_REFERENCE_ROWS), targets.split(_REFERENCE_ROWS), strict=True
-    ):
+    for piece, target in zip(x.split(_REFERENCE_ROWS), targets.split(_REFERENCE_ROWS), strict=True):
         leaf = piece.double().requires_grad_()
         logits = 15 * torch.tanh(leaf @ wide.T / 15)
         loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")

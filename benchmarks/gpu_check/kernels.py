@@ -7,9 +7,9 @@ from benchmarks.gpu_check.head import _inputs as head_inputs
 from benchmarks.gpu_check.kit import milliseconds
 from benchmarks.gpu_check.variants import head_variants
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from nanochat import head
-from nanochat.choices import Kernel
 from nanochat.gpt_config import config_for_depth
+from nanochat.kernels import head
+from nanochat.kernels.choices import Kernel
 
 _PASS_BYTES = 6  # of a bf16 logit: read, read again, written
 
@@ -37,24 +37,26 @@ def _head(setup: Setup, verdict: Verdict, device: torch.device) -> None:
     """The passes over a chunk of logits, and the whole head, by each form that is here."""
     rows, vocab, width = (4096, 65536, 1280) if not setup.tiny else (64, 300, 32)
     x, weight, targets = head_inputs(4 * rows, vocab, width, torch.bfloat16, device)
+    x.requires_grad_()
     weight.requires_grad_()
     scale = torch.ones((), device=device)
-    for name in head_variants(setup.device):
-        with head_variants(setup.device)[name]():
-            logits = torch.randn((rows, vocab), device=device).bfloat16()
-            nats = torch.empty(rows, device=device)
-            ms = milliseconds(lambda: head._passes(logits, targets[:rows], nats, scale), device)  # noqa: B023
+    logits = torch.randn((rows, vocab), device=device).bfloat16()
+    nats = torch.empty(rows, device=device)
+
+    def passes() -> None:
+        head._passes(logits, targets[:rows], nats, scale)
+
+    def whole() -> None:
+        loss = head.head_loss(x, weight, targets, vocab_size=vocab, reduction="sum")
+        torch.autograd.grad(loss, (x, weight))
+
+    for name, form in head_variants(setup.device).items():
+        with form():
+            ms = milliseconds(passes, device)
             verdict.note(f"head_passes_{name}_ms", ms)
             verdict.note(f"head_passes_{name}_tb_per_s", _PASS_BYTES * logits.numel() / ms / 1e9)
-            leaf = x.clone().requires_grad_()
-
-            def whole(leaf: torch.Tensor = leaf) -> None:
-                loss = head.head_loss(leaf, weight, targets, vocab_size=vocab, reduction="sum")
-                torch.autograd.grad(loss, (leaf, weight))
-
             ms = milliseconds(whole, device, repeat=5)
             verdict.note(f"head_{name}_us_per_token", 1e3 * ms / len(x))
-            del logits
 
 
 def _attention(setup: Setup, verdict: Verdict, device: torch.device) -> None:
@@ -74,7 +76,9 @@ def _attention(setup: Setup, verdict: Verdict, device: torch.device) -> None:
             name = f"attention_{kernel.name.lower()}_{window}"
             verdict.note(f"{name}_ms", ms)
             # forward 2 matmuls, backward 5, half of each hidden by the mask
-            visible = batch * heads * (length * window - window * (window - 1) / 2 * (window < length))
+            visible = (
+                batch * heads * (length * window - window * (window - 1) / 2 * (window < length))
+            )
             visible = visible / 2 if window >= length else visible
             verdict.note(f"{name}_tflops", 7 * 2 * width * visible / ms / 1e9)
     if Kernel.CUDNN in times:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from pilot.worker.ranks import Ranks
+from pilot.site.ranks import Ranks
 
 
 def check(setup: Setup, verdict: Verdict) -> None:

@@ -53,22 +53,22 @@ def _adamw_error(device: torch.device) -> float:
 
 
 def _muon_error(device: torch.device) -> float:
-    """Of a stack of matrices after one step, fp32 against float64 on the CPU."""
+    """Of a stack of matrices after one step, in fp32, against the CPU."""
     generator = torch.Generator().manual_seed(6)
     start, gradient = (torch.randn((3, 96, 64), generator=generator) for _ in range(2))
     results = []
-    for where, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
-        weights = start.clone().to(where, dtype)
+    for where in (device, torch.device("cpu")):
+        weights = start.clone().to(where)
         muon_update(
             weights,
-            gradient.to(where, dtype),
+            gradient.to(where),
             torch.zeros_like(weights),
             weights.new_zeros((3, 96, 1)),
             lr=0.02,
             momentum=0.9,
             beta2=0.9,
             weight_decay=0.1,
-            polar_dtype=dtype,
+            polar_dtype=torch.float32,
         )
         results.append(weights.cpu())
     return relative_error(*results)

@@ -24,7 +24,11 @@ class Check:
 
 def _step(name: str, *, cost_s: float = 20, **options: str) -> Check:
     return Check(
-        name=name, function="step:check", limit_s=90, cost_s=cost_s, options={"bench": name} | options
+        name=name,
+        function="step:check",
+        limit_s=90,
+        cost_s=cost_s,
+        options={"bench": name} | options,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 from benchmarks.gpu_check.verdict import Verdict
 
@@ -23,7 +24,7 @@ def profile_step(step: Callable[[], Any], verdict: Verdict, device: torch.device
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     ]
     by_name: dict[str, float] = defaultdict(float)
     for start, end, name in spans:

@@ -56,14 +56,24 @@ def run_all(
             else:
                 limit = check.limit_s * (_SLOW_CPU if setup.tiny else 1.0)
                 running.append(_Running(check, setup, limit_s=min(limit, max(left, 1.0))))
+        for outcome in _finished(running):
+            outcomes.append(outcome)
+            tell(outcome)
+    return outcomes
+
+
+def _finished(running: list["_Running"]) -> Iterator[Outcome]:
+    """Each one's outcome when it ends; none is left when the caller gives up."""
+    try:
         while running:
             for one in list(running):
                 if (done := one.poll()) is not None:
                     running.remove(one)
-                    outcomes.append(done)
-                    tell(done)
+                    yield done
             time.sleep(_POLL_S)
-    return outcomes
+    finally:
+        for one in running:
+            one.end()
 
 
 def _groups(checks: list[Check]) -> Iterator[list[Check]]:
@@ -112,7 +122,7 @@ class _Running:
         code, late = self._process.poll(), seconds > self._limit_s
         if code is None and not late:
             return None
-        self._end()
+        self.end()
         name = self._check.name
         if late and code is None:
             reason = f"it was ended after {self._limit_s:.0f} s"
@@ -135,7 +145,7 @@ class _Running:
             failures=failures,
         )
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """The check and all that it has left running in its session."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -10,11 +10,12 @@ from benchmarks.gpu_check.kit import Stages, memory_gb, synchronize
 from benchmarks.gpu_check.profile import profile_step
 from benchmarks.gpu_check.variants import using
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from nanochat import gpt, head
+from nanochat import gpt
 from nanochat.acceleration import accelerated_block
 from nanochat.common import get_base_dir
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.gpus import peak_flops, prepare_device
+from nanochat.kernels import head
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
 

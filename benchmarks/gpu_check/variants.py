@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from nanochat import attention, head
-from nanochat.choices import HeadPasses, Kernel
+from nanochat.kernels import attention, head
+from nanochat.kernels.choices import HeadPasses, Kernel
 
 HEAD = {"eager": HeadPasses.EAGER, "fused": HeadPasses.FUSED}
 SDPA = {"flash": Kernel.CAUSAL, "cudnn": Kernel.CUDNN}
@@ -21,19 +21,20 @@ def head_variants(device_type: str) -> dict[str, Callable[[], AbstractContextMan
 @contextlib.contextmanager
 def using(options: Mapping[str, str]) -> Iterator[None]:
     """What `options` say, in place of what choices.py would; keys that are no variants are left alone."""
-    modules: Any = (head, attention)
-    before = head.choose_head_passes, attention.choose_kernel
+    heads: Any = head
+    kernels: Any = attention
+    before = heads.choose_head_passes, kernels.choose_kernel
     if name := options.get("head"):
-        modules[0].choose_head_passes = lambda **_: HEAD[name]
-    if name := options.get("sdpa"):
-        wanted, choose = SDPA[name], attention.choose_kernel
+        heads.choose_head_passes = lambda **_: HEAD[name]
+    if sdpa := options.get("sdpa"):
+        choose = before[1]
 
         def chosen(**facts: Any) -> Kernel:
-            kernel = choose(**facts)
-            return wanted if kernel in SDPA.values() else kernel
+            kernel: Kernel = choose(**facts)
+            return SDPA[sdpa] if kernel in SDPA.values() else kernel
 
-        modules[1].choose_kernel = chosen
+        kernels.choose_kernel = chosen
     try:
         yield
     finally:
-        modules[0].choose_head_passes, modules[1].choose_kernel = before
+        heads.choose_head_passes, kernels.choose_kernel = before

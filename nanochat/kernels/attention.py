@@ -4,8 +4,8 @@ choices.py says which kernel. `scaled_dot_product_attention` has a fused causal 
 and takes an explicit T x T mask for a window shorter than the sequence: exact everywhere, but twice the
 work of a windowed kernel at T = 2048. On CPUs windows have a kernel of their own (2.3-2.9 times as fast as
 the mask at windows of a quarter), on Hopper GPUs FlashAttention-3 takes all of them, on other CUDA GPUs
-FlexAttention where blocks are compiled. There is no fp8: matmuls are in bf16 at the least, as the weights'
-updates were tuned for.
+FlexAttention where blocks are compiled. Full windows on a Hopper without FlashAttention-3 are cuDNN's.
+There is no fp8: matmuls are in bf16 at the least, as the weights' updates were tuned for.
 """
 
 from functools import lru_cache
@@ -13,7 +13,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nanochat.gpus import capability_of
 from nanochat.kernels.blocked import banded_attention, blocked_attention
 from nanochat.kernels.choices import Kernel, choose_kernel
 from nanochat.kernels.flash3 import flash3_attention, flash3_for
@@ -21,6 +23,13 @@ from nanochat.kernels.flex import flex_attention_of_window
 
 _WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
 _SHORT_WINDOW_DIVISOR = 4
+# torch's own order has cuDNN last; what cuDNN cannot take still goes to the next one
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def rotary_tables(
@@ -69,6 +78,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
         window=window,
         has_flash3=flash3_for(q.device) is not None,
         compiled=torch.compiler.is_compiling(),
+        capability=capability_of(q.device),
     )
     return attention_by(kernel, q, k, v, window=window)
 
@@ -85,6 +95,9 @@ def attention_by(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, window: int
         if torch.compiler.is_compiling():
             return banded_attention(q, k, v, window=window)
         return blocked_attention(q, k, v, window=window)
+    if kernel is Kernel.CUDNN:
+        with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+            return attention_by(Kernel.CAUSAL, q, k, v, window=window)
     mask = _window_mask(q.size(1), window, q.device) if kernel is Kernel.MASK else None
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),

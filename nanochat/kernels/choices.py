@@ -29,12 +29,25 @@ _CPU_FLOPS_PER_THREAD = 4e10
 _GPU_FLOPS = 5e13
 
 
+_HOPPER = 9  # SM 90
+# cuDNN plans each length anew: rows of training have one, prompts have any
+_CUDNN_MULTIPLE = 128
+
+
 class Kernel(Enum):
     FLASH3 = "FlashAttention-3"
     CAUSAL = "torch's fused causal attention"
+    CUDNN = "cuDNN's causal attention"
     FLEX = "FlexAttention"
     BLOCKED = "blocks of queries"
     MASK = "torch's attention with a mask"
+
+
+class HeadPasses(Enum):
+    """Who goes over a chunk of logits, from which loss and gradient are made (head.py)."""
+
+    EAGER = "torch's functions one after the other"
+    FUSED = "one Triton kernel"
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ def make_choices(
     length: int,
     has_flash3: bool,
     compiling: CompileChoice,
+    capability: tuple[int, int] = (0, 0),
 ) -> Choices:
     """The description of steps on rows of `length` tokens; `windows` as of `layer_windows`."""
     kernels = tuple(
@@ -84,6 +98,7 @@ def make_choices(
                 window=window,
                 has_flash3=has_flash3,
                 compiled=compiling.on,
+                capability=capability,
             ),
         )
         for window in sorted({*windows})
@@ -132,19 +147,31 @@ def choose_kernel(
     window: int,
     has_flash3: bool,
     compiled: bool,
+    capability: tuple[int, int] = (0, 0),
 ) -> Kernel:
     """What computes attention of `length` positions to `window` positions before each.
 
     FlexAttention skips what a window hides where it is compiled for CUDA; uncompiled it would compute
-    all scores, and hold them.
+    all scores, and hold them. `capability` is that of the GPU: on Hopper torch itself would take
+    FlashAttention-2, which was written for the chips before it.
     """
-    if has_flash3 and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if has_flash3 and half:
         return Kernel.FLASH3
     if window >= length - 1:  # the first position is visible from the last
-        return Kernel.CAUSAL
+        cudnn = half and capability[0] == _HOPPER and length % _CUDNN_MULTIPLE == 0
+        return Kernel.CUDNN if cudnn else Kernel.CAUSAL
     if device_type == "cpu" and dtype != torch.float16:  # its exp(score) overflows fp16
         return Kernel.BLOCKED
     return Kernel.FLEX if device_type == "cuda" and compiled else Kernel.MASK
+
+
+# -- head ---------------------------------------------------------------------------------------
+
+
+def choose_head_passes(*, device_type: str, missing: str) -> HeadPasses:
+    """Triton's kernel on CUDA, where nothing is `missing` that it is compiled with."""
+    return HeadPasses.FUSED if device_type == "cuda" and not missing else HeadPasses.EAGER
 
 
 # -- compiling ----------------------------------------------------------------------------------
