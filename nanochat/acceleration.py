@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nanochat.common import get_base_dir
 from nanochat.gpt import GPT
-from nanochat.gpus import capability_of
 from nanochat.kernels.choices import (
     Choices,
     CompileChoice,
@@ -58,11 +57,10 @@ def accelerated_block(
         length=model.config.sequence_len,
         has_flash3=flash3_for(device) is not None,
         compiling=choice,
-        capability=capability_of(device),
     )
 
 
-def compiled_block(device: torch.device, *, backend: Any = "inductor") -> RunBlock | None:
+def compiled_block(device: torch.device, *, backend: Any = "inductor") -> "CompiledBlock | None":
     """A compiled `run_block`, which compiles when it is first called; None if compiling fails here.
 
     What was compiled is kept in `$NANOCHAT_BASE_DIR/compile_cache`, for all later processes. `backend` is
@@ -75,9 +73,7 @@ def compiled_block(device: torch.device, *, backend: Any = "inductor") -> RunBlo
     # is some twenty kernels, `prepare_device` has asked for one.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-    # both may look at the machine: nothing that a compiler should trace into
-    flash3_for(device)
-    capability_of(device)
+    flash3_for(device)  # may fetch it: nothing that a compiler should trace into
     if not _works(device, backend):
         return None
     return CompiledBlock(device, backend)
@@ -103,11 +99,17 @@ class CompiledBlock:
         self._cuda = device.type == "cuda"
         self._failures = (
             torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,
             torch._inductor.exc.InductorError,
         )
         self._run: RunBlock = torch.compile(
             run_block, dynamic=False, fullgraph=True, backend=backend
         )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether nothing has failed so far."""
+        return self._run is not run_block
 
     def __call__(
         self,
@@ -124,7 +126,7 @@ class CompiledBlock:
         try:
             return self._run(block, x, cos, sin, ve, cache, mix)
         except self._failures as error:
-            if self._run is run_block:
+            if not self.is_compiled:
                 raise
             _LOG.warning(
                 "the blocks cannot be compiled (%s) and run eagerly from here on: on a GPU steps take a "

@@ -43,9 +43,9 @@ _PEAK_FLOPS = (
     ("3090", 71e12),
 )
 
-# Rows of 2,048 tokens that depth 20 has room for, by GiB of the card: 58 GB at 32 rows by arithmetic
-# (weights and gradients 4.1, optimizer 2.9, activations 48, head 3). `Trainer` halves what does not fit.
-_ROWS_BY_GIB = ((70, 32), (38, 16), (20, 8), (0, 4))
+# Rows of 2,048 tokens that depth 20 has room for, by GiB of the card: measured 24.3 GB at 8 rows and 70.3
+# at 32 (docs/performance.md), so 9 GB and 1.9 per row. `Trainer` halves what does not fit.
+_ROWS_BY_GIB = ((70, 32), (38, 16), (24, 8), (0, 4))
 _ROW_TOKENS = 2048
 DEFAULT_ROWS = 8  # where no GPU's memory says more
 

@@ -32,7 +32,9 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="directory for results.jsonl, table and logs")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no check outlives this process
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that no check outlives this process
     directory = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     setup = Setup(device=arguments.device, tiny=arguments.tiny, directory=directory)
     out = arguments.out or directory

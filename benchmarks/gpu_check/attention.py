@@ -1,11 +1,10 @@
 """Each attention kernel of this device, forward and backward, against float64."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.kit import relative_error
+from benchmarks.gpu_check.variants import using
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from nanochat.kernels.attention import attention_by
 from nanochat.kernels.choices import Kernel
@@ -24,10 +23,11 @@ def check(setup: Setup, verdict: Verdict) -> None:
         weight = torch.randn_like(q)
         for window in (length, short):
             exact = _reference(q, k, v, weight, window)
-            for kernel in kernels(setup.device, window < length, device):
-                name = f"{kernel.name.lower()}_{heads}_{kv_heads}_window_{window}"
+            for form, kernel, variant in forms(window < length, device):
+                name = f"{form}_{heads}_{kv_heads}_window_{window}"
                 try:
-                    ours = _gradients(kernel, q, k, v, weight, window)
+                    with using(variant):
+                        ours = _gradients(kernel, q, k, v, weight, window)
                 except Exception as error:  # noqa: BLE001 - the other kernels are still to be seen
                     reason = str(error).splitlines()[0][:200]
                     verdict.that(False, f"{name}: {type(error).__name__}: {reason}")
@@ -40,14 +40,17 @@ def check(setup: Setup, verdict: Verdict) -> None:
             del exact
 
 
-def kernels(device_type: str, windowed: bool, device: torch.device) -> Iterator[Kernel]:
-    """All that this device could be given for a window, or for none."""
-    if device_type == "cuda":
-        if flash3_for(device) is not None:
-            yield Kernel.FLASH3
-        yield from (Kernel.FLEX, Kernel.MASK) if windowed else (Kernel.CAUSAL, Kernel.CUDNN)
-    else:
-        yield from (Kernel.BLOCKED, Kernel.MASK) if windowed else (Kernel.CAUSAL,)
+def forms(windowed: bool, device: torch.device) -> list[tuple[str, Kernel, dict[str, str]]]:
+    """(name, kernel, variants) of all that this device could be given for a window, or for none."""
+    if device.type != "cuda":
+        kernels = (Kernel.BLOCKED, Kernel.MASK) if windowed else (Kernel.CAUSAL,)
+        return [(kernel.name.lower(), kernel, {}) for kernel in kernels]
+    found: list[tuple[str, Kernel, dict[str, str]]] = []
+    if flash3_for(device) is not None:
+        found.append(("flash3", Kernel.FLASH3, {}))
+    if windowed:
+        return [*found, ("flex", Kernel.FLEX, {}), ("mask", Kernel.MASK, {})]
+    return [*found, *((name, Kernel.CAUSAL, {"sdpa": name}) for name in ("flash", "cudnn"))]
 
 
 def inputs(

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu_check import data
 from benchmarks.gpu_check.runner import environment
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from nanochat.engine import Engine
 from nanochat.gpt import build_gpt, config_for_depth
+from nanochat.kernels import attention
 from nanochat.tokenizer import RustBPETokenizer
 
 _STEP = re.compile(r"step=(\d+)/\d+ loss=([\d.]+).*?tokens_per_s=([\d,]+)")
@@ -105,16 +108,39 @@ def _evaluate(setup: Setup, trained: str, verdict: Verdict) -> None:
     own = _BPB.findall(trained)
     if done.returncode or not own:
         return
-    bpb = json.loads(done.stdout.strip().splitlines()[-1])["bpb"]
+    bpb = json.loads(done.stdout.strip().splitlines()[-1])["val_bpb"]
     verdict.note("bpb", bpb)
     verdict.at_most("bpb_apart", abs(bpb - float(own[-1])), 1e-4)
 
 
+def _speed(setup: Setup, tokenizer: RustBPETokenizer, verdict: Verdict) -> None:
+    """Tokens/s of one sample at depth 12: as it is, and with cuDNN's attention, which plans each length."""
+    device = torch.device(setup.device)
+    config = config_for_depth(
+        setup.size(12, 2), vocab_size=data.vocab_size(setup), sequence_len=setup.size(2048, 64)
+    )
+    engine = Engine(build_gpt(config, device=device, seed=0), tokenizer)
+    kernels: Any = attention
+    own, number = kernels._OF_ANY_LENGTH, setup.size(100, 8)
+    for name, order in (("", own), ("_by_cudnn", [SDPBackend.CUDNN_ATTENTION, *own])):
+        kernels._OF_ANY_LENGTH = order
+        for warm in (True, False):
+            began = time.monotonic()
+            prompt = list(
+                range(200, 216 if warm else 217)
+            )  # lengths that the other one has not had
+            done = len(list(engine.generate(prompt, max_tokens=4 if warm else number)))
+            rate = done / (time.monotonic() - began)
+        verdict.note(f"generated_per_s{name}", rate)
+    kernels._OF_ANY_LENGTH = own
+
+
 def _generate(setup: Setup, verdict: Verdict) -> None:
-    """With a cache the same tokens as without, in fp32 and at temperature 0."""
+    """With a cache the same tokens as without, in fp32 and at temperature 0; and how fast in bf16."""
     torch.set_float32_matmul_precision("highest")
     device = torch.device(setup.device)
     tokenizer = RustBPETokenizer.from_directory(Path(data.tokenizer_dir(setup)))
+    _speed(setup, tokenizer, verdict)
     for arch in ("classic", "modern"):
         config = config_for_depth(
             setup.size(6, 2),
@@ -130,12 +156,10 @@ def _generate(setup: Setup, verdict: Verdict) -> None:
         prompt = tokenizer.encode("the law of", prepend="<|bos|>")
         number = setup.size(64, 8)
         plain = list(model.generate(prompt, number, temperature=0.0))
-        began = time.monotonic()
         columns = Engine(model, tokenizer).generate(
             prompt, num_samples=8, max_tokens=number, temperature=0.0
         )
         rows = list(zip(*(tokens for tokens, _ in columns), strict=True))
-        verdict.note(f"{arch}_generated_per_s", 8 * number / (time.monotonic() - began))
         verdict.that(len(rows) == 8, f"{arch}: {len(rows)} samples")
         stops = tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()
         for row in rows:

@@ -34,7 +34,6 @@ _NODES = ("site-a", "site-b")
 
 def check(setup: Setup, verdict: Verdict) -> None:
     """The same command resumes the run after its server was killed in round 2."""
-    before = site_kit.gpu_memory_mib()
     home = setup.directory / "federation"
     home.mkdir()
     config = site_kit.config(
@@ -73,9 +72,16 @@ def check(setup: Setup, verdict: Verdict) -> None:
     verdict.that(not _events(events, "client_silent"), "a client fell silent")
     verdict.note("bpb", [event.get("val_bpb") for event in committed])
     time.sleep(3.0)
-    if setup.cuda:
-        left = site_kit.gpu_memory_mib() - before
-        verdict.at_most("memory_left_mib", left, 200.0)
+    left = [process for process in psutil.process_iter() if _is_of(process, home)]
+    verdict.that(not left, f"{len(left)} processes have outlived the run")
+
+
+def _is_of(process: psutil.Process, home: Path) -> bool:
+    """Whether it was started in this federation, and is no zombie."""
+    try:
+        return process.environ().get("HOME") == str(home)
+    except psutil.Error:
+        return False
 
 
 def _toml(values: dict[str, Any]) -> str:

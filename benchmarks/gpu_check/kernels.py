@@ -2,14 +2,12 @@
 
 import torch
 
-from benchmarks.gpu_check.attention import callable_kernel, inputs, kernels
+from benchmarks.gpu_check.attention import callable_kernel, forms, inputs
 from benchmarks.gpu_check.head import _inputs as head_inputs
 from benchmarks.gpu_check.kit import milliseconds
-from benchmarks.gpu_check.variants import head_variants
+from benchmarks.gpu_check.variants import head_variants, using
 from benchmarks.gpu_check.verdict import Setup, Verdict
-from nanochat.gpt_config import config_for_depth
 from nanochat.kernels import head
-from nanochat.kernels.choices import Kernel
 
 _PASS_BYTES = 6  # of a bf16 logit: read, read again, written
 
@@ -50,8 +48,8 @@ def _head(setup: Setup, verdict: Verdict, device: torch.device) -> None:
         loss = head.head_loss(x, weight, targets, vocab_size=vocab, reduction="sum")
         torch.autograd.grad(loss, (x, weight))
 
-    for name, form in head_variants(setup.device).items():
-        with form():
+    for name in head_variants(setup.device):
+        with using({"head": name}):
             ms = milliseconds(passes, device)
             verdict.note(f"head_passes_{name}_ms", ms)
             verdict.note(f"head_passes_{name}_tb_per_s", _PASS_BYTES * logits.numel() / ms / 1e9)
@@ -61,34 +59,22 @@ def _head(setup: Setup, verdict: Verdict, device: torch.device) -> None:
 
 def _attention(setup: Setup, verdict: Verdict, device: torch.device) -> None:
     batch, length, heads, width = (8, 2048, 10, 128) if not setup.tiny else (1, 128, 4, 16)
-    short = config_window(setup)
     q, k, v = (t.requires_grad_() for t in inputs(batch, length, heads, heads, width, device))
     weight = torch.randn_like(q)
-    times: dict[Kernel, float] = {}
-    for window in (length, short):
-        for kernel in kernels(setup.device, window < length, device):
-            function = callable_kernel(kernel, length, window, device)
+    times: dict[str, float] = {}
+    for window in (length, length // 4):  # all of it, and modern's short one
+        for name, kernel, variant in forms(window < length, device):
+            function = callable_kernel(kernel, length, window, q.device)
 
             def both(function=function) -> None:  # type: ignore[no-untyped-def]
                 torch.autograd.grad(function(q, k, v), (q, k, v), weight)
 
-            ms = times[kernel] = milliseconds(both, device)
-            name = f"attention_{kernel.name.lower()}_{window}"
-            verdict.note(f"{name}_ms", ms)
-            # forward 2 matmuls, backward 5, half of each hidden by the mask
-            visible = (
-                batch * heads * (length * window - window * (window - 1) / 2 * (window < length))
-            )
-            visible = visible / 2 if window >= length else visible
-            verdict.note(f"{name}_tflops", 7 * 2 * width * visible / ms / 1e9)
-    if Kernel.CUDNN in times:
-        ratio = times[Kernel.CAUSAL] / times[Kernel.CUDNN]
-        verdict.h100_at_least("cudnn_over_flash", ratio, 1.0)
-        verdict.h100_at_most("flex_over_flash", times[Kernel.FLEX] / times[Kernel.CAUSAL], 0.6)
-
-
-def config_window(setup: Setup) -> int:
-    """The short window of modern at this length."""
-    length = setup.size(2048, 128)
-    config = config_for_depth(4, vocab_size=300, sequence_len=length, arch="modern")
-    return min(length // 4, config.sequence_len // 4)
+            with using(variant):
+                ms = times[name] = milliseconds(both, device)
+            verdict.note(f"attention_{name}_{window}_ms", ms)
+            seen = window * length - window * window / 2  # pairs of positions that see one another
+            flops = 7 * 2 * batch * heads * width * seen  # two matmuls forward, five backward
+            verdict.note(f"attention_{name}_{window}_tflops", flops / ms / 1e9)
+    if "cudnn" in times:
+        verdict.h100_at_least("cudnn_over_flash", times["flash"] / times["cudnn"], 1.2)
+        verdict.h100_at_most("flex_over_flash", times["flex"] / times["flash"], 0.6)

@@ -24,7 +24,7 @@ def profile_step(step: Callable[[], Any], verdict: Verdict, device: torch.device
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     by_name: dict[str, float] = defaultdict(float)
     for start, end, name in spans:

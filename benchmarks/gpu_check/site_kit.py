@@ -1,6 +1,5 @@
 """Orders for worker groups without a server: what `groups` and `stops` ask for."""
 
-import subprocess
 import time
 from typing import Any
 
@@ -77,16 +76,6 @@ def ask(
     reply = from_header(header)
     assert isinstance(reply, TrainReply)
     return reply, decode(parts), time.monotonic() - began
-
-
-def gpu_memory_mib() -> float:
-    """In use on the first GPU by anybody; NaN where nvidia-smi does not tell."""
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        return float(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return float("nan")
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:

@@ -21,15 +21,15 @@ from nanochat.trainer import Trainer
 
 HYPER = Hyper(lr_multiplier=1.0, momentum=0.9, weight_decay=0.1)
 _STEP_TOKENS = 131_072
-_WARM_STEPS, _STEPS = 2, 6
+_WARM_STEPS = 2
 _LONG_RUN_S = 1e6
 # of one H100: tokens per second, MFU in percent, peak memory in GB (10^9), by bench
 _BOUNDS = {
-    "d20-b8": (120e3, 42.0, 26.0),
-    "d20-b32": (135e3, 47.0, 66.0),
-    "d12-b32": (380e3, 40.0, 50.0),
-    "d20-b8-eager": (70e3, 24.0, 30.0),
-    "d20-b8-modern": (65e3, 20.0, 45.0),
+    "d20-b8": (125e3, 44.0, 26.0),
+    "d20-b32": (140e3, 49.0, 74.0),
+    "d12-b32": (410e3, 42.0, 30.0),
+    "d20-b8-eager": (95e3, 33.0, 30.0),
+    "d20-b8-modern": (65e3, 20.0, 60.0),
 }
 
 
@@ -50,7 +50,7 @@ def _check(setup: Setup, verdict: Verdict) -> None:
             verdict.note("start_s", time.monotonic() - began)
     stages.take()
     times = []
-    for _ in range(setup.size(_STEPS, 2)):
+    for _ in range(setup.size(int(setup.options.get("steps", "6")), 2)):
         began = time.perf_counter()
         nats = _step(trainer, rows)
         synchronize(device)
@@ -96,7 +96,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, np.ndarray]:
     mode = options.get("compile", "on" if setup.cuda else "off")
     run, chosen = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)
     print(chosen, "cache:", get_base_dir(), flush=True)
-    step_tokens = setup.size(_STEP_TOKENS, 4 * length)
+    step_tokens = setup.size(int(options.get("step_tokens", _STEP_TOKENS)), 4 * length)
     rates = learning_rates(arch).scaled(scale_lr_for_batch(step_tokens))
     trainer = Trainer(
         model,

@@ -1,40 +1,37 @@
 """Other ways than the chosen ones, to see what a choice is worth: `--variants head=… sdpa=…`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nanochat.kernels import attention, head
-from nanochat.kernels.choices import HeadPasses, Kernel
+import torch
+
+from nanochat.kernels import head
+from nanochat.kernels.choices import HeadPasses
 
 HEAD = {"eager": HeadPasses.EAGER, "fused": HeadPasses.FUSED}
-SDPA = {"flash": Kernel.CAUSAL, "cudnn": Kernel.CUDNN}
+SDPA = {
+    "flash": False,
+    "cudnn": True,
+}  # whether torch may take cuDNN's kernel, which it then prefers
 
 
-def head_variants(device_type: str) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-    """By name, each form of the head's passes that this device has."""
-    names = ("eager", "fused") if device_type == "cuda" else ("eager",)
-    return {name: lambda name=name: using({"head": name}) for name in names}  # type: ignore[misc]  # a default argument binds the name
+def head_variants(device_type: str) -> tuple[str, ...]:
+    """Each form of the head's passes that this device has."""
+    return ("eager", "fused") if device_type == "cuda" else ("eager",)
 
 
 @contextlib.contextmanager
 def using(options: Mapping[str, str]) -> Iterator[None]:
     """What `options` say, in place of what choices.py would; keys that are no variants are left alone."""
-    heads: Any = head
-    kernels: Any = attention
-    before = heads.choose_head_passes, kernels.choose_kernel
+    module: Any = head
+    before, cudnn = module.choose_head_passes, torch.backends.cuda.cudnn_sdp_enabled()
     if name := options.get("head"):
-        heads.choose_head_passes = lambda **_: HEAD[name]
-    if sdpa := options.get("sdpa"):
-        choose = before[1]
-
-        def chosen(**facts: Any) -> Kernel:
-            kernel: Kernel = choose(**facts)
-            return SDPA[sdpa] if kernel in SDPA.values() else kernel
-
-        kernels.choose_kernel = chosen
+        module.choose_head_passes = lambda **_: HEAD[name]
+    if name := options.get("sdpa"):
+        torch.backends.cuda.enable_cudnn_sdp(SDPA[name])
     try:
         yield
     finally:
-        heads.choose_head_passes, kernels.choose_kernel = before
+        module.choose_head_passes = before
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)

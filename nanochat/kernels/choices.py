@@ -29,15 +29,9 @@ _CPU_FLOPS_PER_THREAD = 4e10
 _GPU_FLOPS = 5e13
 
 
-_HOPPER = 9  # SM 90
-# cuDNN plans each length anew: rows of training have one, prompts have any
-_CUDNN_MULTIPLE = 128
-
-
 class Kernel(Enum):
     FLASH3 = "FlashAttention-3"
     CAUSAL = "torch's fused causal attention"
-    CUDNN = "cuDNN's causal attention"
     FLEX = "FlexAttention"
     BLOCKED = "blocks of queries"
     MASK = "torch's attention with a mask"
@@ -85,7 +79,6 @@ def make_choices(
     length: int,
     has_flash3: bool,
     compiling: CompileChoice,
-    capability: tuple[int, int] = (0, 0),
 ) -> Choices:
     """The description of steps on rows of `length` tokens; `windows` as of `layer_windows`."""
     kernels = tuple(
@@ -98,7 +91,6 @@ def make_choices(
                 window=window,
                 has_flash3=has_flash3,
                 compiled=compiling.on,
-                capability=capability,
             ),
         )
         for window in sorted({*windows})
@@ -147,20 +139,17 @@ def choose_kernel(
     window: int,
     has_flash3: bool,
     compiled: bool,
-    capability: tuple[int, int] = (0, 0),
 ) -> Kernel:
     """What computes attention of `length` positions to `window` positions before each.
 
     FlexAttention skips what a window hides where it is compiled for CUDA; uncompiled it would compute
-    all scores, and hold them. `capability` is that of the GPU: on Hopper torch itself would take
-    FlashAttention-2, which was written for the chips before it.
+    all scores, and hold them. Full windows are left to torch, which on Hopper (and from cuDNN 9.15 on)
+    takes cuDNN's kernel, elsewhere FlashAttention-2 (docs/performance.md).
     """
-    half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if has_flash3 and half:
+    if has_flash3 and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return Kernel.FLASH3
     if window >= length - 1:  # the first position is visible from the last
-        cudnn = half and capability[0] == _HOPPER and length % _CUDNN_MULTIPLE == 0
-        return Kernel.CUDNN if cudnn else Kernel.CAUSAL
+        return Kernel.CAUSAL
     if device_type == "cpu" and dtype != torch.float16:  # its exp(score) overflows fp16
         return Kernel.BLOCKED
     return Kernel.FLEX if device_type == "cuda" and compiled else Kernel.MASK
