@@ -2,7 +2,7 @@
 
 python nanochat_train.py --num-steps 50 --batch-size 2 --max-length 512
 
-Without a data set or a tokenizer it makes its own from the text that Python brings along.
+Without a dataset or a tokenizer it makes its own from the text that comes with Python.
 """
 
 from nanochat.builtin import ensure_builtin_tokenizer
@@ -21,13 +21,16 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="nanochat_train", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--num-steps", type=int, default=50, help="optimizer steps")
-    add("--batch-size", type=int, default=2, help="rows of a step")
-    add("--max-length", type=int, default=512, help="tokens a row")
+    add("--batch-size", type=int, default=2, help="rows per step")
+    add("--max-length", type=int, default=512, help="tokens per row")
     add("--depth", type=int, default=4, help="transformer layers; the width follows")
     add("--arch", default="classic", choices=ARCHITECTURES, help="architecture")
     add("--lr", type=float, help="Muon's learning rate; the others follow it")
-    add("--source", help="fineweb-edu, climbmix, builtin, or a directory; none: what is here")
-    add("--tokenizer", help="tokenizer's directory; none: what is here")
+    add(
+        "--source",
+        help="fineweb-edu, climbmix, builtin, hf:NAME, or a directory; none: what is on this disk",
+    )
+    add("--tokenizer", help="tokenizer's directory; none: what is on this disk")
     add("--eval-rows", type=int, default=32, help="validation rows")
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     add("--seed", type=int, default=0, help="seeds the weights and the order of shards")
@@ -39,7 +42,7 @@ def _parser() -> ArgumentParser:
 def main() -> None:
     args = _parser().parse_args()
     if get_dist_info()[3] > 1:
-        raise UserError("this trains in one process: for several, start scripts.base_train")
+        raise UserError("this trains in one process only: for several, use scripts.base_train")
     settings = Settings(
         run=args.run,
         depth=args.depth,
@@ -67,7 +70,10 @@ def _source_here() -> str:
         source = get_source()
         source.ensure_text()
     except UserError as error:
-        print(f"no data set here ({error}): training on the built-in corpus instead", flush=True)
+        print(
+            f"no dataset on this disk ({error}): training on the built-in corpus instead",
+            flush=True,
+        )
         return "builtin"
     return source.name
 
@@ -78,7 +84,7 @@ def _tokenizer_here() -> str:
         get_tokenizer()
     except UserError:
         print(
-            f"no tokenizer here: using {_BUILTIN_TOKENIZER}, trained on the built-in corpus",
+            f"no tokenizer on this disk: using {_BUILTIN_TOKENIZER}, trained on the built-in corpus",
             flush=True,
         )
         ensure_builtin_tokenizer(_BUILTIN_TOKENIZER, _BUILTIN_VOCAB_SIZE)

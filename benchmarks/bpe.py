@@ -1,7 +1,7 @@
 """Train the same vocabulary on the same text with our rustbpe, PyPI's rustbpe and HF tokenizers.
 
-python benchmarks/bpe.py --text builtin --vocab 8192,32768,65536 --threads 1,2
-python benchmarks/bpe.py --text ../shared/data/books --repeat 3 --out bpe.json
+python -m benchmarks.bpe --text builtin --vocab 8192,32768,65536 --threads 1,2
+python -m benchmarks.bpe --text ../shared/data/books --repeat 3 --out bpe.json
 
 `--text` is a text file, a directory of parquet shards with a column `text`, or `builtin`. It is
 written once to a plain file, which every trainer reads in a process of its own (`bpe_child.py`): the
@@ -10,11 +10,10 @@ figure is the median of `--repeat` rounds. On a busy machine trust ratios more t
 seconds (of all threads) more than either.
 
 The trainers to compare with are fetched once, into `benchmarks/` of the base directory. A sentence
-says so when one cannot be had; its ratios are null then. Lines are JSON, one a measurement; the
+says so when one cannot be had; its ratios are null then. Lines are JSON, one per measurement; the
 last one holds the ratios (theirs to ours: above 1, ours is better).
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -28,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from bpe_child import LENGTH_BYTES, NUM_BYTES  # type: ignore[import-not-found] # stands beside this file
 
+from benchmarks.bpe_child import LENGTH_BYTES, NUM_BYTES
 from nanochat.builtin import prepare_builtin
-from nanochat.common import get_base_dir, run_command_line
+from nanochat.common import ArgumentParser, get_base_dir, run_command_line
 from nanochat.errors import UserError
 from nanochat.source import parquets_iter_batched
 
@@ -52,12 +51,14 @@ class Text:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(prog="benchmarks.bpe", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", default="builtin", help="a file, a directory of shards, builtin")
     parser.add_argument("--vocab", type=numbers, default=[8192, 32768, 65536])
     parser.add_argument("--threads", type=numbers, default=[1, 2])
     parser.add_argument("--repeat", type=int, default=1, help="rounds, of which medians are taken")
-    parser.add_argument("--trainers", default="ours,rustbpe,tokenizers", help="ours is always one")
+    parser.add_argument(
+        "--trainers", default="ours,rustbpe,tokenizers", help="ours is always included"
+    )
     parser.add_argument("--no-curve", action="store_true", help="skip the curve over merges")
     parser.add_argument("--out", type=Path, help="write everything to this JSON file, too")
     args = parser.parse_args()
@@ -92,7 +93,7 @@ def numbers(text: str) -> list[int]:
 
 
 def fetch(name: str) -> Path | None:
-    """The directory with the trainer `name`, installed there if it is not yet; None without it.
+    """The directory with the trainer `name`, installed there if it is missing; None without it.
 
     PyPI's rustbpe has the name of ours, so neither may be installed beside the other.
     """
@@ -113,7 +114,7 @@ def fetch(name: str) -> Path | None:
         shutil.rmtree(partial, ignore_errors=True)
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         print(
-            f"{REQUIREMENTS[name]} cannot be installed (no network?), so it is not compared with: "
+            f"{REQUIREMENTS[name]} cannot be installed (no network?), so it is left out: "
             f"{lines[-1].strip() if lines else error}",
             file=sys.stderr,
         )

@@ -49,7 +49,7 @@ def train_ours(documents: Documents, vocab: int, threads: int) -> tuple[float, A
 
 
 def train_pypi(documents: Documents, vocab: int, threads: int) -> tuple[float, Any]:
-    """The threads are those of $RAYON_NUM_THREADS; its log tells when merging starts."""
+    """The threads are those of $RAYON_NUM_THREADS; its log says when merging starts."""
     import rustbpe
 
     begun: list[float] = []

@@ -1,7 +1,7 @@
-"""What the ledger costs a round: leases and commits of many clients over many shards.
+"""What the ledger costs per round: leases and commits of many clients over many shards.
 
-python benchmarks/ledger.py
-python benchmarks/ledger.py --shards 1000,10000 --clients 1000 --rounds 15
+python -m benchmarks.ledger
+python -m benchmarks.ledger --shards 1000,10000 --clients 1000 --rounds 15
 
 Each round leases rows to every client, commits half of each lease, and asks what the server asks:
 is anything free, for whom, how far is the run, and what does a snapshot keep. Sizes are interleaved
@@ -11,11 +11,10 @@ which each set of shards is looked for in the epoch's order. Disks: `all` (every
 shards that nobody else has). `done` is the share of the epoch's shards that are committed before the
 first round.
 
-Lines are JSON, one a setting; the last one has the ratios of the biggest number of shards to the smallest
+Lines are JSON, one per setting; the last one has the ratios of the biggest number of shards to the smallest
 (about 1 where the cost does not grow with the shards), and what leasing and the first round cost at the worst.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -25,8 +24,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nanochat.common import ArgumentParser, run_command_line
 from nanochat.rows.stream import shard_order
-from pilot.rules.ledger import Ledger, Segment
+from pilot.rules.ledger import Ledger
+from pilot.segment import Segment
 
 SHARD_ROWS = 50_000
 LEASE_ROWS = 1024  # 32 steps of 32 rows; half of it is used
@@ -118,7 +119,7 @@ def _half(segments: tuple[Segment, ...]) -> list[Segment]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(prog="benchmarks.ledger", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shards", type=_numbers, default=[1000, 10_000])
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=15)
@@ -147,4 +148,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)

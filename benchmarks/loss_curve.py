@@ -1,20 +1,20 @@
 """Whether the fast training step learns what the plain one learns: loss curves on real text.
 
-uv run python -m benchmarks.loss_curve --text ../shared/data/books
+python -m benchmarks.loss_curve --text ../shared/data/books
 
 `plain` and `default` as in `benchmarks.train_step`: eager fp32 with all logits, against what this
 machine chooses by itself. Each seed sets the first weights and the order of rows; both configurations
-get the same. A line of JSON a seed, and a last one: `difference`, the mean over seeds and steps of
+get the same. One line of JSON per seed, and a last one: `difference`, the mean over seeds and steps of
 default - plain; `noise`, the standard deviation of plain's own curve over seeds, averaged over steps;
-`last`, the mean loss of the last tenth, a number a seed. Losses are nats a token; curves are smoothed
+`last`, the mean loss of the last tenth, one number per seed. Losses are nats per token; curves are smoothed
 over ten steps.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 
 import rustbpe
 from benchmarks.train_step import make_trainer
+from nanochat.common import ArgumentParser
 from nanochat.schedule import Schedule
 
 _SMOOTH = 10
@@ -31,7 +32,9 @@ _TEXT_BYTES = 6 << 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(
+        prog="benchmarks.loss_curve", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--text", type=Path, required=True, help="directory of parquet shards")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
@@ -40,8 +43,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--sequence-len", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(_train(arguments)))
@@ -86,8 +89,8 @@ def _in_child(name: str, seed: int) -> list[float]:
     return losses
 
 
-def _train(arguments: argparse.Namespace) -> list[float]:
-    """Nats a token of every step."""
+def _train(arguments: Namespace) -> list[float]:
+    """Nats per token of every step."""
     shape: dict[str, Any] = {
         key: getattr(arguments, key) for key in ("depth", "arch", "vocab", "sequence_len")
     }

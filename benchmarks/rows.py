@@ -1,7 +1,7 @@
 """How fast documents become rows, and rows are read, beside what upstream's loader does.
 
-python benchmarks/rows.py                                   # the built-in corpus
-python benchmarks/rows.py --text ../shared/data/books --seq-len 2048 --rounds 5
+python -m benchmarks.rows                                   # the built-in corpus
+python -m benchmarks.rows --text ../shared/data/books --seq-len 2048 --rounds 5
 
 `--text` is a directory of parquet shards with a column `text`, or `builtin`. Upstream's loader is
 `reference_rows` below, written from its description: batches of 128 documents tokenized with
@@ -14,7 +14,6 @@ which is the fastest step there is), and resuming at row 10 million of a (sparse
 Lines are JSON; the last one holds everything.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -31,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nanochat.builtin import prepare_builtin
-from nanochat.common import run_command_line
+from nanochat.common import ArgumentParser, run_command_line
 from nanochat.files import sha256_file
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.kernels.choices import default_compute_dtype
@@ -40,8 +39,8 @@ from nanochat.rows.encoder import BatchEncoder
 from nanochat.rows.packer import PackJob, PackStats, pack
 from nanochat.rows.packing import BUFFER_DOCUMENTS, make_packer
 from nanochat.schedule import make_schedule
-from nanochat.source import Source, get_source, iter_texts
-from nanochat.tokenizer import RustBPETokenizer, cropped
+from nanochat.source import Source, cropped, get_source, iter_texts
+from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Trainer
 
 REFERENCE_BATCH = 128  # documents that upstream tokenizes at once
@@ -50,7 +49,7 @@ STEP_TOKENS, STEP_SEQUENCE_LEN, STEP_DEPTH = 4096, 512, 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(prog="benchmarks.rows", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", default="builtin", help="a directory of shards, or builtin")
     parser.add_argument(
         "--vocab", type=int, default=32768, help="of the tokenizer trained for this"
@@ -152,7 +151,7 @@ def run_ours(job: PackJob) -> PackStats:
 
 
 def measure_packing(job: PackJob, tokenizer: RustBPETokenizer, rounds: int) -> dict[str, Any]:
-    """Tokens in rows a CPU second of both, and where the time goes."""
+    """Tokens packed per CPU second by both, and where the time goes."""
     set_up = statistics.median(cpu_s(lambda: set_up_packer(job)) for _ in range(3))
     ours, theirs, stages = [], [], []
     for _ in range(rounds):
@@ -243,8 +242,7 @@ def measure_reading(
     )
     shard = cache.rows(0)
     count = STEP_TOKENS // STEP_SEQUENCE_LEN
-    shard.read(0, 10**9)  # waits until it is packed
-    total = shard.num_rows or 0
+    total = cache.wait_packed(0) or 0
     take = make_step() if step else None
     reads, steps = [], []
     for n in range(8 if step else 200):
@@ -295,7 +293,7 @@ def measure_resuming(
         "directory": directory / "resume",
     }
     before = RowCache(source, tokenizer, **options)
-    before.rows(0).read(0, 10**9)
+    before.wait_packed(0)
     job = before.rows(0).job
     before.close()
     stats = replace(pack_stats(job), rows=RESUME_ROW + 1000)

@@ -11,7 +11,6 @@ waiting for Redis, for the watcher's thread, or for the machine. Goal: at most 1
 trial. One line of JSON.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -22,10 +21,11 @@ import sys
 import tempfile
 import time
 import tomllib
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import run_command_line
+from nanochat.common import ArgumentParser, run_command_line
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
@@ -38,14 +38,16 @@ START_TIMEOUT_S = 300.0  # the first trial makes the built-in corpus and its tok
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = ArgumentParser(
+        prog="benchmarks.stop_latency", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--batch-rows", type=int, default=16, help="rows of a micro-step")
     parser.add_argument(
         "--by", choices=("round", "client"), default="round", help="what is stopped"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="URL", help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _work(arguments)
@@ -53,7 +55,7 @@ def main() -> None:
         print(json.dumps(_measure(arguments)))
 
 
-def _config(arguments: argparse.Namespace) -> RunConfig:
+def _config(arguments: Namespace) -> RunConfig:
     values = tomllib.loads((ROOT / "configs" / "tiny.toml").read_text(encoding="utf-8"))
     own = {"run-name": RUN, "device-batch-size": arguments.batch_rows, "inner-state": "reset"}
     own |= {"total-batch-size": 64 * values["sequence-len"], "round-max-duration": 3600.0}
@@ -63,7 +65,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 # -- the server ----------------------------------------------------------------------------------
 
 
-def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(arguments: Namespace) -> dict[str, Any]:
     pauses = random.Random(arguments.seed)
     latencies, over, steps = [], [], []
     with tempfile.TemporaryDirectory() as directory, LocalRedis() as local:
@@ -111,7 +113,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _wait_until_it_trains(coordinator: ServerCoordinator, child: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while int(coordinator.heartbeats([CLIENT]).get(CLIENT, {}).get("step", 0)) < 1:
+    while not any(h.heartbeat.step for h in coordinator.heartbeats([CLIENT]).values()):
         if child.poll() is not None or time.monotonic() > deadline:
             raise PilotError("the worker did not begin to train: see what it says above")
         time.sleep(0.05)
@@ -120,13 +122,14 @@ def _wait_until_it_trains(coordinator: ServerCoordinator, child: "subprocess.Pop
 # -- the worker ----------------------------------------------------------------------------------
 
 
-def _work(arguments: argparse.Namespace) -> None:
+def _work(arguments: Namespace) -> None:
     """For each round number on standard input: train until stopped, and say when each micro-step ran."""
     import numpy as np
     import torch
 
     from nanochat.rows.stream import RowStream
     from pilot import plan
+    from pilot.segment import Segment
     from pilot.site.ranks import Ranks
     from pilot.site.round import Round
     from pilot.site.stop import StopWatcher
@@ -137,12 +140,12 @@ def _work(arguments: argparse.Namespace) -> None:
 
         looks: list[float]
 
-        def _should_stop(self, stop: StopWatcher) -> bool:
-            stopping = super()._should_stop(stop)
+        def _agree(self, stop: StopWatcher) -> bool:
+            stopping = super()._agree(stop)
             self.looks.append(time.monotonic())
             return stopping
 
-        def _read(self, stream: RowStream, stop: StopWatcher) -> np.ndarray | None:
+        def _read(self, stream: RowStream[Segment], stop: StopWatcher) -> np.ndarray | None:
             rows = super()._read(stream, stop)
             self.looks.append(time.monotonic())
             return rows
@@ -157,8 +160,8 @@ def _work(arguments: argparse.Namespace) -> None:
             config=config.to_mapping(),
             redis_url=arguments.child,
             processes=1,
-            segments=[[epoch, shard, 0, -1] for epoch in range(1000) for shard in range(8)],
-            last=False,
+            segments=[Segment(epoch, n, 0, None) for epoch in range(1000) for n in range(8)],
+            lease_is_tail=False,
             seconds_left=3600.0,
             committed_tokens=0,
             total_tokens=config.total_tokens,

@@ -1,18 +1,16 @@
 """Tokens/s and peak RSS of the training step, as ratios to the plain configuration.
 
-uv run python -m benchmarks.train_step [--configs plain,eager,default]
+python -m benchmarks.train_step [--configs plain,eager,default]
 
 `plain` is the straightforward step: eager, fp32, all logits at once, a T x T mask for a window, torch's
 own gradients and memory settings.
 `default` is what a long run gets by itself; `eager` and `compiled` are the same without and with compiled
-blocks. Each configuration
-lives in a process of its own, so that its peak RSS is its own; they take their steps by turns, so that
-what else the machine does hits all. Compiling is done before, and told as `start_s`. The last line is
-JSON: `ratio_4096`, `ratio_32768` (tokens/s, default to plain), `rss_ratio_32768`, and the parts.
+blocks. Each configuration has a process of its own, so that its peak RSS is its own; they take turns, so
+that other load on the machine affects all alike. Compiling comes first and is reported as `start_s`. The
+last line is JSON: `ratio_4096`, `ratio_32768` (tokens/s, default to plain), `rss_ratio_32768`, and the parts.
 `cpu_ratio_*` are of CPU seconds, which a busy machine falsifies less.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -20,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +29,16 @@ from torch import Tensor
 
 from nanochat import gpt, optim
 from nanochat.acceleration import accelerated_block
+from nanochat.common import ArgumentParser, run_command_line
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.kernels import attention, cpu
 from nanochat.kernels.head import softcap
 from nanochat.layers import RunBlock, run_block
 from nanochat.memory import keep_freed_memory
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
+from nanochat.update_rules import AdamWRule
 
 STAGES = ("forward", "head", "backward", "optimizer")
 _LONG_RUN_S = 1e6
@@ -44,7 +46,9 @@ HYPER = Hyper(lr_multiplier=1.0, momentum=0.9, weight_decay=0.1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(
+        prog="benchmarks.train_step", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--vocab", type=_numbers, default=[4096, 32768])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--sequence-len", type=int, default=512)
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("--arch", default="modern", choices=["classic", "modern"])
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each")
     parser.add_argument("--configs", default="plain,default", help="the first is the reference")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(arguments)
@@ -76,8 +80,8 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _measure(arguments: argparse.Namespace, names: list[str], vocab: int) -> dict[str, Any]:
-    """Medians of each configuration's steps, taken by turns."""
+def _measure(arguments: Namespace, names: list[str], vocab: int) -> dict[str, Any]:
+    """Medians of each configuration's steps; the configurations take turns."""
     shared = ["--vocab", str(vocab), "--depth", str(arguments.depth), "--arch", arguments.arch]
     shared += ["--sequence-len", str(arguments.sequence_len)]
     shared += ["--batch-tokens", str(arguments.batch_tokens)]
@@ -130,8 +134,8 @@ def _ask(child: "subprocess.Popen[str]", what: str) -> Any:
 # -- what is measured, in a process of its own -------------------------------------------------
 
 
-def _child(arguments: argparse.Namespace) -> None:
-    """Answer `start` and `step` on standard input, a line of JSON each."""
+def _child(arguments: Namespace) -> None:
+    """Answer `start` and `step` on standard input, one line of JSON each."""
     trainer, facts = _trainer(arguments)
     T = arguments.sequence_len
     rows = np.random.default_rng(0).integers(
@@ -151,7 +155,7 @@ def _child(arguments: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _trainer(arguments: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
+def _trainer(arguments: Namespace) -> tuple[Trainer, dict[str, Any]]:
     return make_trainer(
         arguments.child,
         depth=arguments.depth,
@@ -191,7 +195,7 @@ def make_trainer(
     rates = learning_rates(arch).scaled(scale_lr_for_batch(batch_tokens))
     trainer = Trainer(
         model,
-        model.make_optimizer(rates, weight_decay=0.1),
+        make_optimizer(model, rates, weight_decay=0.1),
         device=device,
         device_batch_rows=batch_tokens // sequence_len,
         run_block=run,
@@ -237,17 +241,14 @@ def _plain_adamw(
     exp_avg_sq: Tensor,
     *,
     step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    rule: AdamWRule,
 ) -> None:
-    """AdamW as its paper writes it (arXiv 1711.05101), an operation after the other."""
-    beta1, beta2 = betas
+    """AdamW as its paper writes it (arXiv 1711.05101), one operation after another."""
+    lr, (beta1, beta2) = rule.lr, rule.betas
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    weight.mul_(1 - lr * weight_decay)
+    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(rule.eps)
+    weight.mul_(1 - lr * rule.weight_decay)
     weight.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
 
 
@@ -258,4 +259,4 @@ def _plain_windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int) -
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)

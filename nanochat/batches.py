@@ -10,7 +10,7 @@ _HOST_BUFFERS = 2  # one is filled while the device copies from the other
 class Batches:
     """Loads micro-batches of at most `max_rows` rows of `row_tokens` tokens to `device`.
 
-    For CUDA they go through pinned memory in copies that nobody waits for, before the memory's next
+    For CUDA they go through pinned memory in asynchronous copies, before the memory's next
     use but one; what `load` returns is then a tensor of its own. On the CPU it is the buffer itself,
     and valid until the next `load`.
     """

@@ -11,7 +11,7 @@ from nanochat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir, 
 
 
 def prepare_builtin() -> Source:
-    """Make the built-in corpus if it is not there yet (seconds, once a base directory)."""
+    """Make the built-in corpus if it is missing (seconds, once per base directory)."""
     source = get_source("builtin")
     builtin_corpus.prepare(source.directory)
     return source

@@ -3,7 +3,7 @@
 The texts are the language reference in `pydoc_data` and the docstrings of the standard library,
 numpy and torch. Source files are parsed, never imported: nothing runs, nothing depends on devices
 or on the order of imports, and the same installed versions give the same bytes on every machine.
-Sites compare `manifest_sha256`; sites with other versions have other texts and are told so.
+Sites compare `manifest_sha256`; sites with other versions have other texts and are refused.
 """
 
 import ast
@@ -51,7 +51,7 @@ def prepare(directory: Path) -> Path:
     """Make the corpus in `directory`, once; a later call only verifies it against its manifest.
 
     Two processes at once: one makes it, the other waits. A corpus that does not match its manifest
-    (a crash, a bad disk) is made anew. An intact one is kept even when newer versions are installed
+    (a crash, a bad disk) is made again. An intact one is kept even when newer versions are installed
     by now: the books of a run are about its rows. Returns `directory`.
     """
     directory.mkdir(parents=True, exist_ok=True)

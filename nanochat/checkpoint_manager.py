@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read without unpickling code.
 
 A training run leaves `<directory>/model_<step>.pt`, `meta_<step>.json` and one
-`optim_<step>_rank<r>.pt` a rank, the layout that upstream reads and writes. The meta file is
-written last: a step without one was interrupted and is not there. `final_model.pt` is the same in
+`optim_<step>_rank<r>.pt` per rank, the layout that upstream reads and writes. The meta file is
+written last: a step without one was interrupted and does not count. `final_model.pt` is the same in
 one file, {"model", "meta"}.
 """
 
@@ -52,7 +52,7 @@ def save_checkpoint(
 ) -> None:
     """Write a step: rank 0 model and meta, every rank its shard of the optimizer (if not None).
 
-    Raises OSError when the disk is full; what stood there before is then untouched.
+    Raises OSError when the disk is full; what was there before is then untouched.
     """
     directory = Path(checkpoint_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def checkpoint_tokenizer(meta: Meta, config: GPTConfig) -> RustBPETokenizer:
     if trained_with and tokenizer.fingerprint() != trained_with:
         raise UserError(
             f"the tokenizer in {tokenizer.directory} is not the one that the model was trained "
-            "with: put that one in its place"
+            "with: put that one there"
         )
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise UserError(
@@ -232,7 +232,7 @@ def config_from_meta(meta: Meta, state: State) -> GPTConfig:
     `window_pattern`, and all layers saw everything.
     """
     if not isinstance(meta.get("model_config"), dict):
-        raise UserError("the checkpoint does not say what model it is of: it has no model_config")
+        raise UserError("the checkpoint does not say which model it holds: it has no model_config")
     values = dict(meta["model_config"])
     values.setdefault("arch", "modern" if "resid_lambdas" in state else "classic")
     values.setdefault("window_pattern", "L")

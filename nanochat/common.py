@@ -25,7 +25,7 @@ _SCRIPT_SEED = 42
 
 
 def get_base_dir() -> Path:
-    """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; made if missing, read anew at each call."""
+    """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; made if missing, looked up at each call."""
     try:
         base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
     except RuntimeError as error:  # a user id without a name, as containers have
@@ -34,7 +34,7 @@ def get_base_dir() -> Path:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the base directory {base} ({error.strerror}): "
+            f"cannot create the base directory {base} ({error.strerror}): "
             "set NANOCHAT_BASE_DIR to a directory that you may write to"
         ) from error
     return base
@@ -43,8 +43,8 @@ def get_base_dir() -> Path:
 def get_dist_info() -> tuple[bool, int, int, int]:
     """(under a launcher?, rank, local rank, world size).
 
-    A process group that this process has joined tells the truth; before there is one, torchrun's
-    environment does; without either this is the only process.
+    From the process group, if this process has joined one; else from torchrun's environment;
+    without either this is the only process.
     """
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
@@ -90,7 +90,7 @@ def autodetect_device_type() -> str:
 
 
 def check_device_type(device_type: str) -> str:
-    """`device_type`, or for "" the best one; raises UserError for one that is not there."""
+    """`device_type`, or for "" the best one; raises UserError for a missing one."""
     import torch
 
     if not device_type:
@@ -111,7 +111,7 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.dev
 
     Returns (ddp, rank, local rank, world size, device). gloo on CPU, nccl on CUDA; `device_type` ""
     takes the best there is. Seeds torch's global generators alike on all ranks. Raises UserError
-    when the device is not there.
+    when the device is missing.
     """
     import torch
     import torch.distributed as dist
@@ -123,7 +123,7 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.dev
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU ({torch.cuda.device_count()} are visible): "
-                "start at most one process a GPU"
+                "start at most one process per GPU"
             )
         device = torch.device("cuda", local_rank)
         prepare_device(device)
@@ -161,7 +161,7 @@ def __getattr__(name: str) -> Any:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with the habits of this project's command lines.
 
-    `--a-b` and `--a_b` are the same option; a leading `--`, which torchrun may hand on, is dropped;
+    `--a-b` and `--a_b` are the same option; a leading `--`, which torchrun may pass on, is dropped;
     abbreviations are not guessed; an error is one line `error: …` and exit code 2.
     """
 

@@ -86,7 +86,7 @@ class CoreResult:
         }
 
     def table(self) -> str:
-        """Lines for people: a task each, and the mean."""
+        """A table for people: one line per task, and the mean."""
         rows = [
             (label, f"{self.accuracy[label]:.6f}", self.centred[label]) for label in self.accuracy
         ]
@@ -124,7 +124,7 @@ def evaluate_core(
 ) -> CoreResult:
     """CORE of `model`; all ranks of a process group call it together.
 
-    max_per_task: items of each task at the most, for an approximation; `say` gets a line a task.
+    max_per_task: a limit on each task's items, for an approximation; `say` gets one line per task.
     """
     accuracy: dict[str, float] = {}
     centred_by_task: dict[str, float] = {}
@@ -134,7 +134,7 @@ def evaluate_core(
             share = evaluate_task(model, tokenizer, items, device, task.meta)
         except (KeyError, IndexError) as error:
             raise UserError(
-                f"an item of {task.data_path} has not the form of {task.task_type} ({error!r}): "
+                f"an item of {task.data_path} is not a valid {task.task_type} item ({error!r}): "
                 f"delete {BUNDLE_NAME} and get it again"
             ) from error
         accuracy[task.label] = share
@@ -180,7 +180,7 @@ def load_tasks(directory: Path) -> list[Task]:
 
 
 def ensure_bundle(*, downloader: Downloader | None = None) -> Path:
-    """The bundle's directory, `$NANOCHAT_BASE_DIR/eval_bundle`; fetched if it is not there.
+    """The bundle's directory, `$NANOCHAT_BASE_DIR/eval_bundle`; fetched if it is missing.
 
     Two processes at once: one fetches, the other waits. Raises UserError, with what to do by hand,
     when there is no network.

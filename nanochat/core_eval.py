@@ -47,7 +47,7 @@ def evaluate_task(
         )
     if len(data) <= task_meta["num_fewshot"]:
         raise UserError(
-            f"a task of {len(data)} items has not {task_meta['num_fewshot']} examples for each"
+            f"a task of {len(data)} items has too few for {task_meta['num_fewshot']}-shot"
         )
     grouped = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
@@ -101,7 +101,7 @@ def choose_examples(data: Sequence[Item], number: int, count: int) -> list[Item]
 def render_prompts(kind: str, item: Item, examples: Sequence[Item], delimiter: str) -> list[str]:
     """The texts that are scored for one item, each behind the solved examples.
 
-    One a choice or a context; for language modelling two, without and with the continuation.
+    One per choice or context; for language modelling two, without and with the continuation.
     """
 
     def solved(example: Item) -> str:

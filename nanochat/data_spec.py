@@ -59,7 +59,7 @@ class DataSpec:
 
 
 def open_source(name_or_dir: str) -> Source:
-    """The source of that name or directory; the built-in corpus is made if it is not there yet."""
+    """The source of that name or directory; makes the built-in corpus if it is missing."""
     return prepare_builtin() if name_or_dir == "builtin" else get_source(name_or_dir)
 
 

@@ -4,6 +4,7 @@ python -m nanochat.dataset -n 240                     # FineWeb-EDU: shards 0..2
 python -m nanochat.dataset -n 8 --source climbmix
 python -m nanochat.dataset --source builtin           # made here, no network
 python -m nanochat.dataset --source /data/my_shards   # only checked
+python -m nanochat.dataset -n 8 --source hf:NAME      # any text dataset of the `datasets` library
 python -m nanochat.dataset -n 240 --prepare           # and packed into rows, ahead of a run
 """
 
@@ -21,6 +22,8 @@ from nanochat.common import ArgumentParser, run_command_line
 from nanochat.download import Downloader, DownloadError
 from nanochat.errors import UserError
 from nanochat.files import file_lock
+from nanochat.hf_name import PREFIX, HfName
+from nanochat.hf_shards import make_shards
 from nanochat.rows.cache import RowCache
 from nanochat.rows.prepare import prepare_rows
 from nanochat.source import (
@@ -52,8 +55,8 @@ def download(
 ) -> list[str]:
     """Fetch training shards 0..n-1 and the validation shard; returns a line for each that failed.
 
-    What is on the disk already is kept, an interrupted shard is continued. One download a
-    directory: a second one waits for the first. `$HF_TOKEN` is sent to the hub, and only there.
+    Keeps what is on the disk already and continues an interrupted shard. One download per
+    directory at a time: a second one waits. `$HF_TOKEN` is sent to the hub, and only there.
     """
     assert source.repository is not None
     downloader = downloader or Downloader()
@@ -129,29 +132,35 @@ def _check_directory(source: Source) -> None:
     print(
         f"{source.directory}: {len(held) - 1} training shards and validation shard "
         f"{source.val_shard}, {documents} documents"
-        + (f"; {gaps} numbers below {source.val_shard} are not there" if gaps else "")
+        + (f"; {gaps} numbers below {source.val_shard} are missing" if gaps else "")
     )
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m nanochat.dataset", description="Get training text.")
     parser.add_argument(
-        "-n", "--num-files", type=int, help="training shards to fetch: 0..n-1 (-1: all of them)"
+        "-n", "--num-files", type=int, help="training shards to get: 0..n-1 (-1: all)"
     )
     parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, help=f"{', '.join(COLLECTIONS)}, or a directory"
+        "--source",
+        default=DEFAULT_SOURCE,
+        help=f"{', '.join(COLLECTIONS)}, hf:NAME, or a directory",
     )
     parser.add_argument("-w", "--workers", type=int, default=4, help="parallel downloads")
     parser.add_argument("--prepare", action="store_true", help="pack the shards into rows")
     parser.add_argument("--tokenizer", default="tokenizer", help="for --prepare: name or path")
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="for --prepare: tokens a row")
+    parser.add_argument(
+        "--max-seq-len", type=int, default=2048, help="for --prepare: tokens per row"
+    )
     parser.add_argument("--packing", help="for --prepare: bestfit or stream; none: the source's")
     args = parser.parse_args()
 
     source = get_source(args.source)
     if source.name == "builtin":
         prepare_builtin()
-    if source.repository is None:
+    if source.name.startswith(PREFIX):
+        source = _make(args.source, args.num_files)
+    elif source.repository is None:
         _check_directory(source)
     elif args.num_files is not None or not args.prepare:
         _fetch(source, args.num_files, workers=args.workers)
@@ -160,6 +169,16 @@ def main() -> None:
         if args.num_files is not None and args.num_files >= 0:
             shards = [shard for shard in shards if shard < args.num_files]
         _prepare(source, shards, args.tokenizer, args.max_seq_len, args.packing)
+
+
+def _make(name: str, num_files: int | None) -> Source:
+    source = make_shards(HfName.parse(name), None if num_files == -1 else num_files)
+    made = len(source.present_train())
+    whole = ", the whole dataset" if source.train_shards == made else ""
+    print(
+        f"{source.directory}: {made} training shards{whole} and validation shard {source.val_shard}"
+    )
+    return source
 
 
 def _fetch(source: Source, num_files: int | None, *, workers: int) -> None:
@@ -176,7 +195,7 @@ def _fetch(source: Source, num_files: int | None, *, workers: int) -> None:
     if failures:
         raise UserError(
             f"{len(failures)} shards are missing in {source.directory}, see above: "
-            "the same command goes on where it stopped"
+            "the same command continues where it stopped"
         )
     print(f"{source.directory}: {number} training shards and validation shard {source.val_shard}")
 

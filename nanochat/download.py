@@ -89,7 +89,7 @@ class Downloader:
         raise DownloadError(f"given up after {self.attempts} attempts without progress ({problem})")
 
     def _attempt(self, url: str, part: Path) -> str | None:
-        """One request, from where `part` ends to the file's end; returns the SHA-256 if told."""
+        """One request, from where `part` ends to the file's end; returns the SHA-256 if announced."""
         have = _size(part)
         headers = {**self.headers, "Accept-Encoding": "identity"}
         if have:
@@ -107,7 +107,7 @@ class Downloader:
                 wait = _int_or_none(response.headers.get("Retry-After"))
                 raise _Retry(f"HTTP {status}", wait_s=float(wait or 0))
             if status == 404:
-                raise DownloadError(f"not there (HTTP 404 for {url})")
+                raise DownloadError(f"not found (HTTP 404 for {url})")
             if status in (401, 403):
                 raise DownloadError(f"not allowed (HTTP {status} for {url}): set HF_TOKEN")
             if status not in (200, 206):

@@ -129,7 +129,7 @@ def remembered_sha256(path: Path, directory: Path) -> str:
 def file_lock(path: Path | str, timeout_s: float = -1) -> Iterator[None]:
     """Hold an exclusive lock on `path` (kept by the kernel: it ends with its holder, however that dies).
 
-    `timeout_s` < 0 waits for ever; otherwise `filelock.Timeout` is raised after it.
+    `timeout_s` < 0 waits without limit; otherwise `filelock.Timeout` is raised after it.
     """
     with FileLock(str(path), timeout=timeout_s):
         yield

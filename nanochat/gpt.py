@@ -1,7 +1,7 @@
 """The GPT: one class, two architectures.
 
 `classic` is what transformers' NanoChatForCausalLM computes. `modern` adds value embeddings,
-residual scalars, smear and backout: a lower loss a token, but 2.5 times the bytes to synchronise at
+residual scalars, smear and backout: a lower loss per token, but 2.5 times the bytes to synchronise at
 depth 20. Both share rotary positions, QK norm, grouped-query attention, relu^2 MLPs, untied
 embeddings, norms without weights, no biases, and a softcap on the logits.
 
@@ -25,9 +25,9 @@ from nanochat.kernels.head import head_loss, softcap
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Block, Embedding, Linear, Mix, RunBlock, run_block
 from nanochat.optim import MuonAdamW
-from nanochat.param_groups import param_groups
+from nanochat.param_groups import make_optimizer
 from nanochat.sampling import sample_next_token
-from nanochat.schedule import LearningRates, learning_rates
+from nanochat.schedule import learning_rates
 
 __all__ = ["GPT", "GPTConfig", "Linear", "build_gpt", "config_for_depth", "norm"]
 
@@ -254,19 +254,32 @@ class GPT(nn.Module):
         assert isinstance(embedding, nn.Embedding)
         return embedding
 
-    def num_scaling_params(self) -> dict[str, int]:
-        """Parameters by role; `total` is their sum."""
-        matrices = sum(p.numel() for p in self.transformer.h.parameters())
-        embeds = 0
-        if self.config.is_modern:
-            embeds = sum(p.numel() for p in self.value_embeds.parameters())
-        counts = {
-            "wte": self.transformer.wte.weight.numel(),
-            "value_embeds": embeds,
-            "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": matrices,
+    def params_by_role(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters, as `param_groups` gives them their rules."""
+        modern = self.config.is_modern
+        return {
+            "lm_head": list(self.lm_head.parameters()),
+            "wte": list(self.transformer.wte.parameters()),
+            "value_embeds": list(self.value_embeds.parameters()) if modern else [],
+            "resid_lambdas": [self.resid_lambdas] if modern else [],
+            "x0_lambdas": [self.x0_lambdas] if modern else [],
+            "smear": (
+                [*self.smear_gate.parameters(), self.smear_lambda, self.backout_lambda]
+                if modern
+                else []
+            ),
+            "matrices": list(self.transformer.h.parameters()),
         }
-        total = sum(p.numel() for p in self.parameters())
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Number of parameters by role; `total` is their sum."""
+        sizes = {
+            role: sum(param.numel() for param in params)
+            for role, params in self.params_by_role().items()
+        }
+        counts = {name: sizes[name] for name in ("wte", "value_embeds", "lm_head")}
+        counts["transformer_matrices"] = sizes["matrices"]
+        total = sum(sizes.values())
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
     def data_ratio_params(self) -> int:
@@ -281,9 +294,9 @@ class GPT(nn.Module):
         return counts["total"]
 
     def estimate_flops(self) -> int:
-        """Floating-point operations of training a token: forward and backward.
+        """Floating-point operations per trained token, forward and backward.
 
-        6 a weight of each matmul, and 12 * heads * head_dim a visible key in attention.
+        6 per weight of each matmul, and 12 * heads * head_dim per visible key in attention.
         """
         config = self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
@@ -307,15 +320,7 @@ class GPT(nn.Module):
         )
         if matrix_lr is not None:
             rates = rates.replace(matrix=matrix_lr)
-        return self.make_optimizer(rates, weight_decay=weight_decay)
-
-    def make_optimizer(self, rates: LearningRates, *, weight_decay: float) -> MuonAdamW:
-        """MuonAdamW over `param_groups`; `weight_decay` is that of the matrices."""
-        bf16 = self.compute_dtype == torch.bfloat16
-        return MuonAdamW(
-            param_groups(self, rates, weight_decay=weight_decay),
-            polar_dtype=torch.bfloat16 if bf16 else torch.float32,
-        )
+        return make_optimizer(self, rates, weight_decay=weight_decay)
 
 
 def build_gpt(

@@ -1,7 +1,7 @@
 """Ctrl-C that lets a step end: the first one asks, the second one insists.
 
-SIGTERM asks too: it is what torchrun hands on, and what schedulers send before they kill. torchrun
-itself kills 30 s after it handed one on: `torchrun --shutdown-timeout SECONDS` for longer steps.
+SIGTERM asks too: it is what torchrun passes on, and what schedulers send before they kill. torchrun
+itself kills 30 s after it passed one on: `torchrun --shutdown-timeout SECONDS` for longer steps.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = True
         name = signal.Signals(number).name
-        print(f"{name}: this step is finished and saved; once more ends at once", file=sys.stderr)
+        print(f"{name}: finishing and saving this step; press again to quit now", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 class KVCache:
     """Room for `seq_len` positions of `batch_size` sequences, in all layers; filled from the left.
 
-    All rows stand at the same position. `GPT.forward` writes a layer's keys and values through
+    All rows are at the same position. `GPT.forward` writes a layer's keys and values through
     `get_layer_cache` and calls `advance` once, after its last layer. `num_heads` counts key and
     value heads.
     """

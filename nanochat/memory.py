@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks for the next micro-batch, as far as 2 GB; False elsewhere.
 
     By itself it gives big ones back to the kernel, and faults them in again, page by page:
-    1.34 → 0.77 CPU-seconds a step of configs/tiny.toml on one thread (docs/log.md).
+    1.34 → 0.77 CPU-seconds per step of configs/tiny.toml on one thread (docs/log.md).
     """
     if sys.platform != "linux":
         return False

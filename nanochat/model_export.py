@@ -155,7 +155,8 @@ def model_card(model: GPT, meta: dict[str, Any], *, name: str, vocab_size: int) 
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation"),
         *("tags:", "- nanochat", "---", "", f"# {name}", ""),
-        f"A nanochat base model of {config.n_layer} layers: it continues texts and answers nobody.",
+        f"A nanochat model of {config.n_layer} layers. It is a base model: it completes text and is not "
+        "instruction-tuned.",
         *("", "| | |", "|---|---|"),
         *(f"| {key} | {value} |" for key, value in facts.items() if value is not None),
         *("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),

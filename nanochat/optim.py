@@ -1,175 +1,22 @@
 """Muon for the matrices of the blocks and AdamW for everything else, in one sharded optimizer.
 
-There is no DDP wrapper: `step` takes the mean of the gradients over the ranks by reduce-scatter,
-each rank updates the shard whose state it keeps, and an all-gather hands the new weights round.
-That is one path for gloo and nccl, it holds 1/n of the optimizer state on each of n ranks, and it
-makes the weights bit-identical on all ranks, since each element is computed once and copied. (Of
-parameters under 1,024 elements every rank keeps all, as upstream does, and updates it from the same
-all-reduced gradient.) The collectives of all groups are started before the first is waited for.
+There is no DDP wrapper: `step` averages the gradients over the ranks by reduce-scatter, each rank
+updates the shard whose state it keeps, and an all-gather distributes the new weights. That is one
+path for gloo and nccl, it holds 1/n of the optimizer state on each of n ranks, and it makes the
+weights bit-identical on all ranks, since each element is computed once and copied. (Every rank keeps
+parameters under 1,024 elements whole, as upstream does, and updates them from the same all-reduced
+gradient.) The collectives of all groups are started before the first is waited for. The
+rules themselves are in `update_rules`.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.optimizer_shards import Shards
-
-# Polar express (arXiv 2505.16932): the best odd quintic for each of 5 iterations, safety 2e-2.
-_POLAR_COEFFICIENTS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-POLAR_STEPS = len(_POLAR_COEFFICIENTS)
-_POLAR_SAFETY = 1.01
-_PIECE = 1 << 20  # elements of AdamW on a CPU: 86 ms a step at a vocabulary of 32,768, 94 with 2^17
-_TINY = 1e-10  # keeps divisions by a norm finite where a gradient is exactly zero
-
-
-def adamw_update(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step in place: decoupled decay first, then the bias-corrected update.
-
-    All tensors are of one shape (n,); moments are fp32, weight and grad may be bf16 (rounded once, at
-    the end). On a CPU pieces that fit its caches go through torch's fused kernel one after the other,
-    which leaves no temporaries to speak of.
-    """
-    pieces = [(weight, grad, exp_avg, exp_avg_sq)]
-    if weight.device.type == "cpu":
-        pieces = list(zip(*(t.split(_PIECE) for t in pieces[0]), strict=True))
-    for piece in pieces:
-        _adamw_piece(*piece, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-
-
-def _adamw_piece(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    beta1, beta2 = betas
-    grad, new = grad.float(), weight.float()  # themselves, if they are in fp32
-    if weight.device.type == "cpu":
-        torch._fused_adamw_(
-            [new],
-            [grad],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [torch.tensor(float(step))],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
-    else:
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-        deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-        new.mul_(1 - lr * weight_decay)
-        new.addcdiv_(exp_avg, deviation, value=-lr / (1 - beta1**step))
-    if new is not weight:
-        weight.copy_(new)
-
-
-def equilibrate_rows(x: Tensor) -> Tensor:
-    """Scale the rows of each matrix (..., m, n) to the mean of their norms."""
-    norms = x.norm(dim=-1, keepdim=True)
-    return x * (norms.mean(dim=-2, keepdim=True) / norms.clamp_min(_TINY))
-
-
-def polar_express(
-    x: Tensor, *, dtype: torch.dtype = torch.float32, steps: int = POLAR_STEPS
-) -> Tensor:
-    """About the orthogonal factor of the polar decomposition of each matrix (..., m, n).
-
-    Iterates `steps` times, at most 5, on the smaller Gram matrix, in `dtype`; bf16 is what the safety
-    margin is made for.
-    """
-    x = x.to(dtype)
-    x = x / (_POLAR_SAFETY * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = x.size(-2) > x.size(-1)
-    for a, b, c in _POLAR_COEFFICIENTS[:steps]:
-        gram = x.mT @ x if tall else x @ x.mT
-        polynomial = b * gram + c * (gram @ gram)
-        x = a * x + (x @ polynomial if tall else polynomial @ x)
-    return x
-
-
-def snap_norm(x: Tensor) -> Tensor:
-    """Scale each matrix (..., m, n) to the Frobenius norm of an exactly orthogonal one."""
-    target = math.sqrt(min(x.size(-2), x.size(-1)))
-    return x * (target / x.norm(dim=(-2, -1), keepdim=True).clamp_min(_TINY))
-
-
-def reduce_variance(x: Tensor, second_moment: Tensor, *, beta2: float) -> Tensor:
-    """NorMuon: even out the rows (columns, if those are more) of an update, keeping its norm.
-
-    x: (..., m, n); second_moment: (..., m, 1) if m >= n, else (..., 1, n), is updated in place.
-    """
-    mean_square = x.square().mean(dim=_shorter_dim(x.shape), keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2)
-    evened = x * second_moment.clamp_min(_TINY).rsqrt()
-    norms = [t.norm(dim=(-2, -1), keepdim=True) for t in (x, evened)]
-    return evened * (norms[0] / norms[1].clamp_min(_TINY))
-
-
-def _shorter_dim(shape: torch.Size) -> int:
-    return -1 if shape[-2] >= shape[-1] else -2
-
-
-def muon_update(
-    weights: Tensor,
-    grads: Tensor,
-    momentum_buffer: Tensor,
-    second_moment: Tensor,
-    *,
-    lr: float,
-    momentum: float,
-    beta2: float,
-    weight_decay: float,
-    polar_dtype: torch.dtype,
-    polar_steps: int = POLAR_STEPS,
-) -> None:
-    """One Muon step in place on a stack of matrices (k, m, n), fp32.
-
-    Nesterov momentum, row equilibration, polar express, norm snap, NorMuon, then the update with
-    cautious decay: only weights that the update shrinks anyway are decayed.
-    """
-    momentum_buffer.lerp_(grads, 1 - momentum)
-    update = equilibrate_rows(torch.lerp(grads, momentum_buffer, momentum))
-    update = polar_express(update, dtype=polar_dtype, steps=polar_steps)
-    update = snap_norm(update.float())
-    update = reduce_variance(update, second_moment, beta2=beta2)
-    lr = lr * math.sqrt(max(1.0, weights.size(-2) / weights.size(-1)))
-    if weight_decay:
-        agree = (update * weights) >= 0
-        update = update + weight_decay * weights * agree
-    weights.sub_(update, alpha=lr)
+from nanochat.optimizer_shards import ShardedArray
+from nanochat.update_rules import AdamWRule, MuonRule, adamw_update, muon_update, shorter_dim
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -252,55 +99,55 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
         rank, world_size = _rank_and_world_size()
-        shares = [one for group in self.param_groups for one in _shards(group)]
-        for one in shares:
-            self._start_reduce(one, world_size)
-        for one in shares:
-            one.wait()
-            self._update(one, rank, world_size)
-        for one in shares:
-            one.wait()
-            if one.everyone is not None:
-                one.unpack(one.everyone)
+        arrays = [array for group in self.param_groups for array in _arrays(group)]
+        for array in arrays:
+            self._start_reduce(array, world_size)
+        for array in arrays:
+            array.wait()
+            self._update(array, rank, world_size)
+        for array in arrays:
+            array.wait()
+            if array.gathered is not None:
+                array.unpack(array.gathered)
 
-    def _start_reduce(self, one: Shards, world_size: int) -> None:
-        chunk = one.chunk(world_size)
-        padded = one.count if one.is_whole else chunk * world_size
-        one.own_grads = grads = one.pack((p.grad for p in one.params), padded)
-        if world_size > 1 and one.is_whole:
-            one.work = dist.all_reduce(grads, async_op=True)
+    def _start_reduce(self, array: ShardedArray, world_size: int) -> None:
+        chunk = array.chunk_size(world_size)
+        padded = array.count if array.is_whole else chunk * world_size
+        array.grads = grads = array.pack((p.grad for p in array.params), padded)
+        if world_size > 1 and array.is_whole:
+            array.work = dist.all_reduce(grads, async_op=True)
         elif world_size > 1:
-            one.own_grads = torch.empty_like(grads[:chunk])
-            one.work = dist.reduce_scatter_tensor(one.own_grads, grads, async_op=True)
+            array.grads = torch.empty_like(grads[:chunk])
+            array.work = dist.reduce_scatter_tensor(array.grads, grads, async_op=True)
 
-    def _update(self, one: Shards, rank: int, world_size: int) -> None:
-        """Update this rank's chunk and start handing it round."""
-        assert one.own_grads is not None
-        grads, one.own_grads = one.own_grads, None
+    def _update(self, array: ShardedArray, rank: int, world_size: int) -> None:
+        """Update this rank's chunk and start sending it to the others."""
+        assert array.grads is not None
+        grads, array.grads = array.grads, None
         chunk = grads.size(0)
-        begin, size = one.own(rank, world_size)  # the last ranks may hold padding only
+        begin, size = array.chunk_of(rank, world_size)  # the last ranks may hold padding only
         if world_size > 1:
             grads.div_(world_size)
-        if one.is_muon:
-            weights = one.pack(one.params[begin : begin + size], chunk)
+        if array.is_muon:
+            weights = array.pack(array.params[begin : begin + size], chunk)
         else:
-            weights = one.params[0][begin : begin + size]
+            weights = array.params[0][begin : begin + size]
         if size:
-            rule = self._muon if one.is_muon else self._adamw
-            rule(one, weights, grads, size)
-        if world_size == 1 or one.is_whole:
-            one.everyone = weights if one.is_muon else None  # AdamW has worked in place
+            rule = self._muon if array.is_muon else self._adamw
+            rule(array, weights, grads, size)
+        if world_size == 1 or array.is_whole:
+            array.gathered = weights if array.is_muon else None  # AdamW has worked in place
             return
-        if not one.is_muon:
-            own = torch.zeros_like(grads, dtype=weights.dtype)
-            own[:size].copy_(weights)
-            weights = own
-        one.own_weights = weights
-        one.everyone = weights.new_empty((chunk * world_size, *weights.shape[1:]))
-        one.work = dist.all_gather_into_tensor(one.everyone, weights, async_op=True)
+        if not array.is_muon:
+            padded = torch.zeros_like(grads, dtype=weights.dtype)
+            padded[:size].copy_(weights)
+            weights = padded
+        array.sent = weights
+        array.gathered = weights.new_empty((chunk * world_size, *weights.shape[1:]))
+        array.work = dist.all_gather_into_tensor(array.gathered, weights, async_op=True)
 
-    def _adamw(self, one: Shards, weights: Tensor, grads: Tensor, size: int) -> None:
-        group, state = one.group, self.state[one.params[0]]
+    def _adamw(self, array: ShardedArray, weights: Tensor, grads: Tensor, size: int) -> None:
+        group, state = array.group, self.state[array.params[0]]
         if not state:
             state["step"] = 0
             for name in ("exp_avg", "exp_avg_sq"):
@@ -312,38 +159,42 @@ class MuonAdamW(torch.optim.Optimizer):
             state["exp_avg"].view(-1),
             state["exp_avg_sq"].view(-1),
             step=int(state["step"]),
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            rule=AdamWRule(
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            ),
         )
 
-    def _muon(self, one: Shards, weights: Tensor, grads: Tensor, size: int) -> None:
-        group, state = one.group, self.state[one.params[0]]
+    def _muon(self, array: ShardedArray, weights: Tensor, grads: Tensor, size: int) -> None:
+        group, state = array.group, self.state[array.params[0]]
         if not state:  # padding included, as upstream has it
             state["momentum_buffer"] = torch.zeros_like(weights)
             factored = list(weights.shape)
-            factored[_shorter_dim(weights.shape)] = 1
+            factored[shorter_dim(weights.shape)] = 1
             state["second_momentum_buffer"] = weights.new_zeros(factored)
         muon_update(
             weights[:size],
             grads[:size],
             state["momentum_buffer"][:size],
             state["second_momentum_buffer"][:size],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            beta2=group["beta2"],
-            weight_decay=group["weight_decay"],
-            polar_dtype=self._polar_dtype,
-            polar_steps=group["ns_steps"],
+            MuonRule(
+                lr=group["lr"],
+                momentum=group["momentum"],
+                beta2=group["beta2"],
+                weight_decay=group["weight_decay"],
+                polar_dtype=self._polar_dtype,
+                polar_steps=group["ns_steps"],
+            ),
         )
 
 
-def _shards(group: dict[str, Any]) -> list[Shards]:
+def _arrays(group: dict[str, Any]) -> list[ShardedArray]:
     """All of a Muon group is one array, each parameter of an AdamW group another."""
     params: list[Tensor] = group["params"]
-    arrays = [params] if group["kind"] == "muon" else [[param] for param in params]
-    return [Shards(group, array) for array in arrays]
+    together = [params] if group["kind"] == "muon" else [[param] for param in params]
+    return [ShardedArray(group, members) for members in together]
 
 
 def _fitted_state(
@@ -353,11 +204,11 @@ def _fitted_state(
     state: dict[Tensor, dict[str, Any]] = {}
     for group, saved in zip(groups, state_dict["param_groups"], strict=True):
         numbers = dict(zip(group["params"], saved["params"], strict=True))
-        for one in _shards(group):
-            param = one.params[0]
+        for array in _arrays(group):
+            param = array.params[0]
             for name, value in state_dict["state"].get(numbers[param], {}).items():
                 if isinstance(value, Tensor) and value.dim() > 0:
-                    value = one.fitted(value, *_rank_and_world_size())
+                    value = array.fitted(value, *_rank_and_world_size())
                 state.setdefault(param, {})[name] = value
     return state
 

@@ -1,7 +1,7 @@
-"""How the optimizer's work and state are shared out over ranks, in the shapes that upstream keeps.
+"""How the optimizer's work and state are divided among ranks, in the shapes that upstream keeps.
 
 A Muon group is a stack of matrices, an AdamW parameter an array of rows: both are cut along their
-first dimension into one chunk a rank, the last of which may be shorter or empty. AdamW parameters of
+first dimension into one chunk per rank; the last chunks may be shorter or empty. AdamW parameters of
 fewer than 1,024 elements are not cut: each rank keeps them whole.
 """
 
@@ -17,17 +17,17 @@ _SMALLEST_CUT = 1024  # elements; upstream's bound, which decides what its optim
 
 
 @dataclass
-class Shards:
-    """One array that is updated together: an AdamW parameter, or a Muon group's stack.
+class ShardedArray:
+    """One array that is updated together: an AdamW parameter, or the stack of a Muon group.
 
-    On the way between the ranks it is padded to a multiple of their number.
+    It is padded to a multiple of the number of ranks while it travels between them.
     """
 
     group: dict[str, Any]
     params: list[Tensor]
-    own_grads: Tensor | None = None
-    own_weights: Tensor | None = None
-    everyone: Tensor | None = None
+    grads: Tensor | None = None  # of this rank's chunk, summed over the ranks
+    sent: Tensor | None = None  # this rank's new weights; must live until `gathered` is complete
+    gathered: Tensor | None = None  # the new weights of all ranks
     work: dist.Work | None = None
 
     def wait(self) -> None:
@@ -54,15 +54,15 @@ class Shards:
         """Of a matrix of the stack, or of a row of the parameter."""
         return self.params[0].shape if self.is_muon else self.params[0].shape[1:]
 
-    def chunk(self, world_size: int) -> int:
-        """Items a rank, padding included."""
+    def chunk_size(self, world_size: int) -> int:
+        """Items per rank, padding included."""
         return self.count if self.is_whole else -(-self.count // world_size)
 
-    def own(self, rank: int, world_size: int) -> tuple[int, int]:
-        """(first item, number of items) of this rank; the last ranks may have none."""
+    def chunk_of(self, rank: int, world_size: int) -> tuple[int, int]:
+        """(first item, number of items) of `rank`; the last ranks may have none."""
         if self.is_whole:
             return 0, self.count
-        chunk = self.chunk(world_size)
+        chunk = self.chunk_size(world_size)
         begin = min(rank * chunk, self.count)
         return begin, min(chunk, self.count - begin)
 
@@ -91,11 +91,11 @@ class Shards:
             param.copy_(array[i])
 
     def fitted(self, moments: Tensor, rank: int, world_size: int) -> Tensor:
-        """A saved state as this rank keeps it; files of ours once had AdamW's chunks as flat arrays.
+        """A saved state in the shape that this rank keeps; older files of ours hold AdamW's chunks flat.
 
         Raises ValueError if it is not of this rank's size.
         """
-        size = self.own(rank, world_size)[1]
+        size = self.chunk_of(rank, world_size)[1]
         if self.is_muon:
             fits = moments.dim() == 1 + len(self.item_shape) and moments.size(0) >= size
         else:

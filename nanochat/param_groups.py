@@ -1,47 +1,66 @@
 """Which parameter of a GPT is trained by which rule and at which rate."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from nanochat.optim import POLAR_STEPS
+from nanochat.gpt_config import GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.schedule import LearningRates
-
-if TYPE_CHECKING:
-    from nanochat.gpt import GPT
+from nanochat.update_rules import POLAR_STEPS
 
 _LR_REFERENCE_WIDTH = 768  # the rates of the vocabulary matrices were tuned at this n_embd
 
 
+class TrainableModel(Protocol):
+    """What an optimizer has to know of a `nanochat.gpt.GPT`, which may therefore import this module."""
+
+    config: GPTConfig
+    compute_dtype: torch.dtype
+
+    def params_by_role(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters, by `lm_head`, `wte`, `value_embeds`, `resid_lambdas`, `x0_lambdas`, `smear`
+        and `matrices` (of the blocks); the third to the sixth are empty in `classic`."""
+
+
+def make_optimizer(
+    model: TrainableModel, rates: LearningRates, *, weight_decay: float
+) -> MuonAdamW:
+    """MuonAdamW over `param_groups`; `weight_decay` is that of the matrices."""
+    bf16 = model.compute_dtype == torch.bfloat16
+    return MuonAdamW(
+        param_groups(model, rates, weight_decay=weight_decay),
+        polar_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+
+
 def param_groups(
-    model: "GPT", rates: LearningRates, *, weight_decay: float
+    model: TrainableModel, rates: LearningRates, *, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """A group a role for AdamW, then a group a shape for Muon: all matrices of the blocks.
+    """One group per role for AdamW, then one per shape for Muon: all matrices of the blocks.
 
     `weight_decay` is that of the matrices; the others' are constants of the architecture.
     """
     width_scale = (model.config.n_embd / _LR_REFERENCE_WIDTH) ** -0.5
     embedding_lr = rates.embedding * width_scale
     unembedding_lr = rates.unembedding * width_scale
-    head = list(model.lm_head.parameters())
-    table = list(model.transformer.wte.parameters())
+    roles = model.params_by_role()
     if model.config.is_modern:
-        smear = [*model.smear_gate.parameters(), model.smear_lambda, model.backout_lambda]
-        embeds = list(model.value_embeds.parameters())
         groups = [
-            _adamw(head, unembedding_lr, (0.8, 0.96), 0.01),
-            _adamw(table, embedding_lr, (0.8, 0.995), 0.001),
-            _adamw(embeds, 0.5 * embedding_lr, (0.8, 0.995), 0.01),
-            _adamw([model.resid_lambdas], 0.01 * rates.scalar, (0.8, 0.95), 0.05),
-            _adamw([model.x0_lambdas], rates.scalar, (0.96, 0.95), 0.0),
-            _adamw(smear, rates.smear, (0.8, 0.95), 0.0),
+            _adamw(roles["lm_head"], unembedding_lr, (0.8, 0.96), 0.01),
+            _adamw(roles["wte"], embedding_lr, (0.8, 0.995), 0.001),
+            _adamw(roles["value_embeds"], 0.5 * embedding_lr, (0.8, 0.995), 0.01),
+            _adamw(roles["resid_lambdas"], 0.01 * rates.scalar, (0.8, 0.95), 0.05),
+            _adamw(roles["x0_lambdas"], rates.scalar, (0.96, 0.95), 0.0),
+            _adamw(roles["smear"], rates.smear, (0.8, 0.95), 0.0),
         ]
     else:
         groups = [
-            _adamw(head, unembedding_lr, (0.8, 0.95), 0.0),
-            _adamw(table, embedding_lr, (0.8, 0.95), 0.0),
+            _adamw(roles["lm_head"], unembedding_lr, (0.8, 0.95), 0.0),
+            _adamw(roles["wte"], embedding_lr, (0.8, 0.95), 0.0),
         ]
-    matrices = list(model.transformer.h.parameters())
+    matrices = roles["matrices"]
     for shape in sorted({p.shape for p in matrices}):
         groups.append(
             {

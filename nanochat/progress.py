@@ -1,10 +1,11 @@
-"""What a run on one machine tells: a progress bar, lines, Weights & Biases."""
+"""What a run on one machine shows: a progress bar, lines, Weights & Biases."""
 
 import contextlib
 import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from tqdm import tqdm
 from nanochat.common import get_base_dir
 from nanochat.core_bundle import CoreResult
 from nanochat.errors import UserError
-
-WANDB_MODES = ("auto", "online", "offline", "disabled")
+from nanochat.settings import Settings
 
 
 class ProgressLog:
@@ -24,31 +24,27 @@ class ProgressLog:
 
     def __init__(
         self,
+        settings: Settings,
         *,
         num_steps: int,
-        step_tokens: int,
-        log_every: int,
         rank: int,
-        run: str,
-        wandb_project: str,
-        wandb_mode: str,
-        config: dict[str, Any],
         done: int = 0,
         training_time_s: float = 0.0,
         token_flops: float = 0.0,
         peak_flops: float = 0.0,
     ) -> None:
-        """`token_flops`: of training on a token; `peak_flops`: FLOP/s of all devices, 0 if unknown."""
+        """For a run of `num_steps` of which `done` are done, after `training_time_s` of training.
+
+        `token_flops`: of training on one token; `peak_flops`: FLOP/s of all devices, 0 if unknown.
+        """
         self.loss: float | None = None  # the last one that was read
         self.training_time_s = training_time_s  # without evaluations and checkpoints
-        self._num_steps, self._step_tokens = num_steps, step_tokens
-        self._log_every, self._rank = log_every, rank
-        # None: no bar where nobody watches (not a terminal); the lines tell the same
+        self._num_steps, self._step_tokens = num_steps, settings.total_batch_size
+        self._log_every, self._rank = settings.log_every, rank
+        # None: no bar without a terminal; the lines say the same
         quiet = None if rank == 0 else True
         self._bar = tqdm(total=num_steps, initial=done, unit="step", disable=quiet)
-        self._wandb = None
-        if rank == 0:
-            self._wandb = _open_wandb(run, wandb_project, wandb_mode, config)
+        self._wandb = _open_wandb(settings) if rank == 0 else None
         self._pending: list[Tensor] = []
         self._token_flops, self._peak_flops = token_flops, peak_flops
         self._since = time.monotonic()
@@ -60,7 +56,7 @@ class ProgressLog:
         lr_multiplier: float,
         position: tuple[int, int, int, int | None],
     ) -> None:
-        """Take note of a step whose nats, those of this rank, are still on the device.
+        """Record a step whose nats, those of this rank, are still on the device.
 
         Raises UserError when a loss that is read is not finite.
         """
@@ -72,10 +68,10 @@ class ProgressLog:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         tokens = len(self._pending) * self._step_tokens
-        self.loss = loss = float(total) / tokens  # here the device is waited for
+        self.loss = loss = float(total) / tokens  # waits for the device
         if not math.isfinite(loss):  # the same on all ranks: they stop together
             raise UserError(
-                f"the loss is {loss} at step {done}, the run has diverged: begin another one with a "
+                f"the loss is {loss} at step {done}, the run has diverged: start another one with a "
                 "lower --lr (checkpoints written before are kept)"
             )
         now = time.monotonic()
@@ -107,7 +103,7 @@ class ProgressLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in the block is not training: it does not count in speed and time."""
+        """The block is not training: it counts neither in speed nor in time."""
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began
@@ -146,8 +142,9 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _open_wandb(run: str, project: str, mode: str, config: dict[str, Any]) -> Any:
+def _open_wandb(settings: Settings) -> Any:
     """A W&B run, or None without a project; online only with a key: nobody is asked for one."""
+    project, mode = settings.wandb_project, settings.wandb_mode
     if not project or mode == "disabled":
         return None
     import wandb  # slow to import, and not needed without a project
@@ -155,8 +152,8 @@ def _open_wandb(run: str, project: str, mode: str, config: dict[str, Any]) -> An
     online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_API_KEY"))
     return wandb.init(
         project=project,
-        name=run,
+        name=settings.tag,
         mode="online" if online else "offline",
         dir=str(get_base_dir()),
-        config=config,
+        config=asdict(settings),
     )

@@ -1,6 +1,6 @@
 """Writing a run's state so that a later process continues it bit for bit, and reading it again.
 
-The state is the weights, each rank's shard of the optimizer, the step, and the place in the data.
+The state is the weights, each rank's shard of the optimizer, the step, and the position in the data.
 All ranks write their shards before rank 0 writes the meta file: a step that has one is whole.
 """
 
@@ -30,7 +30,7 @@ Meta = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunState:
+class TrainingState:
     """Where a run stands after `step` steps, besides its weights and optimizer."""
 
     step: int = 0
@@ -48,7 +48,7 @@ class RunState:
         position: tuple[int, int, int, int | None],
         train_loss: float | None,
         training_time_s: float,
-    ) -> "RunState":
+    ) -> "TrainingState":
         """After `step` steps, at `EpochStream.position`."""
         epoch, shard, row, _ = position
         return replace(
@@ -61,7 +61,7 @@ class RunState:
             training_time_s=training_time_s,
         )
 
-    def validated(self, val_bpb: float) -> "RunState":
+    def validated(self, val_bpb: float) -> "TrainingState":
         """The same place with a new validation; what JSON cannot hold (no bytes: inf) is left out."""
         if not math.isfinite(val_bpb):
             return replace(self, val_bpb=None)
@@ -88,12 +88,12 @@ class RunState:
         }
 
     @staticmethod
-    def from_meta(meta: Meta) -> "RunState":
+    def from_meta(meta: Meta) -> "TrainingState":
         """Raises UserError for the checkpoint of a program that keeps no row."""
         try:
             place, loop = meta["dataloader_state_dict"], meta["loop_state"]
             least = loop["min_val_bpb"]
-            return RunState(
+            return TrainingState(
                 step=meta["step"],
                 epoch=place["epoch"],
                 shard=place["pq_idx"],
@@ -105,7 +105,7 @@ class RunState:
             )
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"this checkpoint does not say where in its data it stands (no {error}): only runs "
+                f"this checkpoint does not record its position in the data (no {error}): only runs "
                 "of scripts.base_train can be continued"
             ) from error
 
@@ -138,7 +138,7 @@ def _wait_for_all(world_size: int) -> None:
 def resolve_step(directory: Path, wanted: str) -> int | None:
     """The step that `wanted` names, a number or "latest"; None for "latest" if there is none yet.
 
-    So the same command line begins a run and continues it, which is what a restarted job needs.
+    So the same command line starts a run and continues it, as a restarted job needs.
     """
     if wanted == LATEST:
         try:
@@ -159,29 +159,29 @@ def restore_run(
     same: Meta,
     rank: int,
     world_size: int,
-) -> RunState:
+) -> TrainingState:
     """Put the weights and this rank's optimizer shard back; returns where the run stands.
 
     same: what must stand in the checkpoint's meta data for this to be the same run, a value or a
-    mapping of values a key. Raises UserError, naming what differs, and for another number of ranks.
+    mapping of values per key. Raises UserError, naming what differs, and for another number of ranks.
     """
     ranks = optimizer_ranks(directory, step)
     if ranks and ranks != list(range(world_size)):
         raise UserError(
             f"step {step} in {directory} holds the optimizer of {len(ranks)} processes and this "
-            f"run has {world_size}: continue it with as many"
+            f"run has {world_size}: continue it with {len(ranks)}"
         )
     weights, shard, meta = load_checkpoint(
         directory, step, model.get_device(), load_optimizer=True, rank=rank
     )
-    state = RunState.from_meta(meta)
+    state = TrainingState.from_meta(meta)
     for key, values in same.items():
         for name, value in values.items():
             saved = meta.get(key, {}).get(name)
             if saved != value:
                 raise UserError(
-                    f"the run in {directory} was begun with {name} {saved!r}, not {value!r}: "
-                    "continue it with that, or begin another one with --run"
+                    f"the run in {directory} was started with {name} {saved!r}, not {value!r}: "
+                    "continue it with that, or start another one with --run"
                 )
     try:
         model.load_state_dict(weights)

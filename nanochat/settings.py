@@ -1,13 +1,13 @@
-"""What a run on one machine can be told, and what of it can be seen to be wrong at once."""
+"""The settings of a run on one machine, and which mistakes in them show without any file."""
 
 import re
 from dataclasses import dataclass
 
 from nanochat.errors import UserError
 from nanochat.kernels.choices import COMPILE_MODES
-from nanochat.progress import WANDB_MODES
 from nanochat.schedule import SCHEDULE_KINDS
 
+WANDB_MODES = ("auto", "online", "offline", "disabled")
 _AT_LEAST_1 = (
     *("aspect_ratio", "head_dim", "max_seq_len"),
     *("eval_rows", "core_max_per_task", "log_every"),
@@ -16,11 +16,11 @@ _AT_LEAST_1 = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run on one machine can be told; None means: follows from the rest."""
+    """All settings of a run on one machine; None means: follows from the rest."""
 
     run: str = ""  # names the checkpoint directory; "": d<depth>
     depth: int = 20
-    aspect_ratio: int = 64  # width a layer, rounded up to whole heads
+    aspect_ratio: int = 64  # width per layer, rounded up to whole heads
     head_dim: int = 128
     arch: str = "classic"
     window_pattern: str | None = None
@@ -29,7 +29,7 @@ class Settings:
     tokenizer: str = "tokenizer"
     packing: str | None = None
     max_seq_len: int = 2048
-    batch_size: int = 0  # rows a device takes at once; 0: what its memory has room for
+    batch_size: int = 0  # rows per device and micro-step; 0: what its memory has room for
     total_batch_size: int = 524288  # tokens of an optimizer step; -1: what fits the run's length
     num_iterations: int | None = None
     target_flops: float | None = None
@@ -52,14 +52,14 @@ class Settings:
     sample_every: int = 0  # steps; 0 or less: never
     save_every: int = 0  # steps; 0 or less: only at the end
     resume_from_step: str | None = None  # a number, or "latest"
-    log_every: int = 10  # steps between readings of the loss, each of which waits for the device
+    log_every: int = 10  # steps between readings of the loss; each waits for the device
     wandb_project: str = ""
     wandb_mode: str = "auto"
     compile: str = "auto"  # auto, on, off (acceleration.py)
     seed: int = 0
 
     def check(self) -> None:
-        """Raise UserError for a value that can be seen to be wrong without looking at any file."""
+        """Raise UserError for a value that is wrong whatever is on this machine."""
         if self.run and not re.fullmatch(r"[\w][\w.-]*", self.run):
             raise UserError(f"--run is {self.run!r}: use letters, digits, '.', '-' and '_' only")
         for name in _AT_LEAST_1:

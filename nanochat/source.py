@@ -5,17 +5,19 @@ disk: a site that holds 240 shards of 1,823 must not take its highest one for va
 another site train on the one that this site validates on.
 """
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat import builtin_corpus
+from nanochat import builtin_corpus, hf_name
 from nanochat.common import get_base_dir
 from nanochat.errors import UserError
+from nanochat.hf_name import HfName
 
 DEFAULT_SOURCE = "fineweb-edu"
 TEXT_COLUMN = "text"
@@ -40,15 +42,16 @@ COLLECTIONS = {
 class Source:
     """A collection of shards and the directory that holds some or all of them on this machine."""
 
-    name: str  # a key of COLLECTIONS, or the absolute path of a directory
+    name: str  # a key of COLLECTIONS, `hf:…`, or the absolute path of a directory
     directory: Path
     val_shard: int
     repository: str | None = None
+    train_shards: int | None = None  # None: all numbers below val_shard
 
     @property
     def num_train_shards(self) -> int:
         """Training shards of the whole collection, on this disk or not: numbers 0..n-1."""
-        return self.val_shard
+        return self.val_shard if self.train_shards is None else self.train_shards
 
     def shard_path(self, shard: int) -> Path:
         return self.directory / f"shard_{shard:05d}.parquet"
@@ -89,7 +92,7 @@ class Source:
         return builtin_corpus.manifest_sha256(self.directory)
 
     def _repair(self, wanted: list[int]) -> str:
-        if self.repository is not None:
+        if self.repository is not None or self.name.startswith(hf_name.PREFIX):
             train = [shard for shard in wanted if shard < self.val_shard]
             number = max(train) + 1 if train else 1
             return f"run `python -m nanochat.dataset -n {number} --source {self.name}`"
@@ -101,7 +104,8 @@ class Source:
 def get_source(name_or_dir: str | Path = DEFAULT_SOURCE) -> Source:
     """The source called `name_or_dir`, or the directory of one's own shards at that path.
 
-    A directory holds `shard_00000.parquet` …; its highest-numbered shard is its validation shard.
+    `hf:NAME[:SPLIT[:COLUMN]]` is the directory that `nanochat.hf_shards` fills. A directory of one's own
+    holds `shard_00000.parquet` …; its highest-numbered shard is its validation shard.
     Raises UserError for an unknown name, and for a directory without at least two shards.
     """
     name = str(name_or_dir)
@@ -109,10 +113,16 @@ def get_source(name_or_dir: str | Path = DEFAULT_SOURCE) -> Source:
         entry = COLLECTIONS[name]
         directory = get_base_dir() / entry.directory
         return Source(name, directory, entry.val_shard, entry.repository)
+    if name.startswith(hf_name.PREFIX):
+        hf = HfName.parse(name)
+        total = hf.num_train_shards()
+        return Source(str(hf), hf.directory, hf_name.VAL_SHARD, train_shards=total)
     directory = Path(name).expanduser()
     if not directory.is_dir():
         known = ", ".join(COLLECTIONS)
-        raise UserError(f"no data source {name!r}: choose one of {known}, or an existing directory")
+        raise UserError(
+            f"no data source {name!r}: choose one of {known}, hf:NAME, or an existing directory"
+        )
     directory = directory.resolve()
     shards = _shard_numbers(directory)
     if len(shards) < 2:
@@ -162,6 +172,20 @@ def parquets_iter_batched(
     for number, batch in enumerate(batches):
         if number >= start and (number - start) % step == 0:
             yield [text for text in batch if text]
+
+
+def cropped(batches: Iterable[Sequence[str]], *, max_chars: int, doc_cap: int) -> Iterator[str]:
+    """The first `doc_cap` characters of each document, until `max_chars` characters are reached.
+
+    Long documents would give their own words too much weight; `doc_cap` 0 crops nothing.
+    """
+    left = max_chars
+    for text in itertools.chain.from_iterable(batches):
+        if left <= 0:
+            return
+        document = text[:doc_cap] if doc_cap else text
+        left -= len(document)
+        yield document
 
 
 def check_shard(path: Path) -> None:

@@ -9,12 +9,11 @@ byte length of each token, for bits per byte.
 import base64
 import hashlib
 import importlib
-import itertools
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ SPLIT_PATTERN = (
 _LONGEST_SPACE = 100_000
 _LONG_SPACE = re.compile(rf"(\s{{{_LONGEST_SPACE}}})")
 DEFAULT_DIRECTORY = "tokenizer"
-TOKENIZER_FILE, _PICKLE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
+TOKENIZER_FILE, PICKLE_FILE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
 _FORMAT = "nanochat-bpe-1"
 _NUM_BYTES = 256
 MIN_VOCAB_SIZE = _NUM_BYTES + len(SPECIAL_TOKENS)
@@ -122,7 +121,7 @@ class RustBPETokenizer:
         directory = Path(tokenizer_dir)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / TOKENIZER_FILE).unlink(missing_ok=True)
-        atomic_write_bytes(directory / _PICKLE, pickle.dumps(self.enc))
+        atomic_write_bytes(directory / PICKLE_FILE, pickle.dumps(self.enc))
         with atomic_file(directory / _TOKEN_BYTES) as file:
             torch.save(torch.tensor(self.token_bytes(), dtype=torch.int32), file)
         atomic_write_bytes(directory / TOKENIZER_FILE, self._to_json())
@@ -276,28 +275,9 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def check_trainable() -> None:
-    """Raise UserError if the training extension is not built."""
-    load_rustbpe()
-
-
 def has_long_space(text: str) -> bool:
     """Whether a run of white space in `text` is longer than tiktoken's engine can take."""
     return len(text) > _LONGEST_SPACE and _LONG_SPACE.search(text) is not None
-
-
-def cropped(batches: Iterable[Sequence[str]], *, max_chars: int, doc_cap: int) -> Iterator[str]:
-    """The first `doc_cap` characters of each document, until `max_chars` characters are reached.
-
-    Long documents would give their own words too much weight; `doc_cap` 0 crops nothing.
-    """
-    left = max_chars
-    for text in itertools.chain.from_iterable(batches):
-        if left <= 0:
-            return
-        document = text[:doc_cap] if doc_cap else text
-        left -= len(document)
-        yield document
 
 
 def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> tiktoken.Encoding:
@@ -310,22 +290,13 @@ def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> 
     )
 
 
-def check_overwritable(directory: Path) -> None:
-    """Raise UserError if `directory` holds a tokenizer that another program, as upstream, has made."""
-    if (directory / _PICKLE).exists() and not (directory / TOKENIZER_FILE).exists():
-        raise UserError(
-            f"{directory / _PICKLE} was not made by this program, and others may need it: move it away, "
-            "or train into another directory with --tokenizer"
-        )
-
-
 def _missing(directory: Path) -> str:
     train = "python -m scripts.tok_train --max-chars=4000000000 --vocab-size=65536"
     if directory.name != DEFAULT_DIRECTORY:
         train += f" --tokenizer={directory}"
-    if (directory / _PICKLE).exists():
+    if (directory / PICKLE_FILE).exists():
         return (
-            f"{directory} has a {_PICKLE} only, which is never loaded (unpickling runs code): "
+            f"{directory} has a {PICKLE_FILE} only, which is never loaded (unpickling runs code): "
             f"if another program needs it, move it away; then train one with `{train}`"
         )
     return f"there is no tokenizer in {directory}: make one with `{train}`"

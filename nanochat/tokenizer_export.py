@@ -135,7 +135,7 @@ def _config(tokenizer: RustBPETokenizer, sequence_len: int | None) -> dict[str, 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
-        "eos_token": BOS,  # documents are told apart by it: the next one's begin is this one's end
+        "eos_token": BOS,  # separates documents: where the next one begins, this one ends
         "additional_special_tokens": others,
         "clean_up_tokenization_spaces": False,
     }

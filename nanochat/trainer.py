@@ -19,16 +19,16 @@ _ADAMW_STATE_BYTES, _MUON_STATE_BYTES = 8, 4  # of a parameter: two fp32 moments
 
 
 def rank_slice(num_rows: int, *, rank: int, world_size: int) -> slice:
-    """The contiguous part of a global micro-batch that is a rank's: sizes differ by at most one."""
+    """The contiguous part of a global micro-batch that belongs to a rank: sizes differ by at most one."""
     return slice(rank * num_rows // world_size, (rank + 1) * num_rows // world_size)
 
 
 class Trainer:
     """Takes optimizer steps with `model` on `device`, as one of `world_size` ranks of a group.
 
-    All ranks hand the same rows to `step`. A global micro-batch is `device_batch_rows` *
+    All ranks pass the same rows to `step`. A global micro-batch is `device_batch_rows` *
     `world_size` consecutive rows (fewer at the end), of which each rank takes its slice: the rows
-    consumed are always a prefix of what was handed in, whatever the number of ranks. `run_block` is
+    consumed are always a prefix of what was passed, for any number of ranks. `run_block` is
     used for micro-batches of the usual size; a short one is not worth compiling for.
 
     A rank whose device has no memory for its slice takes it in smaller pieces: the ranks meet in the
@@ -50,13 +50,14 @@ class Trainer:
             raise ValueError(f"device_batch_rows must be at least 1, not {device_batch_rows}")
         if model.compute_dtype == torch.float16:
             raise UserError(
-                "training in float16 needs a loss scaling that there is not: "
+                "training in float16 needs loss scaling, which is not implemented: "
                 "set NANOCHAT_DTYPE to bfloat16 or float32"
             )
         self.model, self.optimizer, self.device = model, optimizer, device
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = device_batch_rows * world_size
         self.piece_rows = 0  # that this device takes at once; 0: not known before the first step
+        self.micro_steps = 0  # begun so far, those of a step that was dropped included
         self._run_block = run_block
         self._batches: Batches | None = None
 
@@ -84,6 +85,7 @@ class Trainer:
                 if should_stop is not None and should_stop():
                     self.optimizer.zero_grad(set_to_none=True)
                     return None
+                self.micro_steps += 1
                 micro = rows[first : first + self.micro_batch_rows]
                 mine = micro[rank_slice(len(micro), rank=self.rank, world_size=self.world_size)]
                 if len(mine):

@@ -1,9 +1,9 @@
-"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` flower-supernode, with what
+"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, and `pilot node` flower-supernode, with what
 Flower leaves out.
 
-The run configuration is merged and checked before anything starts, the log is streamed with one
-progress bar a client, Ctrl-C stops the run and everything it started, and the exit code tells the
-truth: 0 completed, 1 failed or stopped, 2 a mistake that one sentence names, 130 and 143 interrupted.
+`pilot run` merges and checks the run configuration before anything starts, streams the log with one progress
+bar per client, stops everything it started on Ctrl-C, and has an exit code to rely on: 0 completed, 1 failed or
+stopped, 2 a mistake that one sentence names, 130 and 143 interrupted.
 """
 
 import argparse
@@ -28,15 +28,16 @@ from pilot.launch.connection import Connection
 from pilot.launch.flower_run import FlowerRun, Outcome
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
+from pilot.processes.signals import end_signals_handled_by
 from pilot.redis_url import redact_url
 
 PROGRESS_MARK = (
-    "shard_progress="  # the server's progress lines: `client_0: loss=… shard_progress=…`
+    "shard_progress="  # of the server's progress lines: `client_0: loss=… shard_progress=…`
 )
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks us to end."""
+    """A signal asked this process to end."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -101,11 +102,11 @@ def node(arguments: argparse.Namespace) -> int:
 def _run_locally(
     connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
 ) -> Outcome:
-    """A simulation on a SuperLink of its own, which ends with it."""
+    """A simulation on a private SuperLink, which ends with it."""
     if any(character.isspace() for character in sys.executable):
         raise PilotError(
-            f"Ray, which simulates the clients, can't start {sys.executable}: "
-            "put the project into a directory without spaces in its path"
+            f"Ray, which simulates the clients, cannot start {sys.executable}: "
+            "move the project to a path without spaces"
         )
     console.show(f"Starting Flower for {connection.clients} simulated clients")
     with SuperLink(connection, app) as superlink:
@@ -124,7 +125,7 @@ def _run_locally(
 def _run_remotely(
     connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
 ) -> Outcome:
-    """A run on a SuperLink that others started."""
+    """A run on the SuperLink of a deployment."""
     scratch = Path(tempfile.mkdtemp(prefix="pilot-"))
     env = {**connections.flower_environment(), "FLWR_HOME": str(connection.flwr_home)}
     flower = FlowerRun(connection.name, app, env)
@@ -134,7 +135,7 @@ def _run_remotely(
         return flower.follow(console.show)
     except KeyboardInterrupt:
         console.show("Stopping the run")
-        flower.wait_for_id(timeout_s=15)  # it may just have been sent
+        flower.wait_for_id(timeout_s=15)  # the run may have been submitted just now
         flower.stop()
         raise
     finally:
@@ -162,14 +163,14 @@ class Console:
                     position=len(self._bars),
                     bar_format="{desc}",
                 )
-            # asked anew each time, since terminals are resized; some say 0, which means unknown
+            # asked each time, since terminals are resized; some report 0, which means unknown
             self._bars[name].ncols = shutil.get_terminal_size().columns
             self._bars[name].set_description_str(line)
         else:
             tqdm.write(line, file=self._stream)
 
     def close(self) -> None:
-        """Leave the bars as they are and go below them."""
+        """Leave the bars as they are and move the cursor below them."""
         for bar in self._bars.values():
             bar.close()
         self._bars.clear()
@@ -196,27 +197,19 @@ def _write_overrides(scratch: Path, overrides: Mapping[str, Any]) -> Path | None
     if not overrides:
         return None
     path = scratch / "run-config.toml"
-    connections.write_run_config(path, overrides)
+    connections.write_toml(path, overrides)
     return path
 
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted, so that every exit goes through `finally`."""
+    """Let SIGINT, SIGTERM and SIGHUP raise Interrupted, so that every exit runs `finally` blocks."""
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    before = {
-        signum: signal.signal(signum, interrupt)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN  # nohup
-    }
-    try:
+    with end_signals_handled_by(interrupt):
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -230,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Run the federation on a Flower connection: simulated clients on this machine\n"
-            "(:local: connections; nothing needs to be prepared), or the sites of a deployment.\n"
+            "(:local: connections, which need no preparation), or the sites of a deployment.\n"
             "Ctrl-C stops the run and all of its processes. Exit code 0: completed, 1: failed or\n"
             "stopped, 2: a mistake in the command or its configuration, 130: interrupted."
         ),
@@ -248,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         "connection",
         nargs="?",
         metavar="CONNECTION",
-        help="name of a Flower connection (without: the default one of the configuration)",
+        help="name of a Flower connection (default: the one that the configuration names)",
     )
     command.add_argument(
         "--run-config",
@@ -263,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="directory of the Flower app (default: this one)",
+        help="directory of the Flower app (default: the current one)",
     )
     command.set_defaults(function=run)
     return parser
@@ -272,31 +265,33 @@ def _parser() -> argparse.ArgumentParser:
 def _add_node(commands: Any) -> None:
     command = commands.add_parser(
         "node",
-        help="run a site's SuperNode: restarted when it ends, and leaving without losing its reply",
-        allow_abbrev=False,  # an option that isn't ours is flower-supernode's
+        help="run a site's SuperNode: restart it on exit, and drain it without losing a reply",
+        allow_abbrev=False,  # an option that is not ours is flower-supernode's
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Run flower-supernode, whose options follow, and start it again when it ends. SIGTERM,\n"
-            "Ctrl-C or a preemption notice makes the site finish its micro-step and reply; once the\n"
-            "server has that reply on its disk (as Redis, PILOT_REDIS_URL, says) the node ends with\n"
-            "exit code 0. A second signal ends it at once."
+            "Run flower-supernode and restart it when it exits; options that are not listed here are\n"
+            "passed on to it. On SIGTERM, Ctrl-C or a preemption notice the client finishes its\n"
+            "micro-step and replies. Once the server confirms through Redis (PILOT_REDIS_URL) that it\n"
+            "has the reply on disk, the command exits with code 0. A second signal ends it at once."
         ),
         epilog=("example:\n  pilot node --name site-a --insecure --superlink 127.0.0.1:8000"),
     )
     command.add_argument(
-        "--name", default=default_name(), help="the site's name (default: this machine's)"
+        "--name",
+        default=default_name(),
+        help="the client's name, such as site-a (default: this machine's)",
     )
     command.add_argument(
         "--preempt-file",
         default="",
         metavar="FILE",
-        help="leave when this file appears (default: PILOT_PREEMPT_FILE, else the run's preempt-file)",
+        help="leave when this file appears (default: PILOT_PREEMPT_FILE, or the run's preempt-file)",
     )
     command.add_argument(
         "--leave-within",
         type=float,
         metavar="SECONDS",
-        help="wait at most so long for the server (default: the run's drain-deadline and 60 s)",
+        help="wait at most this long for the server (default: the run's drain-deadline plus 60 s)",
     )
     command.set_defaults(function=node)
 

@@ -1,8 +1,8 @@
-"""The ClientApp: moves bytes between Flower and this site's worker group, and nothing else.
+"""The ClientApp: moves bytes between Flower and this client's worker group, and nothing else.
 
 It imports neither torch nor nanochat: a message is a new process (docs/flower.md), and what fails in a
-worker must become a reply with a reason, never an exception that Flower reports seconds later. A site
-that is to leave takes no new work: it says so at once.
+worker must become a reply with a reason, never an exception that Flower reports seconds later. A client
+that is leaving takes no new work: it says so at once.
 """
 
 import contextlib
@@ -13,16 +13,19 @@ from collections.abc import Iterator
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.errors import PilotError
 from pilot.site import in_flight
 from pilot.site.handle import WorkerError, WorkerHandle
 from pilot.site.notice import notice_files, noticed
 from pilot.wire.messages import (
+    AnyMessage,
     Header,
     HelloOrder,
     HelloReply,
     Part,
+    StopReason,
     TrainOrder,
     TrainReply,
     from_header,
@@ -30,7 +33,6 @@ from pilot.wire.messages import (
 )
 from pilot.wire.records import from_records, to_records
 
-LEAVING = "leaving"  # `stopped_by` of an order that came too late
 _LEAVE_EXPIRY_S = 60.0
 
 app = ClientApp()
@@ -38,7 +40,7 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Answer the server's hello: what this site is called, has and can do."""
+    """Answer the server's hello: what this client is called, has and can do."""
     return _answer(message, context)
 
 
@@ -53,48 +55,52 @@ def _answer(message: Message, context: Context) -> Message:
 
 
 def answer(content: RecordDict, name: str) -> RecordDict:
-    """What the site called `name` says to a message, whatever happens in its worker."""
+    """What the client called `name` says to a message, whatever happens in its worker."""
     header, parts = from_records(content)
-    reply, update = _reply(header, parts, name)
+    try:
+        order = from_header(header)
+        config = RunConfig.from_mapping(getattr(order, "config", {}))
+    except ValueError:  # the worker says what is wrong with it
+        reply, update = _ask_worker(header, parts, RunConfig(worker_idle=0.0), name)
+    else:
+        reply, update = _obey(order, config, header, parts, name)
     return to_records(reply | {"node_name": name}, update)
 
 
-def _reply(header: Header, parts: list[Part], name: str) -> tuple[Header, list[Part]]:
-    try:
-        order = from_header(header)
-    except ValueError:
-        return _ask_worker(header, parts, name)  # the worker says what is wrong with it
-    if isinstance(order, HelloOrder):
-        if reason := _leaving(order, name, order.run):
-            return to_header(HelloReply(error=f"this site is leaving ({reason})")), []
-        return _ask_worker(header, parts, name)
-    if isinstance(order, TrainOrder):
-        if _leaving(order, order.client, order.fence.run):
-            reply = TrainReply(fence=order.fence, client=order.client, stopped_by=LEAVING)
-            return to_header(reply), []
-        return _work(order, header, parts, name)
-    return _ask_worker(header, parts, name)
+def _obey(
+    order: AnyMessage, config: RunConfig, header: Header, parts: list[Part], name: str
+) -> tuple[Header, list[Part]]:
+    match order:
+        case HelloOrder():
+            if reason := _leaving(config, order.redis_url, name, order.run):
+                return to_header(HelloReply(error=f"this client is leaving ({reason})")), []
+        case TrainOrder(fence=fence, client=client):
+            if _leaving(config, order.redis_url, client, fence.run):
+                reply = TrainReply(fence=fence, client=client, stopped_by=StopReason.LEAVING)
+                return to_header(reply), []
+            return _train(order, config, header, parts, name)
+    return _ask_worker(header, parts, config, name)
 
 
-def _work(
-    order: TrainOrder, header: Header, parts: list[Part], name: str
+def _train(
+    order: TrainOrder, config: RunConfig, header: Header, parts: list[Part], name: str
 ) -> tuple[Header, list[Part]]:
     """Let the worker train; this site's node and the server can see where the order is."""
-    in_flight.note(in_flight.of_order(order, in_flight.WORKING))
-    reply, update = _ask_worker(header, parts, name)
-    after = in_flight.of_order(order, in_flight.SENDING if update else in_flight.DONE)
-    in_flight.note(after)
+    in_flight.write(in_flight.of_order(order, config, in_flight.WORKING))
+    reply, update = _ask_worker(header, parts, config, name)
+    state = in_flight.SENDING if update else in_flight.DONE
+    after = in_flight.of_order(order, config, state)
+    in_flight.write(after)
     if update:
-        heartbeat_s = float(order.config.get("heartbeat", 1.0))
-        in_flight.beat_while_sending(after, heartbeat_s=heartbeat_s)
+        in_flight.send_heartbeats_until_taken(after, heartbeat_s=config.heartbeat)
     return reply, update
 
 
-def _leaving(order: HelloOrder | TrainOrder, client: str, run: str) -> str:
-    """Why this site takes no work now, by a notice on its disk or its stop key; "" if it does."""
-    reason = noticed(notice_files(str(order.config.get("preempt-file", ""))))
+def _leaving(config: RunConfig, redis_url: str, client: str, run: str) -> str:
+    """Why this client takes no work now, by a notice on its disk or its stop key; "" if it does."""
+    reason = noticed(notice_files(config.preempt_file))
     try:
-        url = resolve_url(order.redis_url)
+        url = resolve_url(redis_url)
     except PilotError:
         return reason  # the worker's own hello says what is wrong with it
     if not url:
@@ -106,16 +112,17 @@ def _leaving(order: HelloOrder | TrainOrder, client: str, run: str) -> str:
         return reason or coordinator.told_to_leave() or ""
 
 
-def _ask_worker(header: Header, parts: list[Part], name: str) -> tuple[Header, list[Part]]:
-    config = header.get("config", {})
+def _ask_worker(
+    header: Header, parts: list[Part], config: RunConfig, name: str
+) -> tuple[Header, list[Part]]:
     processes = int(header.get("processes", 1))
     # a hello is asked of one process: with several, a resident group would be of no more use
-    stays = header.get("kind") == "TrainOrder" or config.get("client-processes") == processes
+    stays = header.get("kind") == "TrainOrder" or config.client_processes == processes
     try:
         with WorkerHandle(
             processes=processes,
-            device=str(config.get("device", "auto")),
-            idle_s=float(config.get("worker-idle", 0.0)) if stays else 0.0,
+            device=config.device,
+            idle_s=config.worker_idle if stays else 0.0,
             name=name,
         ) as worker:
             with _sigterm_drains(worker):
@@ -150,6 +157,6 @@ def _failure(header: Header, sentence: str) -> Header:
 
 
 def node_name(context: Context) -> str:
-    """What this site is called: `name` of its node config, else after its partition or node id."""
+    """What this client is called: `name` of its node config, else after its partition or node id."""
     node = context.node_config
     return str(node.get("name") or f"client_{node.get('partition-id', context.node_id)}")

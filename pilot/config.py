@@ -1,9 +1,9 @@
 """The run configuration: typed, checked, frozen.
 
-Flower hands over whatever was typed: it neither checks types (`lr="abc"` passes) nor names an unknown
-key, and a mistake would show after an hour of training. So every key is declared once, here, with its
-default, its limits and one sentence; `pyproject.toml` and the README's table are tested against it.
-Standard library only: ClientApps and the command line import this without torch.
+Flower passes on what was typed: it neither checks types (`lr="abc"` passes) nor names an unknown key, and a
+mistake would show after an hour of training. So every key is declared once, here, with its default, its
+limits and a sentence; `pyproject.toml` and the README's table are tested against it. Standard library only:
+ClientApps and the command line import this without torch.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def _key(
     choices: Sequence[str] = (),
     shapes_training: bool = True,
 ) -> Any:
-    """Declare a run-config key; `shapes_training` says that another value gives another model."""
+    """Declare a run-config key; `shapes_training`: another value gives another model."""
     return field(
         default=default,
         metadata={
@@ -51,142 +51,191 @@ class RunConfig:
     """Every run-config key (dashes become underscores). Durations are seconds, batch sizes tokens."""
 
     # the run
-    run_name: str = _key("", "name of the run; empty: generated", shapes_training=False)
-    seed: int = _key(0, "seeds the weights and the order of shards", low=0)
+    run_name: str = _key("", "name of the run; empty: one is generated", shapes_training=False)
+    seed: int = _key(0, "random seed for the initial weights and the order of shards", low=0)
     # the model
-    depth: int = _key(20, "transformer layers; width follows (64 a layer)", low=1, high=128)
+    depth: int = _key(
+        20, "number of transformer layers; width follows from it, 64 per layer", low=1, high=128
+    )
     arch: str = _key("classic", "model architecture", choices=("classic", "modern"))
-    vocab_size: int = _key(65536, "tokens of the vocabulary, checked on every site", low=266)
-    sequence_len: int = _key(2048, "tokens a row", low=8, high=1 << 20)
-    window_pattern: str = _key("", "attention windows, as SSSL; empty: the architecture's own")
+    vocab_size: int = _key(
+        65536, "vocabulary size in tokens, checked against every site's tokenizer", low=266
+    )
+    sequence_len: int = _key(2048, "context length: tokens per row", low=8, high=1 << 20)
+    window_pattern: str = _key(
+        "", "attention windows of successive layers, such as SSSL; empty: the architecture's own"
+    )
     # the data
     source: str = _key("fineweb-edu", "fineweb-edu, climbmix, builtin, or a directory of shards")
-    num_shards: int = _key(240, "training shards of the source that the run uses", low=1)
+    num_shards: int = _key(240, "number of the source's training shards to use", low=1)
     epochs: int = _key(1, "passes over the shards before the data is exhausted", low=1)
-    tokenizer: str = _key("tokenizer", "tokenizer's directory under the base directory, or a path")
-    packing: str = _key("bestfit", "how documents become rows", choices=("bestfit", "stream"))
-    eval_rows: int = _key(512, "validation rows that each merged model is scored on", low=1)
+    tokenizer: str = _key(
+        "tokenizer", "tokenizer directory: a name under the base directory, or a path"
+    )
+    packing: str = _key(
+        "bestfit", "how documents are packed into rows", choices=("bestfit", "stream")
+    )
+    eval_rows: int = _key(512, "validation rows on which each merged model is scored", low=1)
     # how long
-    total_tokens: int = _key(0, "tokens to train on; 0: target-param-data-ratio decides", low=0)
-    target_param_data_ratio: float = _key(20.0, "tokens a parameter, if total-tokens is 0", low=0.0)
-    num_rounds: int = _key(0, "rounds at the most; 0: until the tokens are reached", low=0)
+    total_tokens: int = _key(0, "tokens to train on; 0: set by target-param-data-ratio", low=0)
+    target_param_data_ratio: float = _key(
+        20.0, "training tokens per parameter, used if total-tokens is 0", low=0.0
+    )
+    num_rounds: int = _key(0, "maximum number of rounds; 0: no limit", low=0)
     # the inner optimizer and its schedule
-    lr: float = _key(0.02, "Muon's matrix learning rate; the others keep their ratio to it", low=0)
-    embedding_lr: float = _key(0.0, "learning rate of the embeddings; 0: follows lr", low=0)
-    unembedding_lr: float = _key(0.0, "learning rate of the head; 0: follows lr", low=0)
-    scalar_lr: float = _key(0.0, "learning rate of the modern scalars; 0: follows lr", low=0)
-    weight_decay: float = _key(0.2, "Muon's weight decay at depth 12", low=0)
+    lr: float = _key(
+        0.02, "Muon's learning rate, for matrices; rates left at 0 scale with it", low=0
+    )
+    embedding_lr: float = _key(0.0, "learning rate of the embeddings; 0: scales with lr", low=0)
+    unembedding_lr: float = _key(0.0, "learning rate of the output head; 0: scales with lr", low=0)
+    scalar_lr: float = _key(
+        0.0, "learning rate of the modern architecture's scalars; 0: scales with lr", low=0
+    )
+    weight_decay: float = _key(
+        0.2, "Muon's weight decay at depth 12; other depths are scaled from it", low=0
+    )
     inner_state: str = _key(
-        "keep", "the inner optimizer's state from round to round", choices=("keep", "reset")
+        "keep",
+        "what a client does with its inner optimizer's state between rounds",
+        choices=("keep", "reset"),
     )
     warmdown_ratio: float = _key(
-        0.4, "last share of the run in which the rate falls", low=0, high=1
+        0.4, "final fraction of the run over which learning rates fall", low=0, high=1
     )
-    total_batch_size: int = _key(524288, "tokens of a client's optimizer step", low=1)
+    total_batch_size: int = _key(524288, "tokens per optimizer step of one client", low=1)
     device_batch_size: int = _key(
         0,
-        "rows a device takes at once; 0: what its memory has room for",
+        "rows per device and forward pass; 0: what its memory has room for",
         low=0,
         shapes_training=False,
     )
     # rounds
-    min_clients: int = _key(2, "clients that the run waits for before its first round", low=1)
-    quorum: int = _key(2, "training clients without which only time ends a round", low=1)
-    round_min_duration: float = _key(600.0, "seconds that a round lasts at least", low=0)
-    round_max_duration: float = _key(3600.0, "seconds after which a round ends anyhow", low=1)
-    target_tokens: int = _key(0, "tokens of all clients that end a round; 0: time does", low=0)
-    round_steps: int = _key(0, "optimizer steps a client takes a round; 0: time rules", low=0)
+    min_clients: int = _key(2, "clients to wait for before the first round", low=1)
+    quorum: int = _key(
+        2, "clients that must be training before round-min-duration may end a round", low=1
+    )
+    round_min_duration: float = _key(
+        600.0,
+        "seconds after which a round ends if quorum clients are training; unused with target-tokens",
+        low=0,
+    )
+    round_max_duration: float = _key(3600.0, "hard limit on a round's length, in seconds", low=1)
+    target_tokens: int = _key(
+        0, "tokens of all clients together at which a round ends; 0: time decides", low=0
+    )
+    round_steps: int = _key(
+        0, "optimizer steps per client and round; 0: time or tokens decide", low=0
+    )
     grace_max: float = _key(
-        600.0, "seconds for replies after a round's end, at the most", low=1, shapes_training=False
+        600.0,
+        "maximum number of seconds to wait for replies after a round has ended",
+        low=1,
+        shapes_training=False,
     )
     join_min_remaining: float = _key(
         0.0,
-        "seconds left for a site to join a running round; 0: twice a round's fixed cost",
+        "seconds that must remain for a client to join a running round; 0: twice a round's fixed cost",
         low=0,
         shapes_training=False,
     )
     drain_deadline: float = _key(
         20.0,
-        "seconds in which a site that is told to leave has replied",
+        "seconds a departing client has to send its reply",
         low=1,
         shapes_training=False,
     )
     preempt_file: str = _key(
-        "", "file on a site whose appearance means: leave", shapes_training=False
+        "", "file on a site; when it appears, the client leaves", shapes_training=False
     )
     clients_timeout: float = _key(
-        1800.0, "seconds to wait for clients before the run gives up", low=1, shapes_training=False
+        1800.0, "seconds to wait for clients before the run fails", low=1, shapes_training=False
     )
     # the outer optimizer
     outer_optimizer: str = _key(
-        "nesterov", "step on the mean pseudo-gradient", choices=("fedavg", "nesterov", "adam")
+        "nesterov",
+        "how the mean pseudo-gradient changes the global model",
+        choices=("fedavg", "nesterov", "adam"),
     )
     outer_lr: float = _key(0.7, "learning rate of the outer step", low=0)
     outer_momentum: float = _key(0.9, "momentum of nesterov, beta1 of adam", low=0, high=1)
     aggregation: str = _key(
         "mean",
-        "what becomes of the clients' pseudo-gradients",
+        "how the clients' pseudo-gradients are combined",
         choices=("mean", "trimmed-mean", "median"),
     )
-    trim_fraction: float = _key(0.2, "share cut at each end by trimmed-mean", low=0, high=0.49)
+    trim_fraction: float = _key(
+        0.2, "fraction of values that trimmed-mean cuts at each end", low=0, high=0.49
+    )
     # admission
     max_update_norm_ratio: float = _key(
-        10.0, "norm of an update over the median of earlier ones; 0: any", low=0
+        10.0,
+        "refuse updates whose norm exceeds this multiple of the recent median; 0: never",
+        low=0,
     )
-    quarantine: bool = _key(False, "keep refused updates on disk", shapes_training=False)
+    quarantine: bool = _key(
+        False, "keep refused updates on disk for inspection", shapes_training=False
+    )
     cooling_time: float = _key(
         300.0,
-        "seconds that a site is left out after three refusals in a row",
+        "seconds for which a client gets no work after three refusals in a row",
         low=0,
         shapes_training=False,
     )
     wire_dtype: str = _key(
-        "float32", "pseudo-gradients on the wire", choices=("float32", "bfloat16")
+        "float32",
+        "number format in which pseudo-gradients are sent",
+        choices=("float32", "bfloat16"),
     )
     # sites
     device: str = _key(
-        "auto", "what sites train on", choices=("auto", "cpu", "cuda", "mps"), shapes_training=False
+        "auto",
+        "device that sites train on",
+        choices=("auto", "cpu", "cuda", "mps"),
+        shapes_training=False,
     )
     compile: str = _key(
         "auto",
-        "compile the training step; auto: where the work repays it",
+        "compile the training step; auto: only when the run is long enough to pay for it",
         choices=("auto", "on", "off"),
         shapes_training=False,
     )
     client_processes: int = _key(
-        0, "processes a client; 0: one a GPU, one without", low=0, shapes_training=False
+        0,
+        "worker processes per client; 0: one per GPU, or one without GPUs",
+        low=0,
+        shapes_training=False,
     )
     worker_idle: float = _key(
         300.0,
-        "seconds that a site's workers wait for its next order; 0: new ones each round",
+        "seconds that idle workers wait for their client's next order; 0: new workers every round",
         low=0,
         high=1200,
         shapes_training=False,
     )
     client_threads: int = _key(
-        0, "CPU threads a process; 0: a fair share of the cores", low=0, shapes_training=False
+        0, "CPU threads per process; 0: a fair share of the cores", low=0, shapes_training=False
     )
     # services
     redis_url: str = _key(
-        "", "Redis of the run, if PILOT_REDIS_URL is unset", shapes_training=False
+        "", "Redis for the run, used where PILOT_REDIS_URL is unset", shapes_training=False
     )
-    heartbeat: float = _key(
-        1.0, "seconds between a client's signs of life", low=0.05, shapes_training=False
+    heartbeat: float = _key(1.0, "heartbeat interval in seconds", low=0.05, shapes_training=False)
+    snapshot_keep: int = _key(
+        3, "number of latest snapshots to keep on disk", low=1, shapes_training=False
     )
-    snapshot_keep: int = _key(3, "snapshots kept on disk", low=1, shapes_training=False)
     snapshot_keep_every: int = _key(
-        0, "keep every n-th round's snapshot for good; 0: none", low=0, shapes_training=False
+        0, "also keep every n-th round's snapshot for good; 0: none", low=0, shapes_training=False
     )
     resume_anyway: bool = _key(
-        False, "resume though the configuration has changed", shapes_training=False
+        False, "resume even though the configuration has changed", shapes_training=False
     )
     wandb_mode: str = _key(
         "auto",
-        "auto: online with a key, else offline",
+        "Weights & Biases mode; auto: online with an API key, else offline",
         choices=("auto", "online", "offline", "disabled"),
         shapes_training=False,
     )
-    wandb_project: str = _key("pilot", "W&B project", shapes_training=False)
+    wandb_project: str = _key("pilot", "Weights & Biases project", shapes_training=False)
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> "RunConfig":
@@ -208,7 +257,7 @@ class RunConfig:
         return {_dashed(name): value for name, value in dataclasses.asdict(self).items()}
 
     def training_hash(self) -> str:
-        """Hex SHA-256 of the keys that shape the training: resuming compares them."""
+        """Hex SHA-256 of the keys that shape the training. Snapshots keep it; resuming compares the keys."""
         text = json.dumps(self.training_keys(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -232,7 +281,7 @@ class RunConfig:
             )
         if self.round_min_duration > self.round_max_duration:
             raise ConfigError(
-                f"round-min-duration {self.round_min_duration:g} is longer than "
+                f"round-min-duration {self.round_min_duration:g} must not be longer than "
                 f"round-max-duration {self.round_max_duration:g}"
             )
         if not self.total_tokens and not self.target_param_data_ratio:
@@ -241,11 +290,8 @@ class RunConfig:
             raise ConfigError(
                 f'window-pattern "{self.window_pattern}" may hold only the letters S and L'
             )
-        if self.run_name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_name):
-            raise ConfigError(
-                f'run-name "{self.run_name}" may hold letters, digits, ".", "_" and "-" only, '
-                "and starts with a letter or digit"
-            )
+        if self.run_name:
+            check_name(self.run_name, "run-name")
         if self.outer_optimizer == "adam" and self.outer_momentum == 1:
             raise ConfigError("outer-momentum 1 has no bias correction in adam: choose less than 1")
         if self.redis_url:
@@ -253,8 +299,17 @@ class RunConfig:
             if has_credentials(self.redis_url):
                 raise ConfigError(
                     "redis-url holds credentials, which would travel with the run configuration: "
-                    "put the whole URL into the environment variable PILOT_REDIS_URL instead"
+                    "put the whole URL in the environment variable PILOT_REDIS_URL instead"
                 )
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise ConfigError unless `name` can name a run or a client, and so a directory and a Redis key."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(
+            f'{what} "{name}" must start with a letter or digit, followed by at most 99 letters, digits, '
+            '".", "_" or "-"'
+        )
 
 
 def _dashed(name: str) -> str:

@@ -5,6 +5,7 @@ Server and workers both ask here, so they can't disagree.
 
 import torch
 
+from nanochat import param_groups
 from nanochat.gpt import GPT, build_gpt
 from nanochat.gpt_config import GPTConfig, config_for_depth
 from nanochat.optim import MuonAdamW
@@ -18,7 +19,7 @@ from pilot.config import RunConfig
 
 
 def model_config(config: RunConfig) -> GPTConfig:
-    """Raises nanochat.common.UserError for a shape that the architecture can't have."""
+    """Raises nanochat.errors.UserError for a shape that the architecture can't have."""
     return config_for_depth(
         config.depth,
         vocab_size=config.vocab_size,
@@ -76,4 +77,4 @@ def make_optimizer(config: RunConfig, model: GPT) -> MuonAdamW:
         unembedding_lr=config.unembedding_lr or None,
         scalar_lr=config.scalar_lr or None,
     ).scaled(scale_lr_for_batch(config.total_batch_size))
-    return model.make_optimizer(rates, weight_decay=scaled_weight_decay(config))
+    return param_groups.make_optimizer(model, rates, weight_decay=scaled_weight_decay(config))

@@ -24,14 +24,14 @@ from pilot.errors import PilotError
 from pilot.processes.local_redis import LocalRedis
 from pilot.redis_url import redact_url
 from pilot.rules.ledger import Ledger
-from pilot.rules.rounds import MonotonicClock
+from pilot.rules.rounds import Clock, MonotonicClock
 from pilot.run.directory import generated_name, next_term, open_run_dir
 from pilot.run.results import write_results
 from pilot.run.snapshot import latest_snapshot
 from pilot.run.state import RunState
-from pilot.server import report
 from pilot.server.console import configure_logging
 from pilot.server.mailbox import Mailbox
+from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop, RunInterrupted
 from pilot.server.telemetry import Telemetry
 
@@ -93,9 +93,11 @@ def _lead(
     *,
     simulation: bool,
     stopped: threading.Event,
+    clock: Clock | None = None,
 ) -> None:
+    clock = clock or MonotonicClock()
     term = next_term(run_dir)
-    coordinator = ServerCoordinator(url, config.run_name, term=term, run_dir=run_dir)
+    coordinator = ServerCoordinator(url, config.run_name, term=term, run_dir=run_dir, clock=clock)
     finished = False
     try:
         state = _resume_or_start(config, run_dir)
@@ -108,21 +110,21 @@ def _lead(
             run_name=config.run_name,
             wandb_id=state.wandb_id,
         ) as telemetry:
-            report.run_started(state, term, telemetry)
-            clock = MonotonicClock()
+            report = Report(telemetry)
+            report.run_started(state, term)
             RoundLoop(
                 config,
                 state,
                 term=term,
                 mailbox=Mailbox(grid, clock),
                 coordinator=coordinator,
-                telemetry=telemetry,
+                report=report,
                 clock=clock,
                 run_dir=run_dir,
                 closed=simulation,
                 interrupted=stopped.is_set,
             ).run()
-            _finish(state, run_dir, telemetry)
+            _finish(state, run_dir, report)
             finished = True
     finally:
         coordinator.finish(run_finished=finished)
@@ -150,15 +152,6 @@ def _resume_or_start(config: RunConfig, run_dir: Path) -> RunState:
     return RunState(config=config, weights=weights, ledger=ledger, total_tokens=total)
 
 
-def _finish(state: RunState, run_dir: Path, telemetry: Telemetry) -> None:
+def _finish(state: RunState, run_dir: Path, report: Report) -> None:
     final, checkpoint = write_results(state, run_dir)
-    log.info("")
-    for line in report.table(state).splitlines():
-        log.info("%s", line)
-    log.info("")
-    log.info("Final model: %s", final)
-    log.info("Checkpoint:  %s", checkpoint)
-    log.info("Events:      %s", telemetry.events_path)
-    telemetry.event(
-        "run_finished", tokens=state.tokens, rounds=state.round_number, final_model=str(final)
-    )
+    report.run_finished(state, final_model=str(final), checkpoint=str(checkpoint))

@@ -1,4 +1,4 @@
-"""Evaluate a base model: bits per byte on its validation rows, CORE, and samples of what it writes.
+"""Evaluate a base model: bits per byte on its validation rows, CORE, and sample completions.
 
 python scripts/base_eval.py --checkpoint final_model.pt
 python scripts/base_eval.py --checkpoint RUN --eval core,bpb,sample --json
@@ -28,7 +28,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
-from nanochat.samples import sample_texts
+from nanochat.prompts import sample_texts
 from nanochat.source import default_packing
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import rank_slice
@@ -46,7 +46,7 @@ def _parser() -> ArgumentParser:
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     add("--batch-size", "--device-batch-size", type=int, default=8, help="rows at once")
     add("--eval-rows", type=int, help="validation rows; none: as many as in training")
-    add("--source", help="data for bpb of a checkpoint that names none (another program's)")
+    add("--source", help="data for bpb, if the checkpoint names none (another program's)")
     add("--max-per-task", type=int, default=-1, help="items of a CORE task; -1: all of them")
     add("--out", type=Path, help="directory for CORE's CSV and JSON; none: base_eval/ in the base")
     add("--json", action="store_true", help="print one JSON object instead of lines")

@@ -1,4 +1,4 @@
-"""Let a base model continue texts: interactively, or those given with --prompt.
+"""Let a base model complete text: typed in, or given with --prompt.
 
 python -m scripts.chat_cli --checkpoint RUN
 python -m scripts.chat_cli --checkpoint RUN --prompt "Once upon a time" --num-samples 4 --seed 1
@@ -19,12 +19,18 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="chat_cli", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", required=True, help="a path, the name of a run, or a tag")
-    add("-p", "--prompt", action="append", help="a text to continue (may be repeated); none: ask")
+    add("-p", "--prompt", action="append", help="text to complete (may be repeated); none: ask")
     add("-n", "--num-samples", type=int, default=1, help="continuations of each text")
-    add("--max-tokens", type=int, default=256, help="tokens of a continuation at the most")
+    add("--max-tokens", type=int, default=256, help="most tokens per continuation")
     add("-t", "--temperature", type=float, default=0.6, help="0: the likeliest token each time")
-    add("-k", "--top-k", type=int, default=50, help="of the k likeliest tokens only; 0: of all")
-    add("--seed", type=int, default=42, help="decides on the samples")
+    add(
+        "-k",
+        "--top-k",
+        type=int,
+        default=50,
+        help="sample from the k likeliest tokens only; 0: from all",
+    )
+    add("--seed", type=int, default=42, help="seeds the sampling")
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     return parser
 
@@ -48,7 +54,7 @@ def main() -> None:
         return
     print(
         f"{model.config.arch} model of depth {model.config.n_layer}, step {meta.get('step')}: "
-        "type a text for it to continue; an empty line ends"
+        "type text for it to complete; an empty line ends"
     )
     while prompt := _ask():
         _continue(engine, prompt, args)

@@ -12,7 +12,7 @@ _BEGIN, _END = "<!-- run-config:", "<!-- /run-config -->"
 
 
 def table() -> str:
-    """Markdown: key, default, meaning; one line a key."""
+    """Markdown: key, default, meaning; one line per key."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for declared in dataclasses.fields(RunConfig):
         key = declared.name.replace("_", "-")

@@ -1,6 +1,6 @@
 """Pin every dependency in pyproject.toml, where a lock file can't be committed.
 
-    python -m scripts.pin_versions            resolve anew and write the pins
+    python -m scripts.pin_versions            resolve again and write the pins
     python -m scripts.pin_versions --check    fail if a fresh resolution disagrees with them
 
 uv.lock names package hosts and so stays out of git; `[tool.uv] constraint-dependencies` holds the same

@@ -1,9 +1,9 @@
-"""How many bytes a token holds on held-out text, beside GPT-2's and GPT-4's tokenizers.
+"""Bytes per token on held-out text, beside GPT-2's and GPT-4's tokenizers.
 
 python -m scripts.tok_eval
 python -m scripts.tok_eval --source builtin --tokenizer tokenizer_tiny
 
-The text is the validation shard, which no tokenizer of ours is trained on. More bytes a token are
+The text is the validation shard, which no tokenizer of ours is trained on. More bytes per token are
 fewer steps of the model for the same text. The public tokenizers are those that tiktoken can load,
 from its cache or the network: one that it can't load has a line that says so.
 """
@@ -17,8 +17,8 @@ import tiktoken
 from nanochat.builtin import prepare_builtin
 from nanochat.common import ArgumentParser, run_command_line
 from nanochat.errors import UserError
-from nanochat.source import COLLECTIONS, DEFAULT_SOURCE, get_source, parquets_iter_batched
-from nanochat.tokenizer import DEFAULT_DIRECTORY, cropped, get_tokenizer
+from nanochat.source import COLLECTIONS, DEFAULT_SOURCE, cropped, get_source, parquets_iter_batched
+from nanochat.tokenizer import DEFAULT_DIRECTORY, get_tokenizer
 
 PUBLIC = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}  # tiktoken's name, and whose it is
 _BATCH_DOCUMENTS = 256
@@ -48,7 +48,7 @@ def score(
 
 
 def public_encoding(name: str) -> tiktoken.Encoding | str:
-    """tiktoken's encoding, or why it is not to be had."""
+    """tiktoken's encoding, or the reason why it is unavailable."""
     try:
         return tiktoken.get_encoding(name)
     except requests.RequestException as error:
@@ -72,13 +72,15 @@ def table(scores: list[Score]) -> list[str]:
 
 def main() -> None:
     parser = ArgumentParser(
-        prog="python -m scripts.tok_eval", description="Bytes a token on held-out text."
+        prog="python -m scripts.tok_eval", description="Bytes per token on held-out text."
     )
     parser.add_argument(
         "--tokenizer", default=DEFAULT_DIRECTORY, help="a name under the base directory, or a path"
     )
     parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, help=f"{', '.join(COLLECTIONS)}, or a directory"
+        "--source",
+        default=DEFAULT_SOURCE,
+        help=f"{', '.join(COLLECTIONS)}, hf:NAME, or a directory",
     )
     parser.add_argument("--max-chars", type=int, default=20_000_000, help="characters to read")
     args = parser.parse_args()

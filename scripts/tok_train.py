@@ -31,10 +31,11 @@ from nanochat.source import (
     TEXT_COLUMN,
     Source,
     check_shard,
+    cropped,
     get_source,
     iter_texts,
 )
-from nanochat.tokenizer import RustBPETokenizer, cropped, tokenizer_dir
+from nanochat.tokenizer import PICKLE_FILE, TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
 
 CHOICE_FILE = "training.json"
 MOST_THREADS = 1024  # rustbpe's limit
@@ -83,10 +84,10 @@ def choose(source: Source, options: Options, directory: Path) -> Choice:
         if _shard_bytes(source, before.shards) != before.shard_bytes:
             path = directory / CHOICE_FILE
             raise UserError(
-                f"{source.directory} has other shards than those that {path} names: "
+                f"{source.directory} does not hold the shards that {path} names: "
                 f"delete {path} to train on what is there now"
             )
-        print(f"going on with the {len(before.shards)} shards chosen before the interruption")
+        print(f"continuing with the {len(before.shards)} shards chosen before the interruption")
         return before
     if options.num_shards > source.num_train_shards:  # the next one is for validation
         raise UserError(f"num-shards is at most {source.num_train_shards} for {source.name}")
@@ -104,9 +105,9 @@ def train(
     Raises UserError for missing shards, an unbuilt rustbpe, or a vocabulary that the text does not
     fill; nothing is left behind then. An interruption leaves the choice of shards.
     """
-    tokenizer_module.check_trainable()
+    tokenizer_module.load_rustbpe()  # raises where training is not possible
     if not (directory / CHOICE_FILE).exists():  # else it is ours, interrupted
-        tokenizer_module.check_overwritable(directory)
+        _check_overwritable(directory)
     choice = choose(source, options, directory)
     for shard in choice.shards:
         _check(source.shard_path(shard))
@@ -130,6 +131,15 @@ def train(
     return tokenizer
 
 
+def _check_overwritable(directory: Path) -> None:
+    """Raise UserError if `directory` holds a tokenizer that another program, such as upstream, made."""
+    if (directory / PICKLE_FILE).exists() and not (directory / TOKENIZER_FILE).exists():
+        raise UserError(
+            f"{directory / PICKLE_FILE} was not made by this program, and others may need it: move it away, "
+            "or train into another directory with --tokenizer"
+        )
+
+
 def _check(path: Path) -> None:
     try:
         check_shard(path)
@@ -147,14 +157,14 @@ def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
 
 
 def _unfinished(directory: Path) -> Choice | None:
-    """The choice of a training that was begun in `directory` and did not end."""
+    """The choice of a training that began in `directory` and did not finish."""
     try:
         entry = json.loads((directory / CHOICE_FILE).read_text(encoding="utf-8"))
         if entry["result"]:
             return None
         return Choice(entry["source"], Options(**entry["options"]), entry["shard_bytes"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, UserError):
-        return None  # none, or a damaged one: choose anew
+        return None  # none, or a damaged one: choose again
 
 
 def _write(choice: Choice, directory: Path, result: dict[str, Any]) -> None:
@@ -176,7 +186,7 @@ def _text_bytes(path: Path) -> int:
 def main() -> None:
     parser = ArgumentParser(prog="python -m scripts.tok_train", description="Train the tokenizer.")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to read")
-    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters kept a document")
+    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters kept per document")
     parser.add_argument(
         "--vocab-size", type=int, default=65_536, help="ids, the special tokens included"
     )
@@ -184,7 +194,9 @@ def main() -> None:
         "--num-shards", type=int, default=0, help="train on shards 0..n-1 (0: all that are here)"
     )
     parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, help=f"{', '.join(COLLECTIONS)}, or a directory"
+        "--source",
+        default=DEFAULT_SOURCE,
+        help=f"{', '.join(COLLECTIONS)}, hf:NAME, or a directory",
     )
     parser.add_argument(
         "--tokenizer",

@@ -1,14 +1,14 @@
-"""`python -m benchmarks.chaos`: a disturbed run, an undisturbed one, and what they tell, as JSON.
+"""`python -m benchmarks.chaos`: a disturbed run, an undisturbed one, and their comparison as JSON.
 
-The run has as many tokens as an undisturbed run takes for 0.7 times the minutes (measured first, unless
-`--tokens` says), so that faults strike nearly to its end. The undisturbed run has the same seed and tokens. It
-takes place at the same time on the same machine: one that others use as well has no two equal minutes.
+The run is as long as what an undisturbed run trains in 0.7 times the minutes (measured first, unless
+`--tokens` is given), so that faults strike nearly until its end. The undisturbed run has the same seed and
+tokens, and runs at the same time on the same machine: on a shared one no two minutes are alike.
 
 The last line is JSON. `violations` is a list of sentences; the exit code is 1 if there are any.
-`throughput_ratio` is tokens a second, to the first commit after the last fault, over those of the undisturbed
-run, over the share of site-seconds in which a site and all it depends on were there; `recovery_*` are seconds
-from a fault to the next commit that has something of the site that was hit (of anybody, if the fault hit no
-site).
+`throughput_ratio` compares tokens per second, until the first commit after the last fault, with those of the
+undisturbed run, divided by the share of client-seconds in which a client and all that it depends on were up;
+`recovery_*` are seconds from a fault to the next commit with work of the client that was hit (of any client,
+if the fault hit none in particular).
 """
 
 import argparse
@@ -29,7 +29,7 @@ STOP = threading.Event()
 
 
 def main() -> int:
-    # everything is ended in good order, also by a kill
+    # SIGTERM and SIGHUP, too, end everything in good order
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: STOP.set())
     parser = argparse.ArgumentParser(
@@ -37,20 +37,30 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=20.0, help="in which faults strike")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="minutes in which faults strike"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--every", type=float, default=12.0, help="seconds a fault")
-    parser.add_argument("--sites", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=0, help="of the run; 0: by the minutes")
-    parser.add_argument("--round-tokens", type=int, default=49152, help="that end a round")
-    parser.add_argument("--kinds", default="", help="comma-separated: only these, in this order")
+    parser.add_argument("--every", type=float, default=12.0, help="seconds per fault")
+    parser.add_argument("--sites", type=int, default=3, help="number of clients")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="tokens to train on; 0: chosen from the minutes"
+    )
+    parser.add_argument(
+        "--round-tokens", type=int, default=49152, help="tokens at which a round ends"
+    )
+    parser.add_argument(
+        "--kinds", default="", help="comma-separated kinds of faults: only these, in this order"
+    )
     parser.add_argument(
         "--undisturbed",
         choices=("together", "before", "skip"),
         default="together",
-        help="when the undisturbed run takes place",
+        help="when to do the undisturbed run",
     )
-    parser.add_argument("--dir", type=Path, help="keeps logs and runs; else a temporary one")
+    parser.add_argument(
+        "--dir", type=Path, help="directory for logs and runs (default: a temporary one)"
+    )
     arguments = parser.parse_args()
     if arguments.dir is not None:
         return _compare(arguments, arguments.dir.resolve())
@@ -79,7 +89,7 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
             plan=tuple(plan) if name == "disturbed" else (),
             timeout_s=600.0 + 60 * arguments.minutes,
         )
-        _say(f"{spec.name}: {tokens} tokens on {len(sites)} sites")
+        _say(f"{spec.name}: {tokens} tokens on {len(sites)} clients")
         outcome = _run(spec, directory)
         (directory / f"{spec.name}.outages.jsonl").write_text(tour.journal(outcome))
         _say(json.dumps({name: tour.figures(outcome, None, sites=sites)}))
@@ -100,7 +110,7 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
 
 
 def _run(spec: Tour, directory: Path) -> Outcome:
-    """In a base directory of its own: a node's name is unique in one."""
+    """Run a tour in a base directory of its own: within one, names of nodes are unique."""
     base = directory / f"{spec.name}.base"
     tour.prepare(base)
     return tour.run(spec, directory / spec.name, base, STOP)
@@ -109,7 +119,7 @@ def _run(spec: Tour, directory: Path) -> Outcome:
 def _tokens(
     arguments: argparse.Namespace, sites: tuple[str, ...], directory: Path, stamp: str
 ) -> int:
-    """What an undisturbed run would train on in 0.7 times the minutes."""
+    """The tokens that an undisturbed run would train on in 0.7 times the minutes."""
     spec = Tour(
         name=f"rate-{stamp}",
         sites=sites,
@@ -118,7 +128,7 @@ def _tokens(
     )
     outcome = _run(spec, directory)
     if not outcome.tokens:
-        sys.exit(f"the federation does not train, see {directory}: {outcome.violations}")
+        sys.exit(f"the federation does not train (logs in {directory}): {outcome.violations}")
     rounds = 0.7 * 60 * arguments.minutes * outcome.tokens_per_s / arguments.round_tokens
     return max(2, round(rounds)) * arguments.round_tokens
 

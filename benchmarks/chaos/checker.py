@@ -1,15 +1,15 @@
 """What must hold after a run, whatever happened during it: pure functions from books to violations.
 
-The snapshots are trusted (their rename is the commit), the event log only where it speaks of time: an event
-may be lost with the disk that was full. A violation is one sentence that begins with the rule it breaks:
+The snapshots are trusted (their rename is the commit), the event log only for times: an event may be lost when
+the disk is full. A violation is one sentence that begins with the rule it breaks:
 
-    rounds      round numbers, terms and tokens only grow, one snapshot a round
-    fences      every reply that was merged is of this run and round, and was merged once
+    rounds      round numbers, terms and tokens only grow, one snapshot per round
+    fences      every merged reply belongs to this run and round, and was merged once
     rows        no row committed twice; every committed row was in exactly one merged reply
     ledger      no committed row is lost again; tokens are rows times the row's length
-    stall       no round and no gap between rounds is longer than `Limits` allow
+    stall       no round and no gap between rounds is longer than `Limits` allows
     target      the run reached its tokens
-    processes   nothing that was started is left
+    processes   no process that was started is left
     bpb         the final model is as good as that of the undisturbed run
 """
 
@@ -27,7 +27,7 @@ Rows = Mapping[Key, Sequence[Interval]]
 
 @dataclass(frozen=True)
 class Merged:
-    """One reply that a snapshot says it has merged, and the rows that it brought."""
+    """One reply that a snapshot lists as merged, and its rows."""
 
     client: str
     run: str
@@ -43,7 +43,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Books:
-    """What one snapshot says: the books after `round_number` rounds."""
+    """The content of one snapshot: the books after `round_number` rounds."""
 
     round_number: int
     term: int
@@ -55,7 +55,7 @@ class Books:
 
 @dataclass(frozen=True)
 class Outage:
-    """A fault as it was: when it struck, and when what it hit was there again (wall clock, seconds)."""
+    """A fault that happened: when it struck, and when its target was back (wall clock, seconds)."""
 
     kind: str
     target: str
@@ -69,7 +69,7 @@ class Limits:
 
     `round_s`: from a round's opening to its commit. `gap_s`: between a round's commit and the next opening.
     `finish_s`: from the last commit to the end of the run, in which the last model is scored.
-    `restart_s`: what a new ServerApp needs from its submission to its first round, hello included.
+    `restart_s`: from the submission of a ServerApp to its first round, hello included.
     """
 
     round_s: float
@@ -80,8 +80,8 @@ class Limits:
     @staticmethod
     def of(config: Mapping[str, Any], *, restart_s: float) -> "Limits":
         """A round ends at `round-max-duration` and waits `grace-max` for replies; between rounds the server
-        waits at most RETURN_S (15 s, pilot/server/round_loop.py) for sites that may come back. A site that has
-        nothing to do is there within a restart."""
+        waits at most RETURN_S (15 s, pilot/server/round_loop.py) for clients that may return. A client without
+        an order is back within a restart."""
         slack_s = 10.0  # outer step, snapshot, ticks of a busy machine
         return Limits(
             round_s=float(config["round-max-duration"]) + float(config["grace-max"]) + slack_s,
@@ -128,14 +128,14 @@ def _merged(entry: Mapping[str, Any]) -> Merged:
 
 
 def check_rounds(books: Sequence[Books]) -> Iterator[str]:
-    """Every round has one snapshot; terms and tokens never go back."""
+    """Every round has one snapshot; terms and tokens never decrease."""
     for number, one in enumerate(books, start=1):
         if one.round_number != number:
-            yield f"rounds: snapshot {number} is that of round {one.round_number}"
+            yield f"rounds: snapshot {number} belongs to round {one.round_number}"
             return
     for before, after in itertools.pairwise(books):
         if after.term < before.term:
-            yield f"rounds: round {after.round_number} is of term {after.term}, after term {before.term}"
+            yield f"rounds: round {after.round_number} has term {after.term}, after term {before.term}"
         if after.tokens < before.tokens:
             yield f"rounds: round {after.round_number} has {after.tokens} tokens, after {before.tokens}"
 
@@ -160,7 +160,7 @@ def check_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def check_fences(books: Sequence[Books], run: str) -> Iterator[str]:
-    """What was merged is of this run, of that round, of a term that had begun, and merged once."""
+    """Merged replies belong to this run, to their round, to a term that had begun, and were merged once."""
     seen: set[tuple[str, int, int, int]] = set()
     for one in books:
         for reply in one.merged:
@@ -171,11 +171,11 @@ def check_fences(books: Sequence[Books], run: str) -> Iterator[str]:
                 yield f"fences: {where} again"
             seen.add(reply.fence)
         if sorted(one.log) != sorted(fence[1:] for fence in seen):
-            yield f"fences: the list of round {one.round_number} is not that of what was merged so far"
+            yield f"fences: the log in snapshot {one.round_number} differs from the replies merged so far"
 
 
 def check_rows(books: Sequence[Books], row_tokens: int) -> Iterator[str]:
-    """Round by round, the ledger grows by exactly the rows of the replies merged; none comes twice."""
+    """Round by round, the ledger grows by exactly the rows of the merged replies, none of them twice."""
     before: Rows = {}
     tokens = 0
     for one in books:
@@ -188,7 +188,7 @@ def check_rows(books: Sequence[Books], row_tokens: int) -> Iterator[str]:
             now.setdefault(key, []).append((first, end))
         yield from _difference(name, now, one.committed)
         if overlapping := [key for key, rows in one.committed.items() if _overlaps(rows)]:
-            yield f"ledger: {name} has rows twice in {overlapping}"
+            yield f"ledger: {name} lists rows twice in {overlapping}"
         rows = _count(one.committed) - _count(before)
         if one.tokens - tokens != rows * row_tokens:
             yield f"ledger: {name} counts {one.tokens - tokens} tokens for {rows} rows of {row_tokens}"
@@ -201,11 +201,11 @@ def _difference(name: str, expected: Rows, found: Rows) -> Iterator[str]:
         for first, end in _minus(wanted, there):
             yield f"ledger: {name} has lost the committed rows {first}..{end} of {key}"
         for first, end in _minus(there, wanted):
-            yield f"rows: {name} commits rows {first}..{end} of {key}, which no merged reply had"
+            yield f"rows: {name} commits rows {first}..{end} of {key}, which no merged reply contains"
 
 
 def check_target(books: Sequence[Books], total_tokens: int) -> Iterator[str]:
-    """The run has the tokens that it wanted."""
+    """The run has reached its tokens."""
     tokens = books[-1].tokens if books else 0
     if tokens < total_tokens:
         yield f"target: the run has {tokens} of {total_tokens} tokens"
@@ -214,10 +214,10 @@ def check_target(books: Sequence[Books], total_tokens: int) -> Iterator[str]:
 def check_stalls(
     events: Iterable[Mapping[str, Any]], outages: Sequence[Outage], limits: Limits
 ) -> Iterator[str]:
-    """Between two marks of the round loop no more time passes than the limits and the outages allow.
+    """Between two events of the round loop no more time passes than the limits and the outages allow.
 
-    What the injector kept away (a frozen server, a Redis held down) is added as long as it lasted within the
-    interval, and a restart for each death of the server or the SuperLink in it.
+    Added to a limit: the part of each outage that lies within the interval, and a restart for each death of the
+    server or the SuperLink in it.
     """
     marks = [
         (float(event["time"]), str(event["event"]))
@@ -232,15 +232,15 @@ def check_stalls(
         allowed_s += sum(min(ended, one.ended) - max(began, one.began) for one in hit)
         allowed_s += limits.restart_s * sum(one.kind in RESTARTING for one in hit)
         if ended - began > allowed_s:
-            yield f"stall: {ended - began:.1f} s after {kind}, {allowed_s:.1f} s were allowed"
+            yield f"stall: {ended - began:.1f} s after {kind}, where {allowed_s:.1f} s were allowed"
 
 
-# faults after which a ServerApp is submitted anew
+# faults after which a ServerApp is submitted again
 RESTARTING = ("kill-serverapp", "kill-superlink", "disk-full")
 
 
 def check_processes(left: Iterable[str]) -> Iterator[str]:
-    """`left`: command lines of processes that live on."""
+    """`left`: command lines of processes that are still running."""
     for command in left:
         yield f"processes: left behind: {command}"
 
@@ -248,7 +248,7 @@ def check_processes(left: Iterable[str]) -> Iterator[str]:
 def check_bpb(
     bpb: float | None, undisturbed: float | None, tolerance: float = 0.02
 ) -> Iterator[str]:
-    """The final bits per byte are those of the undisturbed run, within `tolerance` of it."""
+    """The final bits per byte are within `tolerance` of the undisturbed run's."""
     if bpb is None:
         yield "bpb: the final model was not scored"
     elif undisturbed is not None and abs(bpb - undisturbed) > tolerance * undisturbed:

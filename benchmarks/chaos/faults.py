@@ -1,20 +1,20 @@
-"""Which faults strike when, as data: a function of the seed alone."""
+"""The plan of faults, as data: a function of the seed alone."""
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# kind → how often it comes in each cycle of the bag
+# kind → how often each filling of the bag contains it
 KINDS = {
     "kill-worker": 3,
     "kill-clientapp": 2,
     "kill-supernode": 2,
     "kill-node": 1,  # `pilot node` around the SuperNode
-    "drain-node": 1,  # SIGTERM to it: the site is preempted, and comes back
+    "drain-node": 1,  # SIGTERM to it: the site is preempted, and returns
     "kill-serverapp": 1,
     "kill-superlink": 1,
-    "kill-redis": 1,  # it is there again at once, empty
-    "outage-redis": 1,  # it is away for a while, and comes back empty
+    "kill-redis": 1,  # it is back at once, empty
+    "outage-redis": 1,  # it is away for a while, and returns empty
     "freeze-worker": 1,
     "freeze-clientapp": 1,
     "freeze-supernode": 1,
@@ -33,12 +33,12 @@ KINDS = {
     "reply-misreport": 1,
     "disk-full": 1,  # files of the server may not grow
 }
-# These strike the federation; all others strike one site.
+# These strike the federation as a whole; all others strike one site.
 FEDERATION = frozenset(
     {"kill-serverapp", "kill-superlink", "kill-redis", "outage-redis", "freeze-serverapp"}
     | {"freeze-superlink", "freeze-redis", "disk-full"}
 )
-_DURATION_S = (2.0, 10.0)  # of what ends by itself
+_DURATION_S = (2.0, 10.0)  # of faults that end by themselves
 DELAY_S = 0.3  # of each chunk of bytes on a slow line
 
 
@@ -62,8 +62,8 @@ def plan(
 ) -> list[Fault]:
     """Faults for `duration_s`, one at a random moment of each `every_s`.
 
-    Kinds come out of a bag that is filled anew when it is empty, so each comes about as often as KINDS says
-    however short the plan is. `kinds` in place of the bag: just these, in this order, then no more.
+    Kinds are drawn from a bag that is refilled when it is empty, so that even a short plan has about the shares
+    in KINDS. With `kinds`, just these are used, in this order.
     """
     draw = random.Random(seed)
     drawn = iter(kinds) if kinds is not None else _bag(draw)

@@ -1,4 +1,4 @@
-"""Lets the faults of a plan happen to a federation, and notes when each struck and when it was over."""
+"""Carries out a plan of faults on a federation, and records when each struck and when it was over."""
 
 import contextlib
 import resource
@@ -14,16 +14,17 @@ from benchmarks.chaos.checker import Outage
 from benchmarks.chaos.faults import DELAY_S, Fault
 from benchmarks.chaos.proxy import Line
 from benchmarks.chaos.topology import Federation, Service, Site
+from pilot.processes.ancestry import alive
 
-_LOOK_S = 0.1
-_PATIENCE_S = 8.0  # how long a fault waits for something that it can strike
-_ORPHANS_S = 10.0  # workers of a dead SuperNode end within
-_GIVE_UP_S = 120.0  # what is not back by then counts as back: the checker sees the stall
+_POLL_S = 0.1
+_PATIENCE_S = 8.0  # for how long a fault waits for a target
+_ORPHANS_S = 10.0  # within which the workers of a dead SuperNode must end
+_GIVE_UP_S = 120.0  # a target that is not back by then counts as back: the checker sees the stall
 
 
 @dataclass
 class _Active:
-    """A fault under way: `over` says whether what it hit is back."""
+    """A fault in progress: `over` says whether its target is back."""
 
     kind: str
     target: str
@@ -46,10 +47,10 @@ class Injector:
         self._orphans: list[tuple[float, str, list[psutil.Process]]] = []
 
     def run(self, duration_s: float, stop: threading.Event) -> None:
-        """Strike as planned until all is over that was begun, the run is finished, or `stop` is set."""
+        """Strike as planned until every fault is over, the run is finished, or `stop` is set."""
         began = time.monotonic()
         waiting = list(self._plan)
-        while (waiting or self._active or self._orphans) and not stop.wait(_LOOK_S):
+        while (waiting or self._active or self._orphans) and not stop.wait(_POLL_S):
             now_s = time.monotonic() - began
             if self._federation.error is not None or now_s > duration_s + 2 * _GIVE_UP_S:
                 break
@@ -72,18 +73,18 @@ class Injector:
                 self.outages.append(outage)
         for entry in list(self._orphans):
             due, site, workers = entry
-            alive = [worker for worker in workers if _lives(worker)]
-            if alive and time.time() >= due:
-                pids = [worker.pid for worker in alive]
+            left = [worker for worker in workers if alive(worker)]
+            if left and time.time() >= due:
+                pids = [worker.pid for worker in left]
                 text = f"processes: workers {pids} outlived the SuperNode of {site} by {_ORPHANS_S:.0f} s"
                 self.violations.append(text)
-            if not alive or time.time() >= due:
+            if not left or time.time() >= due:
                 self._orphans.remove(entry)
 
     # -- faults ------------------------------------------------------------------------------------
 
     def _strike(self, fault: Fault) -> bool:
-        """Let it happen; False if there is nothing to strike now."""
+        """Carry out `fault`; False if it has no target now."""
         what, _, whom = fault.kind.partition("-")
         site = self._federation.sites.get(fault.target)
         match what:
@@ -134,7 +135,7 @@ class Injector:
         return self._back(role, site, targets, struck)
 
     def _drain(self, site: Site) -> Callable[[], bool] | None:
-        """A preemption: the site shall leave in good order. Its supervisor starts it again."""
+        """A preemption: the site leaves in good order, and its supervisor restarts it."""
         targets = self._targets("node", site)
         if not targets:
             return None
@@ -145,21 +146,21 @@ class Injector:
     def _back(
         self, role: str, site: Site | None, gone: list[psutil.Process], struck: float
     ) -> Callable[[], bool]:
-        """Whether what has gone has a successor."""
+        """A function that says whether the killed processes (`gone`) have been replaced."""
         federation = self._federation
         if role in ("worker", "clientapp"):
             return lambda: True  # the site is ready for the next message
         if role == "serverapp":
             return lambda: federation.server.started_at > struck
         service = {"redis": federation.redis, "superlink": federation.superlink}.get(role)
-        if role == "superlink":  # with it the run is gone, and is submitted anew
+        if role == "superlink":  # the run is gone with it, and is submitted again
             return lambda: federation.server.started_at > struck
         if service is not None:
             return lambda: service.started_at > struck
         assert site is not None
         if role == "node":
             return lambda: site.node.started_at > struck
-        pids = {process.pid for process in gone}  # `pilot node` starts the SuperNode again
+        pids = {process.pid for process in gone}  # `pilot node` restarts the SuperNode
         return lambda: any(process.pid not in pids for process in site.processes(role))
 
     @staticmethod
@@ -197,7 +198,7 @@ class Injector:
 
     @staticmethod
     def _spoil(word: str, site: Site) -> Callable[[], bool] | None:
-        """The next update of the site is a bad one; over when it is on its way."""
+        """Make the site's next update a bad one; over once that has been sent."""
         if site.reply_file.exists():
             return None
         site.reply_file.write_text(word, encoding="utf-8")
@@ -206,8 +207,8 @@ class Injector:
     def _fill_disk(self, duration_s: float) -> Callable[[], bool] | None:
         """No file of the server's process may grow beyond 4 KiB: its writes fail as on a full disk.
 
-        A process may do this to another of the same user, so it needs no root and no file system; the
-        error is EFBIG in place of ENOSPC. A server that gave up has a successor, with room.
+        A process may set this limit for others of the same user, so it takes neither root nor a file system;
+        the error is EFBIG instead of ENOSPC. If the server gives up, its successor has no such limit.
         """
         targets = self._targets("serverapp", None)
         if not targets:
@@ -223,8 +224,7 @@ class Injector:
                 return False
             for target in targets:
                 _limit_files(target, unlimited)
-            alive = any(_lives(target) for target in targets)
-            return alive or self._federation.server.started_at > struck
+            return any(map(alive, targets)) or self._federation.server.started_at > struck
 
         return over
 
@@ -250,9 +250,3 @@ def _signal(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)
-
-
-def _lives(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False

@@ -1,4 +1,4 @@
-"""What starting, finding and ending real processes takes; tests/federation uses it, too."""
+"""Starting, finding and ending real processes; tests/federation uses it, too."""
 
 import contextlib
 import os
@@ -11,31 +11,27 @@ from pathlib import Path
 
 import psutil
 
+from pilot.processes.ancestry import alive
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 CONNECTION = "local-deployment"
-MARK = "PILOT_TEST_SITE"  # in the environment of all that a site starts
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+MARK = "PILOT_TEST_SITE"  # in the environment of every process that a site starts
 
 
 def listening(port: int) -> bool:
-    """Whether somebody accepts connections at 127.0.0.1:`port`."""
+    """Whether a process accepts connections at 127.0.0.1:`port`."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
-    """What a newcomer's shell has, and the directories of the test."""
+    """The environment of a newcomer's shell, with the directories of the test."""
     return {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "HOME": str(home),
-        # the Rust toolchain is the machine's, whoever's home it is installed in
+        # the Rust toolchain is the machine's, in whatever home directory it is installed
         "CARGO_HOME": os.environ.get("CARGO_HOME", str(Path.home() / ".cargo")),
         "RUSTUP_HOME": os.environ.get("RUSTUP_HOME", str(Path.home() / ".rustup")),
         "NANOCHAT_BASE_DIR": str(base),
@@ -55,20 +51,19 @@ def write_connection(flower_home: Path, port: int, certificates: Path | None = N
 
 
 def marked(value: str) -> list[psutil.Process]:
-    """Living processes that have MARK=value in their environment."""
+    """Running processes that have MARK=value in their environment."""
     return [process for process in _living() if _mark(process) == value]
 
 
 def marked_below(prefix: str) -> list[psutil.Process]:
-    """Living processes whose MARK begins with `prefix`."""
+    """Running processes whose MARK begins with `prefix`."""
     return [process for process in _living() if _mark(process).startswith(prefix)]
 
 
 def _living() -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                yield process
+        if alive(process):
+            yield process
 
 
 def _mark(process: psutil.Process) -> str:

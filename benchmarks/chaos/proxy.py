@@ -1,21 +1,20 @@
-"""A TCP proxy whose line can be cut, held up or slowed: the network between two processes of a test."""
+"""A TCP proxy whose lines can be cut, stalled or delayed: the network between two processes of a test."""
 
 import asyncio
 import contextlib
 import socket
 import struct
 import threading
-from types import TracebackType
 
 _CHUNK_BYTES = 1 << 16
 
 
 class Line:
-    """One proxied port. Its condition is changed from any thread and holds for new connections, too:
+    """One proxied port. Its state can be changed from any thread and holds for new connections, too:
 
     up       bytes pass (after `delay_s`)
-    stalled  bytes wait, as when packets are lost; they pass once the line is up again
-    cut      connections are reset, new ones are reset as well
+    stalled  bytes wait, as if packets were lost; they pass once the line is up again
+    cut      connections are reset, and so are new ones
     """
 
     def __init__(self, network: "Network", target_port: int) -> None:
@@ -28,7 +27,7 @@ class Line:
         self.port = 0
 
     def up(self) -> None:
-        """Everything passes at once."""
+        """Let everything pass at once."""
         self._network.call(self._set, True, False, 0.0)
 
     def stall(self) -> None:
@@ -36,7 +35,7 @@ class Line:
         self._network.call(self._set, False, False, 0.0)
 
     def cut(self) -> None:
-        """Reset all connections, and those to come."""
+        """Reset all connections, and new ones."""
         self._network.call(self._set, True, True, 0.0)
 
     def delay(self, delay_s: float) -> None:
@@ -63,7 +62,7 @@ class Line:
             return
         try:
             target = await asyncio.open_connection("127.0.0.1", self._target_port)
-        except OSError:  # nobody there: as if the port were closed
+        except OSError:  # no listener: as if the port were closed
             _reset(writer)
             return
         ends = {writer, target[1]}
@@ -88,7 +87,7 @@ class Line:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close at once, as a host does that knows nothing of the connection: the other end gets an error."""
+    """Close with a reset, as a host does that does not know the connection: the other end gets an error."""
     with contextlib.suppress(OSError):
         end = writer.get_extra_info("socket")
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -116,12 +115,7 @@ class Network:
         """Run a function in the proxy's thread."""
         self._loop.call_soon_threadsafe(action, *arguments)  # type: ignore[arg-type]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

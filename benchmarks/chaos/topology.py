@@ -1,11 +1,11 @@
-"""A federation of real processes on this machine, each of which is started again when it has died.
+"""A federation of real processes on this machine, each of which is restarted when it has died.
 
     Redis ── line ── ServerApp (on the SuperLink)
       └───── line ── workers of a site
     SuperLink ── line ── SuperNode of a site (under `pilot node`)
 
 A *line* is a port of the proxy (`proxy.py`). The supervisor is a thread that does what systemd would do for
-Redis, SuperLink and SuperNodes, and what an operator would do for the run: submit it again under its name.
+Redis, SuperLink and SuperNodes, and what an operator would do for the run: submit it again with its run-name.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -29,7 +28,6 @@ from benchmarks.chaos.processes import (
     ROOT,
     end_group,
     environment,
-    free_port,
     listening,
     marked,
     marked_below,
@@ -37,6 +35,7 @@ from benchmarks.chaos.processes import (
 )
 from benchmarks.chaos.proxy import Line, Network
 from pilot.processes.local_redis import find_server
+from pilot.processes.scratch import free_port
 
 SUPERVISE_S = 0.25
 RESTART_S = 1.0  # between two starts of the same service
@@ -45,7 +44,7 @@ HOOKS = Path(__file__).parent / "hooks"
 
 
 class Service:
-    """A process that shall live. `held`: it shall stay down until that is False again."""
+    """A process that is to be kept running. While `held` is true, it stays down."""
 
     def __init__(
         self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path
@@ -87,7 +86,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Site:
-    """One site: its `pilot node`, its lines, and the file that makes its next reply a bad one."""
+    """One site: its `pilot node`, its lines, and the file that spoils its next reply."""
 
     name: str
     mark: str
@@ -97,7 +96,7 @@ class Site:
     reply_file: Path
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """Its living processes of a role: worker (a rank), clientapp, supernode, or node."""
+        """Its running processes with a role: worker (a rank), clientapp, supernode, or node."""
         return [process for process in marked(self.mark) if has_role(process, role)]
 
 
@@ -120,7 +119,7 @@ PROGRAMS = {
 
 
 class Server:
-    """The run: submitted, and submitted again with the same run-name whenever its process has gone."""
+    """The run: submitted, and submitted again with the same run-name whenever its process is gone."""
 
     def __init__(
         self, mark: str, port: int, config: Path, run_dir: Path, env: Mapping[str, str], log: Path
@@ -135,7 +134,7 @@ class Server:
         self.submissions = 0
 
     def processes(self) -> list[psutil.Process]:
-        """The living ServerApp processes."""
+        """The running ServerApp processes."""
         return [process for process in marked(self._mark) if has_role(process, "serverapp")]
 
     @property
@@ -155,7 +154,7 @@ class Server:
             return
         accepted = self._submission is not None and self._submission.returncode == 0
         if accepted and not self._seen and now - self._submitted_at < SUBMIT_TIMEOUT_S / 3:
-            return  # it will come
+            return  # its process is yet to start
         if not self.finished and listening(self._port):
             self._submit(now)
 
@@ -187,9 +186,9 @@ class Server:
 
 
 class Federation:
-    """All of it, for one run. `directory` takes logs and Flower's files, `base` data and the run.
+    """All processes of one run. `directory` gets logs and Flower's files, `base` the data and the run.
 
-    `threads` of a worker process is 1: a machine with two cores carries three sites.
+    Workers have one thread each, so that a machine with two cores can run three sites.
     """
 
     def __init__(
@@ -205,7 +204,7 @@ class Federation:
 
     def __enter__(self) -> "Federation":
         self.directory.mkdir(parents=True, exist_ok=True)
-        # a worker's socket lives there: the path of a Unix socket has at most 107 bytes
+        # for the workers' sockets: the path of a Unix socket has at most 107 bytes
         self._scratch = Path(
             self._stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
         )
@@ -253,7 +252,7 @@ class Federation:
         return f"{self.directory}/{name}"
 
     def _redis(self, port: int) -> Service:
-        """Nothing on disk: it always comes back empty."""
+        """A Redis without persistence: it always returns empty."""
         configuration = self.directory / "redis.conf"
         lines = [
             'save ""',
@@ -287,12 +286,12 @@ class Federation:
                 for service in self.services:
                     service.supervise()
                 self.server.supervise()
-        except BaseException as error:  # told where the run is waited for
+        except BaseException as error:  # raised again in `wait`
             self.error = error
             raise
 
     def wait(self, timeout_s: float, stop: threading.Event) -> bool:
-        """Whether the run is finished within `timeout_s`, or until `stop` is set.
+        """Whether the run finished before `timeout_s` had passed and before `stop` was set.
 
         Raises what the supervisor has raised.
         """
@@ -305,9 +304,9 @@ class Federation:
         return True
 
     def leave(self, timeout_s: float = 15.0) -> list[str]:
-        """End all services as their owners would (SIGTERM to each), and tell what is left of them.
+        """End all services as their owners would, with SIGTERM.
 
-        The command lines of processes that live on `timeout_s` later; they are killed then.
+        Returns the command lines of processes that still run `timeout_s` later, and kills those.
         """
         self._stop.set()
         self._supervisor.join()
@@ -329,12 +328,7 @@ class Federation:
                 process.kill()
         return left
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._supervisor.join()
         self._stack.close()

@@ -70,7 +70,7 @@ def prepare(base: Path) -> None:
 
 @dataclass(frozen=True)
 class Tour:
-    """A run and the faults that were planned for it; no faults: an undisturbed run."""
+    """A run and the faults planned for it; without faults it is an undisturbed run."""
 
     name: str  # of the run
     sites: tuple[str, ...]
@@ -94,7 +94,7 @@ class Tour:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a tour. `commits` are (wall-clock seconds, round, tokens so far) of each commit."""
+    """The result of a tour. `commits` are (wall-clock seconds, round, tokens so far) of each commit."""
 
     finished: bool
     began: float  # wall clock: the first round opens
@@ -108,16 +108,16 @@ class Outcome:
 
     @property
     def ended(self) -> float:
-        """Wall clock: the first commit after the last fault, since what comes later is not disturbed.
+        """Wall clock: the first commit after the last fault, since no fault disturbs what comes later.
 
-        Without faults the last commit.
+        Without faults, the last commit.
         """
         calm = max((outage.ended for outage in self.outages), default=math.inf)
         return next((at for at, _, _ in self.commits if at >= calm), self._last[0])
 
     @property
     def tokens(self) -> int:
-        """Committed until then."""
+        """Tokens committed until `ended`."""
         return max((tokens for at, _, tokens in self.commits if at <= self.ended), default=0)
 
     @property
@@ -130,13 +130,15 @@ class Outcome:
 
 
 def run(tour: Tour, directory: Path, base: Path, stop: threading.Event | None = None) -> Outcome:
-    """Start everything, let the faults strike, wait for the run's end, end everything, check.
+    """Start everything, inject the faults, wait for the run's end, end everything, check.
 
     `stop` ends it early, from another thread.
     """
     stop = stop or threading.Event()
     with Federation(directory, base, tour.config, tour.sites) as federation:
-        for _ in range(1200):  # the first round, or the checker's word for its absence
+        for _ in range(
+            1200
+        ):  # until the first round opens; the checker reports it if it never does
             if stop.is_set() or federation.error or _events(federation.run_dir, "round_opened"):
                 break
             time.sleep(0.1)
@@ -154,7 +156,7 @@ def run(tour: Tour, directory: Path, base: Path, stop: threading.Event | None = 
     ]
     violations = [
         *injector.violations,
-        *([] if finished else [f"target: the run is not finished {tour.timeout_s:.0f} s later"]),
+        *([] if finished else [f"target: the run is not finished after {tour.timeout_s:.0f} s"]),
         *check(tour, books, events, injector.outages, left),
     ]
     return Outcome(
@@ -193,7 +195,7 @@ def check(
 def figures(
     outcome: Outcome, undisturbed: Outcome | None, *, sites: Sequence[str]
 ) -> dict[str, Any]:
-    """The last line of a benchmark; ratios and times that can't be had are None."""
+    """The last line of the benchmark; ratios and times that cannot be computed are None."""
     violations = list(outcome.violations)
     if undisturbed is not None:
         violations += checker.check_bpb(outcome.bpb, undisturbed.bpb)
@@ -234,11 +236,11 @@ def figures(
 
 
 def surviving_capacity(outcome: Outcome, sites: Sequence[str]) -> float:
-    """The share of site-seconds, 0..1, in which a site could train: it and all that it depends on were there.
+    """The share of site-seconds, 0..1, in which a site could train: it and all that it depends on were up.
 
-    A fault takes from the moment at which it strikes until what it hit is back (restarted, thawed, or
-    reachable), whatever the product makes of it. A slow line, a bad reply and a killed worker take nothing, and
-    Redis away takes nothing: training goes on without it.
+    A fault costs the time until its target is back (restarted, thawed, or reachable), whatever the product
+    makes of it. A slow line, a bad reply and a killed worker cost nothing, nor does a missing Redis: training
+    continues without it.
     """
     whole = len(sites) * (outcome.ended - outcome.began)
     lost = 0.0
@@ -263,9 +265,9 @@ def _takes(outage: Outage, site: str) -> bool:
 
 
 def _recovery_s(outcome: Outcome, outage: Outage) -> float | None:
-    """Seconds from a fault to the next commit that has something of the site that was hit.
+    """Seconds from a fault to the next commit with work of the site that was hit; None if there was none.
 
-    For faults that hit no site: to the next commit that has anything. None if there was none later.
+    If the fault hit no site in particular, work of any site counts.
     """
     merged = {
         books.round_number: {reply.client for reply in books.merged} for books in outcome.books
@@ -298,5 +300,5 @@ def _events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def journal(outcome: Outcome) -> str:
-    """The faults as they struck, one JSON line each, for who looks for the reason of a violation."""
+    """The faults that happened, one JSON line each, to find the reason of a violation."""
     return "".join(json.dumps(asdict(outage)) + "\n" for outage in outcome.outages)

@@ -19,13 +19,13 @@ from benchmarks.chaos.processes import (
     ROOT,
     end_group,
     environment,
-    free_port,
     listening,
     write_connection,
 )
 from benchmarks.gpu_check import site_kit
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from pilot.processes.local_redis import LocalRedis
+from pilot.processes.scratch import free_port
 from pilot.run.events import read_events
 
 _ROUNDS, _WAIT_S = 3, 100.0

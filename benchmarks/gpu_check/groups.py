@@ -16,7 +16,7 @@ from pilot import plan
 from pilot.config import RunConfig
 from pilot.rules.outer import outer_step
 from pilot.site.handle import WorkerHandle
-from pilot.wire.messages import TrainReply
+from pilot.wire.messages import Fence, TrainReply
 
 _ROUNDS = 3
 _CLIENTS = ("site_0", "site_1")
@@ -33,7 +33,7 @@ def _rounds(setup: Setup, verdict: Verdict) -> None:
     config = site_kit.config(setup, round_steps=setup.size(8, 2), inner_state="keep")
     weights = plan.initial_weights(config)
     state: dict[str, Tensor] = {}
-    merged: dict[str, list[int]] = {}
+    merged: dict[str, Fence] = {}
     bpb, starts = [], []
     for number in range(1, _ROUNDS + 1):
         answers = _round(setup, config, number, weights, merged)
@@ -43,7 +43,7 @@ def _rounds(setup: Setup, verdict: Verdict) -> None:
             finite = all(bool(t.isfinite().all()) for t in update.values())
             verdict.that(finite, f"round {number} of {name} has values that are not finite")
             starts.append(seconds - reply.train_s)
-            merged[name] = [1, number, 1]
+            merged[name] = reply.fence
         norms = [_norm(update) for _, update, _ in answers.values()]
         if len(norms) == 2:
             verdict.at_most(f"norms_apart_round_{number}", abs(math.log(norms[0] / norms[1])), 0.5)
@@ -64,7 +64,7 @@ def _round(
     config: RunConfig,
     number: int,
     weights: dict[str, Tensor],
-    merged: dict[str, list[int]],
+    merged: dict[str, Fence],
 ) -> dict[str, Answer]:
     """Both clients at once, each with a new group."""
     answers: dict[str, Answer] = {}
@@ -76,7 +76,7 @@ def _round(
         }
 
         def work(name: str) -> None:
-            more: dict[str, Any] = {"merged": merged.get(name, [])}
+            more: dict[str, Any] = {"last_merged_fence": merged.get(name)}
             what = site_kit.order(config, name, number, seconds=100.0, **more)
             try:
                 answers[name] = site_kit.ask(workers[name], what, weights)

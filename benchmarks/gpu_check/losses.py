@@ -11,6 +11,7 @@ from nanochat.acceleration import accelerated_block
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.gpus import prepare_device
 from nanochat.kernels.choices import what_compiling_lacks
+from nanochat.param_groups import make_optimizer
 from nanochat.rows.cache import RowCache
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.source import get_source
@@ -73,7 +74,7 @@ def _train(
     rates = learning_rates("classic").scaled(scale_lr_for_batch(tokens))
     trainer = Trainer(
         model,
-        model.make_optimizer(rates, weight_decay=0.0),
+        make_optimizer(model, rates, weight_decay=0.0),
         device=device,
         device_batch_rows=4,
         run_block=run,

@@ -5,10 +5,16 @@ import torch
 from benchmarks.gpu_check.kit import memory_gb, milliseconds, relative_error
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from nanochat.gpt import build_gpt, config_for_depth
-from nanochat.optim import adamw_update, muon_update, polar_express
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import learning_rates
+from nanochat.update_rules import AdamWRule, MuonRule, adamw_update, muon_update, polar_express
 
+_ADAMW = AdamWRule(lr=1e-2, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
 _RANKS = 8  # of the machine whose rank's share is measured
+
+
+def _muon(polar_dtype: torch.dtype) -> MuonRule:
+    return MuonRule(lr=0.02, momentum=0.9, beta2=0.9, weight_decay=0.1, polar_dtype=polar_dtype)
 
 
 def check(setup: Setup, verdict: Verdict) -> None:
@@ -42,11 +48,8 @@ def _adamw_error(device: torch.device) -> float:
                 weight,
                 gradient.to(where),
                 *moments,
+                rule=_ADAMW,
                 step=step,
-                lr=1e-2,
-                betas=(0.8, 0.95),
-                eps=1e-10,
-                weight_decay=0.1,
             )
         results.append(weight.cpu())
     return relative_error(*results)
@@ -64,11 +67,7 @@ def _muon_error(device: torch.device) -> float:
             gradient.to(where),
             torch.zeros_like(weights),
             weights.new_zeros((3, 96, 1)),
-            lr=0.02,
-            momentum=0.9,
-            beta2=0.9,
-            weight_decay=0.1,
-            polar_dtype=torch.float32,
+            rule=_muon(torch.float32),
         )
         results.append(weights.cpu())
     return relative_error(*results)
@@ -81,7 +80,7 @@ def speed(setup: Setup, verdict: Verdict) -> None:
     depth, vocab = setup.size(20, 2), setup.size(65536, 300)
     config = config_for_depth(depth, vocab_size=vocab, sequence_len=setup.size(2048, 64))
     model = build_gpt(config, device=device, seed=0)
-    optimizer = model.make_optimizer(learning_rates("classic"), weight_decay=0.1)
+    optimizer = make_optimizer(model, learning_rates("classic"), weight_decay=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     ms = milliseconds(optimizer.step, device, repeat=5)
@@ -104,11 +103,7 @@ def speed(setup: Setup, verdict: Verdict) -> None:
                 g,
                 m,
                 s,
-                lr=0.02,
-                momentum=0.9,
-                beta2=0.9,
-                weight_decay=0.1,
-                polar_dtype=torch.bfloat16,
+                rule=_muon(torch.bfloat16),
             )
 
         parts["x".join(map(str, shape))] = milliseconds(update, device, repeat=5)

@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.gpu_check import data
 from benchmarks.gpu_check.verdict import Setup
 from pilot.config import RunConfig
+from pilot.segment import Segment
 from pilot.site.handle import WorkerHandle
 from pilot.wire.codec import decode, encode
 from pilot.wire.messages import Fence, TrainOrder, TrainReply, from_header, to_header
@@ -52,11 +53,11 @@ def order(
         "redis_url": "",
         "processes": 1,
         "segments": [
-            [epoch, first + shard, 0, -1]
+            Segment(epoch, first + shard, 0, None)
             for epoch in range(100)
             for shard in range(data.TRAIN_SHARDS // 2)
         ],
-        "last": False,
+        "lease_is_tail": False,
         "seconds_left": seconds,
         "committed_tokens": 0,
         "total_tokens": 10**9,

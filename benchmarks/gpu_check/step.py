@@ -16,6 +16,7 @@ from nanochat.common import get_base_dir
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.gpus import peak_flops, prepare_device
 from nanochat.kernels import head
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.trainer import Trainer
 
@@ -100,7 +101,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, np.ndarray]:
     rates = learning_rates(arch).scaled(scale_lr_for_batch(step_tokens))
     trainer = Trainer(
         model,
-        model.make_optimizer(rates, weight_decay=0.1),
+        make_optimizer(model, rates, weight_decay=0.1),
         device=device,
         device_batch_rows=rows,
         run_block=run,

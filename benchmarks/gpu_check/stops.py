@@ -154,8 +154,8 @@ class _When:
     def _wait(self) -> None:
         began = time.monotonic()
         while time.monotonic() - began < _START_S and not self._over.is_set():
-            beat = self._link.heartbeats([self._client]).get(self._client, {})
-            if int(beat.get("step", 0)) >= 2:
+            heard = self._link.heartbeats([self._client]).get(self._client)
+            if heard is not None and heard.heartbeat.step >= 2:
                 break
             time.sleep(0.02)
         self.at = time.monotonic()

@@ -1,6 +1,6 @@
-"""What this machine and this run get: dtype of matmuls, attention kernels, compiling. All is chosen here.
+"""What this machine and this run get: dtype of matmuls, attention kernels, compiling.
 
-The rules are functions of what they are told; only `default_compute_dtype` and `what_compiling_lacks`
+The rules are functions of their arguments; only `default_compute_dtype` and `what_compiling_lacks`
 look at the machine. What was chosen is one frozen description, whose one sentence base_train and the
 workers log. Nothing depends on how much of a run is left: a run that is continued computes what it would
 have computed, bit for bit.
@@ -21,7 +21,7 @@ from nanochat.errors import UserError
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 COMPILE_MODES = ("auto", "on", "off")
 
-# Eager work below which compiling is not repaid: it saves about a tenth of the step
+# Seconds of eager work below which compiling costs more than it saves (about a tenth of a step)
 _MIN_RUN_S = 600.0
 _MIN_PROCESS_S = 200.0
 # FLOP/s of eager training, to guess seconds: a core with AVX-512 (measured: 30-60 G), an older GPU
@@ -52,7 +52,7 @@ class CompileChoice:
     reason: str
 
     def __str__(self) -> str:
-        return f"compiling {'on' if self.on else 'off'} ({self.reason})"
+        return f"compile: {'on' if self.on else 'off'} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -172,29 +172,29 @@ def choose_compile(
     """What `compile = mode` means where `missing` ("": nothing) keeps a compiler from working.
 
     run_s: seconds of eager training in the whole run; process_s: in each process that would have to
-    load what was compiled, None for the whole run. `on` without a compiler is eager, too, and says so.
+    load what was compiled, None for the whole run. `on` without a compiler means eager; the reason says so.
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile is {mode!r}: choose one of {', '.join(COMPILE_MODES)}")
     if mode == "off":
-        return CompileChoice(False, "as it was told")
+        return CompileChoice(False, "requested")
     if missing:
         return CompileChoice(False, missing)
     if mode == "on":
-        return CompileChoice(True, "as it was told")
+        return CompileChoice(True, "requested")
     if device_type == "cpu":
-        return CompileChoice(False, "on a CPU it saves a tenth of a step for 330 MB")
+        return CompileChoice(False, "on a CPU it would save a tenth of a step and cost 330 MB")
     process_s = run_s if process_s is None else process_s
     if run_s < _MIN_RUN_S:
         return CompileChoice(
-            False, f"about {run_s:.0f} s of training repay it not; from {_MIN_RUN_S:.0f} s on"
+            False, f"not worth it for ~{run_s:.0f} s of training (threshold: {_MIN_RUN_S:.0f} s)"
         )
     if process_s < _MIN_PROCESS_S:
         return CompileChoice(
             False,
-            f"about {process_s:.0f} s of training a round repay no start; from {_MIN_PROCESS_S:.0f} s on",
+            f"each round trains only ~{process_s:.0f} s (threshold: {_MIN_PROCESS_S:.0f} s)",
         )
-    return CompileChoice(True, f"the run trains for {run_s:.0f} s or so")
+    return CompileChoice(True, f"the run trains for ~{run_s:.0f} s")
 
 
 def training_seconds(flops: float, device_type: str, *, threads: int, devices: int = 1) -> float:
@@ -205,7 +205,7 @@ def training_seconds(flops: float, device_type: str, *, threads: int, devices: i
 
 
 def what_compiling_lacks(device_type: str) -> str:
-    """What `torch.compile` needs on this machine and is not there; "" if all of it is.
+    """What `torch.compile` needs and this machine lacks; "" for nothing.
 
     Looks, but doesn't try: a toolchain that is there and broken is found when it is used.
     """

@@ -1,7 +1,7 @@
 """FlashAttention-3 through the `kernels` package, where it is installed and the chip is a Hopper.
 
 `kernels` fetches compiled code from its hub at the first use, so nobody gets it who has not asked for it:
-`uv pip install kernels`. Without it, or where it cannot be had, attention goes on with torch's own kernels.
+`uv pip install kernels`. Without it, or where it cannot be had, attention uses torch's own kernels.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Sliding windows through FlexAttention, of which torch's compiler makes one kernel for CUDA.
 
-That kernel skips the tiles that the window hides, as its block mask tells, which is computed once for a
+That kernel skips the tiles that the window hides, according to its block mask, which is computed once for a
 length and a window. Called without a compiler it computes all scores, which is slow and right.
 """
 

@@ -146,7 +146,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
 def _add_scaled(total: Tensor, part: Tensor, *, is_first: bool) -> None:
     """Add 2/15 of `part` to fp32 `total`, or set it, if it is the first.
 
-    Converted in pieces: torch's sum of two dtypes costs five times as much (171 against 31 ms a step
+    Converted in pieces: torch's sum of two dtypes costs five times as much (171 against 31 ms per step
     at a vocabulary of 32,768).
     """
     for mine, more in _pieces(total, part):

@@ -1,4 +1,4 @@
-"""Rows for training: packed once a shard, served from a memory-mapped file.
+"""Rows for training: each shard is packed once and served from a memory-mapped file.
 
 Training never tokenizes. The first reader of a shard starts one background process that packs it
 (`nanochat.rows.packer`); all readers, in any process of the machine, read the rows that are there and
@@ -94,6 +94,18 @@ class RowCache:
             self._shards[shard] = ShardRows(job)
         return self._shards[shard]
 
+    def wait_packed(self, shard: int, *, should_stop: StopCheck | None = None) -> int | None:
+        """The number of rows of `shard`, once all are packed; None if `should_stop()` came first.
+
+        Raises as `ShardRows.read` does.
+        """
+        rows = self.rows(shard)
+        while not rows.keep_packing():
+            if should_stop is not None and should_stop():
+                return None
+            time.sleep(_POLL_S)
+        return rows.num_rows
+
     @property
     def dtype(self) -> np.dtype:
         """Of the rows: uint16 where all ids fit, else uint32."""
@@ -121,7 +133,7 @@ class ShardRows:
         self._mapped: np.ndarray | None = None
         self._packer: _PackerProcess | None = None
         self._deaths = 0
-        self._stats = job.complete()  # packed before: nothing to tell
+        self._stats = job.complete()  # packed before: nothing to log
         if self._stats is None:
             self._keep_packing()
 
@@ -153,7 +165,7 @@ class ShardRows:
         return self.job.partial_rows() if self.stats is None else self.stats.rows
 
     def keep_packing(self) -> bool:
-        """See to it that somebody packs this shard; whether it is packed. Raises as `read` does."""
+        """Make sure that a packer works on this shard; returns whether it is packed. Raises as `read` does."""
         if self.stats is None:
             self._keep_packing()
         return self.stats is not None
@@ -164,7 +176,7 @@ class ShardRows:
         """Rows first_row..end_row-1, (n, T+1), a copy; waits until they are packed.
 
         Fewer only where the shard ends, or, while waiting, once `should_stop()` is true. Raises
-        UserError if the shard cannot be packed; never waits for a packer that is not there.
+        UserError if the shard cannot be packed; never waits for a packer that does not run.
         """
         if not 0 <= first_row <= end_row:
             raise ValueError(f"no such rows: {first_row}..{end_row}")
@@ -220,7 +232,7 @@ class ShardRows:
         )
 
     def _keep_packing(self) -> None:
-        """See to it that a packer works on this shard, ours or another process's.
+        """Make sure that a packer works on this shard, ours or another process's.
 
         Raises UserError when ours says that the shard cannot be packed, or has died too often.
         """
@@ -238,7 +250,7 @@ class ShardRows:
                 raise UserError(
                     f"packing {self.job.shard_path} died {self._deaths} times, "
                     f"the last time with exit code {code} ({message or 'no message'}): "
-                    "look for a lack of memory or disk, and start again"
+                    "check free memory and disk space, and start again"
                 )
         if self.stats is None and _is_free(self.job.path("lock")):
             self._packer = _PackerProcess(self.job)

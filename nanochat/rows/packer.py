@@ -3,7 +3,7 @@
 Under the rows directory, by the job's key (a hash of the shard's bytes, the tokenizer, T, the packing
 and its version):
 
-    <key>.partial   rows so far, readable while it grows: its size tells how many there are
+    <key>.partial   rows so far, readable while it grows: its size says how many there are
     <key>.state     a recent `PackState`; the rows before it are durable
     <key>.stats     `PackStats`, written when the last row is durable
     <key>.rows      the partial file's name once it is complete

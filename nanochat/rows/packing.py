@@ -7,7 +7,7 @@ interrupted.
 `bestfit` puts whole documents into rows and crops one only to fill a row exactly: no row starts in
 the middle of a document, but 30-47 % of the tokens are discarded at T = 2048 and 65-70 % at T = 512
 (measured on technical documentation). `stream` concatenates the documents, each behind a BOS, and
-cuts; a document that goes on in the next row gets a BOS there too, so that every token of every
+cuts; a document that continues in the next row gets a BOS there too, so that every token of every
 document is a target once. It discards the shard's last, incomplete row only.
 """
 

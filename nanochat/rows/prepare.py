@@ -16,7 +16,7 @@ _POLL_S = 0.1
 def prepare_rows(cache: RowCache, shards: Iterable[int]) -> list[str]:
     """Pack `shards`, several at once; returns a line for each that failed.
 
-    What is packed already is kept, and what was begun is continued; also after a kill.
+    Keeps what is packed already and continues what was begun, also after a kill.
     """
     waiting = list(dict.fromkeys(shards))
     failures: list[str] = []
@@ -52,6 +52,6 @@ def prepare_rows(cache: RowCache, shards: Iterable[int]) -> list[str]:
 
 
 def packers_at_once() -> int:
-    """As many as keep the cores busy: each packer takes half of them, but eight at the most."""
+    """As many as keep the cores busy: each packer takes half of them, at most eight."""
     cores = os.cpu_count() or 1
     return max(1, cores // max(1, min(8, cores // 2)))

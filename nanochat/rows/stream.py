@@ -3,7 +3,8 @@
 import dataclasses
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,24 @@ def shard_order(num_shards: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
+class SegmentLike(Protocol):
+    """A dataclass with these fields, such as `Segment`: a lease may come with segments of its own."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def end_row(self) -> int | None: ...
+
+
+S = TypeVar("S", bound=SegmentLike)
+
+
 @dataclass(frozen=True)
 class Segment:
     """Rows first_row..end_row-1 of a shard in an epoch; `end_row` None: up to the shard's end."""
@@ -28,13 +47,13 @@ class Segment:
     end_row: int | None
 
 
-class RowStream:
-    """The rows of a lease in order: whole segments one after the other.
+class RowStream(Generic[S]):
+    """The rows of a lease in order, one segment after another.
 
-    Packs one shard ahead of the one being read.
+    Packs one shard ahead of the one that is being read.
     """
 
-    def __init__(self, cache: RowCache, segments: Sequence[Segment]) -> None:
+    def __init__(self, cache: RowCache, segments: Sequence[S]) -> None:
         self._cache = cache
         self._segments = list(segments)
         self._served = [0] * len(self._segments)  # rows read of each
@@ -60,14 +79,14 @@ class RowStream:
             if not missing:
                 break
             if len(rows) < end - first and shard_rows.num_rows is None:
-                break  # told to stop
+                break  # `should_stop` said so
             self._current += 1
         if parts:
             return np.concatenate(parts)
         return np.empty((0, self._cache.sequence_len + 1), dtype=self._cache.dtype)
 
-    def consumed(self, num_rows: int) -> list[Segment]:
-        """The closed intervals that the first `num_rows` rows of this stream came from."""
+    def consumed(self, num_rows: int) -> list[S]:
+        """The segments, with known ends, that the first `num_rows` rows of this stream came from."""
         intervals = []
         left = num_rows
         for segment, served in zip(self._segments, self._served, strict=True):
@@ -143,9 +162,9 @@ class EpochStream:
         assert position is not None
         return position
 
-    def _open(self, epoch: int, shard: int | None = None, row: int = 0) -> RowStream:
+    def _open(self, epoch: int, shard: int | None = None, row: int = 0) -> RowStream[Segment]:
         order = shard_order(self._num_shards, epoch, self._seed)
         rest = order if shard is None else order[order.index(shard) :]
         segments = [Segment(epoch, number, 0, None) for number in rest]
-        segments[0] = replace(segments[0], first_row=row)
+        segments[0] = dataclasses.replace(segments[0], first_row=row)
         return RowStream(self._cache, segments)

@@ -1,4 +1,4 @@
-"""Every Redis key of a run: both halves of the coordinator, the connection that may fail, the Lua scripts.
+"""Every Redis key of a run: the server's and the client's half, the connection that may fail, the Lua scripts.
 
-May import `wire` and what lies below it; a server and a site share nothing else but messages.
+May import `wire` and what lies below it. Server and clients have nothing else in common but messages.
 """

@@ -1,20 +1,20 @@
 """Every Redis key of a run: the server's half and the client's half.
 
-All keys stand under `pilot:<run>:`, so runs on one Redis don't see each other, and nothing is ever
-flushed. Durable keys say what is true; a publish only wakes whoever listens:
+All keys are `pilot:<run>:…`, so runs on one Redis do not see each other, and nothing is ever flushed. Durable
+keys hold the truth; a publish only wakes those who wait for it:
 
-    server           string, expires   who leads the run: host, run directory, token
+    server           string, expires   the server that leads the run: host, run directory, token
     round            hash              term, round, phase (open|ended), reason
     run              hash              term, state (running|finished|interrupted)
-    client:<name>    hash, expires     a client's last sign of life in a round
-    stop:<name>      string, expires   why this client is to leave; no new work for it meanwhile
+    client:<name>    hash, expires     a client's last heartbeat in a round
+    stop:<name>      string, expires   why this client is to leave; it gets no new work meanwhile
     ack:<name>       string, expires   the fence of this client's last reply that the server has on disk
     signals          channel           "look at the keys"
 
-What only the leading server may write is written by Lua scripts that look at the lock first: between a
-look and a write of its own, another server could have taken over. Redis may be away or lose
-everything (`link.py`): the server then goes on with what Flower tells it and writes its keys anew,
-a client goes on until the seconds that its order gave it are over.
+What only the leading server may write is written by Lua scripts that check the lock first: between a check
+and a separate write, another server could take over. Redis may be away or lose everything (`link.py`): the
+server then continues with what Flower reports and writes its keys again, and a client trains until the seconds
+in its order are over.
 """
 
 import itertools
@@ -22,7 +22,6 @@ import json
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,11 +29,11 @@ from typing import Any
 
 import redis
 
-from pilot.config import Scalar
 from pilot.coordination import scripts
 from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
 from pilot.redis_url import redact_url
-from pilot.wire.messages import Fence
+from pilot.rules.rounds import Clock, MonotonicClock
+from pilot.wire.messages import Fence, Heartbeat
 
 __all__ = ["ClientCoordinator", "CoordinatorError", "ServerCoordinator", "ping", "resolve_url"]
 
@@ -42,7 +41,15 @@ SERVER_EXPIRY_S = 15.0
 FINISHED_EXPIRY_S = 24 * 3600
 STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
+# Redis forgets a heartbeat after so many intervals of it, but not within ten seconds.
+_EXPIRY_HEARTBEATS, _EXPIRY_MIN_S = 10.0, 10.0
+_COUNTER = "beat"  # the field of a heartbeat that every new one changes
 _ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
+
+
+def heartbeat_expiry_s(heartbeat_s: float) -> float:
+    """How long Redis keeps the last heartbeat of a client that sends one every `heartbeat_s`."""
+    return max(_EXPIRY_MIN_S, _EXPIRY_HEARTBEATS * heartbeat_s)
 
 
 def fence_text(fence: Fence) -> str:
@@ -50,41 +57,51 @@ def fence_text(fence: Fence) -> str:
     return json.dumps(asdict(fence), sort_keys=True)
 
 
-@dataclass
-class _Pulses:
-    """Signs of life of one round, dated by the server's own monotonic clock.
+@dataclass(frozen=True)
+class Heard:
+    """A client's last heartbeat in this round, `age_s` seconds ago as this server saw it."""
 
-    What counts is that the beat counter has changed, not what a client's clock says. While Redis fails
-    nothing is known of anybody, so nobody ages: `forget` lets all begin anew.
+    heartbeat: Heartbeat
+    age_s: float
+
+
+@dataclass
+class _Ages:
+    """How old the heartbeats of one round are, by the server's own clock.
+
+    What counts is that the counter in the heartbeat has changed, not what a client's clock says. While Redis
+    fails nothing is known of any client, so none ages: `forget` lets all start again.
     """
 
+    clock: Clock
     _seen: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self._seen.clear()
 
-    def look(self, name: str, beat: dict[str, str] | None) -> dict[str, str] | None:
-        """The last beat of `name` with its `age` in seconds; `beat` is what Redis has, if anything."""
-        now = time.monotonic()
-        known = self._seen.get(name)
-        if beat and (known is None or known[0].get("beat") != beat.get("beat")):
-            self._seen[name] = known = (beat, now)
-        if known is None:
-            return None
-        return known[0] | {"age": f"{now - known[1]:.3f}"}
+    def of(self, name: str, found: dict[str, str] | None) -> Heard | None:
+        """The last heartbeat of `name`; `found` is what Redis holds now, if anything."""
+        now_s = self.clock.now_s()
+        seen = self._seen.get(name)
+        if found and (seen is None or seen[0].get(_COUNTER) != found.get(_COUNTER)):
+            self._seen[name] = seen = (found, now_s)
+        return None if seen is None else Heard(Heartbeat.from_redis(seen[0]), now_s - seen[1])
 
 
 class ServerCoordinator:
-    """The server's half. One live server a run: a second one is refused when it is made.
+    """The server's half. One live server per run: constructing a second one fails.
 
-    Raises CoordinatorError if Redis cannot be reached at the start, or another server leads the run;
+    Raises CoordinatorError if Redis cannot be reached at the start, or if another server leads the run;
     later only if another server has taken over.
     """
 
-    def __init__(self, url: str, run: str, *, term: int, run_dir: Path) -> None:
+    def __init__(
+        self, url: str, run: str, *, term: int, run_dir: Path, clock: Clock | None = None
+    ) -> None:
         ping(url)
         self.url = url
-        self._link = RedisLink(url, run)
+        self._clock = clock or MonotonicClock()
+        self._link = RedisLink(url, run, self._clock)
         self._where = {"host": socket.gethostname(), "run_dir": str(run_dir.resolve())}
         self._identity = json.dumps(
             {**self._where, "pid": os.getpid(), "token": secrets.token_hex(8)}
@@ -92,10 +109,9 @@ class ServerCoordinator:
         self._round: dict[str, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
         self._state = "running"
         self._term = term
-        self._pulses = _Pulses()
-        self._notes: dict[
-            str, tuple[str, float]
-        ] = {}  # key → value, when it expires: to heal Redis
+        self._ages = _Ages(self._clock)
+        # key → (value, when it expires): written again when Redis has lost its keys
+        self._notes: dict[str, tuple[str, float]] = {}
         try:
             self._lead()
         except (redis.RedisError, CoordinatorError) as error:
@@ -105,7 +121,7 @@ class ServerCoordinator:
             raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({error})") from error
 
     def _lead(self) -> None:
-        """Take the run's lock. One on this host for the same directory is a dead server's: the caller
+        """Take the run's lock. One of this host and run directory was left by a dead server: the caller
         holds the directory's file lock, which only one living process can."""
         key, expiry_ms = self._link.key("server"), int(SERVER_EXPIRY_S * 1000)
         holder = str(self._link.redis.get(key) or "")
@@ -122,33 +138,33 @@ class ServerCoordinator:
     # -- the round and the run -------------------------------------------------------------------
 
     def open_round(self, round_number: int) -> None:
-        """From now on clients of (term, round) may train."""
+        """From now on, clients may train in (term, round)."""
         self._round = {"term": self._term, "round": round_number, "phase": "open", "reason": ""}
-        self._pulses.forget()
+        self._ages.forget()
         self.tick()
 
     def end_round(self, reason: str) -> None:
-        """All clients of the round stop: the durable key first, then the wake-up."""
+        """Stop all clients of the round: the durable key first, then the wake-up."""
         self._round |= {"phase": "ended", "reason": reason}
         self.tick()
         self._wake()
 
     def tick(self) -> None:
-        """Write what is true once more: renews the lock, and heals a Redis that lost its keys.
+        """Write the current state again: renews the lock, and restores the keys that Redis has lost.
 
-        Raises CoordinatorError if another server leads the run by now: two would spoil its clients.
+        Raises CoordinatorError if another server leads the run by now: two would confuse the clients.
         """
         values = [self._identity, int(SERVER_EXPIRY_S * 1000), *self._round.values(), self._state]
         found = self._leading(scripts.TICK, ["server", "round", "run"], values)
         if found == 2 and self._notes:
-            now = time.monotonic()
+            now = self._clock.now_s()
             self._notes = {key: note for key, note in self._notes.items() if note[1] > now}
             self._note({key: (value, at - now) for key, (value, at) in self._notes.items()})
 
     def finish(self, run_finished: bool = False) -> None:
-        """Let go of the run: the round is ended, the lock free, the keys expire in a day.
+        """Leave the run: end the round, free the lock, let the keys expire in a day.
 
-        `run_finished` says that it reached its end; else it was interrupted and may be resumed.
+        `run_finished`: the run has reached its end; otherwise it was interrupted and may be resumed.
         """
         self._state = "finished" if run_finished else "interrupted"
         try:
@@ -158,21 +174,21 @@ class ServerCoordinator:
                 scripts.RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False
             )
         except CoordinatorError:
-            pass  # another server leads the run: these keys are its own
+            pass  # another server leads the run: the keys are that server's now
         self._link.close()
 
     # -- single clients --------------------------------------------------------------------------
 
     @property
     def failing(self) -> bool:
-        """Whether Redis fails for this server."""
+        """Whether this server's last attempt to use Redis failed."""
         return self._link.failing
 
-    def heartbeats(self, clients: Iterable[str]) -> dict[str, dict[str, str]]:
-        """The last sign of life in this round of each of `clients` that has given one.
+    def heartbeats(self, clients: Iterable[str]) -> dict[str, Heard]:
+        """The last heartbeat in this round of each of `clients` that has sent one.
 
-        `age` is how many seconds ago it came, as this server saw it; it grows when a client falls silent,
-        but not while Redis fails for this server, which then can't know.
+        Its age grows when a client falls silent, but not while Redis fails for this server, which cannot know
+        then.
         """
         names = list(clients)
 
@@ -182,33 +198,37 @@ class ServerCoordinator:
                     pipe.hgetall(self._link.key(f"client:{name}"))
                 return pipe.execute()
 
-        beats = self._link.attempt("reading", read)
+        found = self._link.attempt("reading", read)
         if self._link.failing:
-            self._pulses.forget()
+            self._ages.forget()
         current = (str(self._round["term"]), str(self._round["round"]))
-        found = {}
-        for name, beat in zip(names, beats or [], strict=False):
-            mine = beat if (beat.get("term"), beat.get("round")) == current else None
-            if (pulse := self._pulses.look(name, mine)) is not None:
-                found[name] = pulse
-        return found
+        heard = {}
+        for name, values in zip(names, found or [], strict=False):
+            ours = (values.get("term"), values.get("round")) == current
+            if (last := self._ages.of(name, values if ours else None)) is not None:
+                heard[name] = last
+        return heard
 
     def acknowledge(self, client: str, fence: Fence) -> None:
-        """Tell `client` that its reply under `fence` is on this server's disk: its node may go."""
+        """Confirm to `client` that its reply with `fence` is on this server's disk: its node may leave."""
         self._note({f"ack:{client}": (fence_text(fence), ACK_EXPIRY_S)})
         self._wake()
 
     def stop_client(self, client: str, reason: str) -> None:
-        """Make `client` finish its micro-step, reply and take no new work, for an hour at the most."""
-        self._note({f"stop:{client}": (reason or "told to leave", STOP_EXPIRY_S)})
+        """Make `client` finish its micro-step, reply, and take no new work for at most an hour.
+
+        Not called by the round loop: operators set the key (docs/deployment.md), tests and benchmarks call
+        this.
+        """
+        self._note({f"stop:{client}": (reason or "asked to leave", STOP_EXPIRY_S)})
         self._wake()
 
     def clear_client_stop(self, client: str) -> None:
-        """`client` may work again, whoever stopped it."""
+        """Let `client` work again, whether an operator, `stop_client` or the client itself stopped it."""
         self._note({f"stop:{client}": ("", 0.0)})
 
     def draining(self, clients: Iterable[str]) -> dict[str, str]:
-        """Those of `clients` that are leaving, with the reason: they get no new work until they are back."""
+        """Those of `clients` that are leaving, with the reason: they get no new work for now."""
         names = list(clients)
         keys = [self._link.key(f"stop:{name}") for name in names]
         reasons = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) if keys else []
@@ -218,8 +238,8 @@ class ServerCoordinator:
     # -- writing as the leader -------------------------------------------------------------------
 
     def _note(self, notes: Mapping[str, tuple[str, float]]) -> None:
-        """Set keys to (value, seconds to live), and keep them for a Redis that loses them; "" deletes."""
-        now = time.monotonic()
+        """Set keys to (value, seconds to live), again if Redis loses them; a value of "" deletes its key."""
+        now = self._clock.now_s()
         values: list[str | int] = [self._identity]
         for key, (value, expiry_s) in notes.items():
             values += [value, int(expiry_s * 1000)]
@@ -232,9 +252,9 @@ class ServerCoordinator:
     def _leading(
         self, script: str, names: list[str], values: list[Any], *, must_lead: bool = True
     ) -> int | None:
-        """Run `script` on keys; its answer, or None while Redis fails.
+        """Run `script` on keys. Returns its answer, or None while Redis fails.
 
-        Raises CoordinatorError if another server leads the run by now and `must_lead`.
+        Raises CoordinatorError if `must_lead` and another server leads the run by now.
         """
         keys = [self._link.key(name) for name in names]
         found: Any = self._link.attempt(
@@ -252,34 +272,44 @@ class ServerCoordinator:
 
 
 class ClientCoordinator:
-    """A client's half, for one round of one term. Nothing here raises because Redis is away."""
+    """A client's half, for one round of one term. No method raises because Redis is away."""
 
-    def __init__(self, url: str, run: str, *, client: str, term: int, round_number: int) -> None:
-        self._link = RedisLink(url, run)
+    def __init__(
+        self,
+        url: str,
+        run: str,
+        *,
+        client: str,
+        term: int,
+        round_number: int,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or MonotonicClock()
+        self._link = RedisLink(url, run, self._clock)
         self._client, self._mine = client, (term, round_number)
         self._listener: Any = None
-        self._nonce, self._beats = secrets.token_hex(4), itertools.count()
+        self._nonce, self._sent = secrets.token_hex(4), itertools.count()
 
     # -- what the keys say -----------------------------------------------------------------------
 
     def round_over(self) -> str | None:
-        """Why this round is over, by its durable key; None while it runs, or if nobody can tell."""
+        """Why this round is over, by its durable key; None while it runs, or while that is unknown."""
         current, ended, run_over = self._look()
         if current > self._mine:
             return "a later round"
         return (ended or run_over) if current == self._mine else None
 
     def superseded(self) -> str | None:
-        """Why no reply to this round is taken any more; None while one is, or if nobody can tell."""
+        """Why replies to this round are no longer accepted; None while they are, or while that is unknown."""
         current, _, run_over = self._look()
         if current > self._mine:
             return "a later round"
         return run_over if current == self._mine else None
 
     def _look(self) -> tuple[tuple[int, int], str | None, str | None]:
-        """(term, round) of the server, why that round and why the run is over: None if it isn't.
+        """The server's (term, round), why that round is over, why the run is over (None: it is not).
 
-        (0, 0) if nobody can tell.
+        (0, 0) while that is unknown.
         """
 
         def read() -> list[dict[str, str]]:
@@ -296,31 +326,31 @@ class ClientCoordinator:
         return (int(found["term"]), int(found["round"])), ended, run["state"] if over else None
 
     def told_to_leave(self) -> str | None:
-        """Why this client is to leave, by its `stop:` key; None if it isn't, or if nobody can tell.
+        """Why this client is to leave, by its `stop:` key; None if it is not, or while that is unknown.
 
-        What the client itself announced doesn't count: its own reason for it may be over.
+        What the client itself announced does not count: its own reason may no longer hold.
         """
         key = self._link.key(f"stop:{self._client}")
         reason: Any = self._link.attempt("reading", lambda: self._link.redis.get(key))
         return None if not reason or reason.startswith(_ANNOUNCED) else reason
 
     def acknowledged(self, fence: Fence) -> bool:
-        """Whether the server has the reply under `fence` on its disk."""
+        """Whether the server has the reply with `fence` on its disk."""
         key = self._link.key(f"ack:{self._client}")
         return self._link.attempt("reading", lambda: self._link.redis.get(key)) == fence_text(fence)
 
     @property
     def failing(self) -> bool:
-        """Whether Redis failed at the last attempt: what the methods say then is "nobody can tell"."""
+        """Whether the last attempt to use Redis failed: the answers of the other methods are then unknown."""
         return self._link.failing
 
     # -- listening -------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something is published, at most `timeout_s`."""
-        before = time.monotonic()
+        until_s = self._clock.now_s() + timeout_s
         if not self._link.attempt("reading", lambda: self._receive(timeout_s)):  # don't spin
-            time.sleep(max(0.0, timeout_s - (time.monotonic() - before)))
+            self._clock.sleep(max(0.0, until_s - self._clock.now_s()))
 
     def _receive(self, timeout_s: float) -> bool:
         if self._listener is None:
@@ -328,7 +358,9 @@ class ClientCoordinator:
             listener.subscribe(self._link.key("signals"))
             listener.get_message(timeout=TIMEOUT_S)  # the confirmation
             self._listener = listener
-            return True  # what was published before stands in the keys only: look at them again
+            return (
+                True  # what was published before is in the keys only: the caller reads them again
+            )
         try:
             self._listener.get_message(timeout=timeout_s)
         except redis.RedisError:
@@ -337,30 +369,26 @@ class ClientCoordinator:
             raise
         return True
 
-    # -- what this client tells ------------------------------------------------------------------
+    # -- what this client announces --------------------------------------------------------------
 
-    def beat(self, values: Mapping[str, Scalar], *, expiry_s: float) -> None:
-        """Tell the server how far this client is; forgotten after `expiry_s`."""
+    def send_heartbeat(self, heartbeat: Heartbeat, *, expiry_s: float) -> None:
+        """Tell the server how far this client is; Redis forgets it after `expiry_s`."""
         term, round_number = self._mine
-        mapping: dict[Any, Any] = {
-            name: int(value) if isinstance(value, bool) else value for name, value in values.items()
-        }
-
-        own: dict[str, Any] = {"client": self._client, "term": term, "round": round_number}
+        own: dict[Any, Any] = {"client": self._client, "term": term, "round": round_number}
 
         def write() -> None:
             key = self._link.key(f"client:{self._client}")
             # never the same twice, not even from another process or after Redis lost its keys
-            own["beat"] = f"{self._nonce}-{next(self._beats)}"
+            own[_COUNTER] = f"{self._nonce}-{next(self._sent)}"
             with self._link.redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping=own | mapping)
+                pipe.hset(key, mapping=own | asdict(heartbeat))
                 pipe.pexpire(key, int(expiry_s * 1000))
                 pipe.execute()
 
         self._link.attempt("writing", write)
 
     def announce_leave(self, reason: str, *, expiry_s: float) -> None:
-        """Tell the server that this client leaves by itself: it gets no new work for `expiry_s`."""
+        """Announce that this client leaves of its own accord: it gets no new work for `expiry_s`."""
         self.stop(_ANNOUNCED + reason, expiry_s=expiry_s)
 
     def stop(self, reason: str, *, expiry_s: float) -> None:
@@ -371,7 +399,7 @@ class ClientCoordinator:
         )
 
     def clear_stop(self, reason: str) -> None:
-        """Take this client's `stop:` key away if it begins with `reason`: others' stops stay."""
+        """Delete this client's `stop:` key if it begins with `reason`; a stop with another reason stays."""
         key = self._link.key(f"stop:{self._client}")
         self._link.attempt("writing", lambda: self._link.redis.eval(scripts.CLEAR, 1, key, reason))
 

@@ -1,14 +1,12 @@
-"""A connection to Redis that may fail: nobody stops for it, and each outage is told once.
+"""A connection to Redis that may fail: nothing stops for that, and each outage is logged once.
 
-Redis may be away, refuse the login, be full or lose everything, in the middle of a run. What is read
-then is None, what is written is dropped; the next attempt is the caller's next tick. After a Redis that
-does not answer (as one behind a broken network) nothing is tried for a while, so that a loop of
-attempts spends its time on something else than waiting.
+Redis may be away, refuse the login, be full or lose everything, in the middle of a run. A read is then None, a
+write is dropped, and the next attempt is the caller's next tick. After a timeout (a broken network) nothing is
+attempted for a while: otherwise a loop of attempts would spend all of its time waiting.
 """
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +16,7 @@ from redis.retry import Retry
 
 from pilot.errors import PilotError
 from pilot.redis_url import check_redis_url, redact_url
+from pilot.rules.rounds import Clock, MonotonicClock
 
 URL_VARIABLE = "PILOT_REDIS_URL"
 TIMEOUT_S = 2.0
@@ -28,11 +27,11 @@ T = TypeVar("T")
 
 
 class CoordinatorError(PilotError):
-    """Redis can't be used for this run; the message says why and what to do."""
+    """Redis cannot be used for this run; the message says why and what to do."""
 
 
 def resolve_url(configured: str) -> str:
-    """`PILOT_REDIS_URL` on any machine wins, else `configured`; "" if there is neither."""
+    """`PILOT_REDIS_URL` of this machine, or else `configured`; "" if neither is set."""
     url = os.environ.get(URL_VARIABLE, "") or configured
     if url:
         check_redis_url(url, URL_VARIABLE if os.environ.get(URL_VARIABLE) else "redis-url")
@@ -40,10 +39,11 @@ def resolve_url(configured: str) -> str:
 
 
 class RedisLink:
-    """One process's connection for one run, whose keys stand under `pilot:<run>:`."""
+    """One process's connection for one run, whose keys are `pilot:<run>:…`."""
 
-    def __init__(self, url: str, run: str) -> None:
+    def __init__(self, url: str, run: str, clock: Clock | None = None) -> None:
         self.url, self.run = url, run
+        self._clock = clock or MonotonicClock()
         self.redis = redis.Redis.from_url(
             url,
             decode_responses=True,
@@ -64,20 +64,22 @@ class RedisLink:
         return bool(self._failing)
 
     def attempt(self, what: str, action: Callable[[], T]) -> T | None:
-        """The result of `action`, or None while Redis fails; changes of state are logged once.
+        """The result of `action`, or None while Redis fails. The begin and the end of an outage are logged.
 
-        `what` is "reading" or "writing": a Redis that is full, or can't save, refuses only the latter.
+        `what` is "reading" or "writing": a Redis that is full, or cannot save, refuses only writes.
         """
-        if time.monotonic() < self._try_again_at:
+        if self._clock.now_s() < self._try_again_at:
             return None
         try:
             result = action()
         except (redis.RedisError, OSError) as error:
-            now = time.monotonic()
+            now = self._clock.now_s()
             if not self._failing:
                 self._down_since = now
                 url = redact_url(self.url)
-                log.warning("Redis at %s fails, going on: %s (%s)", url, error, what)
+                log.warning(
+                    "Redis at %s unavailable while %s (%s); continuing without it", url, what, error
+                )
             self._failing.add(what)
             if isinstance(error, redis.TimeoutError | TimeoutError):
                 self._try_again_at = now + PAUSE_S
@@ -85,7 +87,7 @@ class RedisLink:
         if what in self._failing:
             self._failing.discard(what)
             if not self._failing:
-                away_s = time.monotonic() - self._down_since
+                away_s = self._clock.now_s() - self._down_since
                 log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
         return result
 
@@ -94,13 +96,13 @@ class RedisLink:
 
 
 def ping(url: str) -> None:
-    """Raise CoordinatorError with one sentence if Redis doesn't answer at `url`."""
+    """Raise CoordinatorError, with one sentence, if no Redis answers at `url`."""
     link = RedisLink(url, "")
     try:
         link.redis.ping()
     except redis.AuthenticationError as error:
         raise CoordinatorError(
-            f"Redis at {redact_url(url)} refuses the login: set {URL_VARIABLE} with user and password"
+            f"Redis at {redact_url(url)} refuses the login: put user and password in {URL_VARIABLE}"
         ) from error
     except redis.RedisError as error:
         raise CoordinatorError(

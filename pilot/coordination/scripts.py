@@ -1,18 +1,20 @@
-"""Writes to Redis that depend on what stands there, as Lua: nobody can come between look and write.
+"""Writes to Redis that depend on its content, as Lua scripts: nothing can change between the check and the
+write.
 
-`server` is the key of the lock; its value, the identity of the server that holds it, is unique to a
-process. A free lock may be taken by whoever writes: it expires while a server is stopped or cut off.
+`server` is the key of the run's lock; its value, the identity of the server that holds it, is unique to a
+process. Any server that writes may take a free lock: locks expire while a server is stopped or cut off.
 """
 
-# KEYS: server. ARGV: who we think holds it ("": nobody), who we are, expiry in ms. 1 if it is ours now.
+# KEYS: server. ARGV: the holder that we know of ("": none), our identity, expiry in ms. Returns 1 if we
+# hold it now.
 TAKE = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 1
 """
-# KEYS: server, round, run. ARGV: who we are, expiry in ms, term, round, phase, reason, state. Returns 0 if
-# another server leads, 2 if nobody did (the keys are lost, or were never there), else 1.
+# KEYS: server, round, run. ARGV: our identity, expiry in ms, term, round, phase, reason, state. Returns 0 if
+# another server leads, 2 if none did (the keys are lost, or never existed), else 1.
 TICK = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -23,7 +25,7 @@ redis.call('PERSIST', KEYS[2])
 redis.call('PERSIST', KEYS[3])
 return holder and 1 or 2
 """
-# KEYS: server, then keys. ARGV: who we are, then (value, expiry in ms) a key; "" deletes the key.
+# KEYS: server, then keys. ARGV: our identity, then (value, expiry in ms) per key; "" deletes the key.
 NOTE = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -33,7 +35,7 @@ for i = 2, #KEYS do
 end
 return 1
 """
-# KEYS: server, round, run. ARGV: who we are, seconds to keep the rest.
+# KEYS: server, round, run. ARGV: our identity, seconds until the other keys expire.
 RELEASE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
@@ -41,7 +43,7 @@ redis.call('EXPIRE', KEYS[2], ARGV[2])
 redis.call('EXPIRE', KEYS[3], ARGV[2])
 return 1
 """
-# KEYS: a string. ARGV: how it must begin to be deleted.
+# KEYS: a string, which is deleted if it begins with ARGV.
 CLEAR = """
 local value = redis.call('GET', KEYS[1])
 if value and string.sub(value, 1, #ARGV[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end

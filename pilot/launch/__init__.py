@@ -1,4 +1,5 @@
-"""What `pilot run` needs of Flower, from outside: connections, a SuperLink of its own, a run's fate.
+"""Flower from outside, for `pilot run` and `pilot node`: connections, SuperLink, SuperNode, a run's outcome.
 
-Only `pilot.cli` imports this; nothing of it runs in a ServerApp or ClientApp.
+Only `pilot.cli` imports this; nothing of it runs in a ServerApp or ClientApp, and nothing of it imports torch.
+`node` reads and writes the files that a site's ClientApps share with it (`site.in_flight`, `site.notice`).
 """

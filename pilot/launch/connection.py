@@ -1,9 +1,6 @@
-"""Flower's connections: which there are, what they ask for, and the environment Flower runs in."""
+"""Flower's connections: what is configured, what each asks for, and the environment that Flower runs in."""
 
-import json
-import math
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -14,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from pilot.errors import PilotError
 
 LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
 CONNECT_TIMEOUT_S = 5.0
 
 _TASK_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,13 @@ def find_flwr_home(app: Path) -> Path:
 
 
 def read_connection(name: str | None, flwr_home: Path) -> Connection:
-    """The connection of that name, or the default one; raises PilotError naming those there are."""
+    """The connection of that name, or the default one. Raises PilotError, which lists the known ones."""
     path = flwr_home / "config.toml"
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
     except FileNotFoundError:
         raise PilotError(
-            f"there is no Flower configuration {path}: run this from the project's directory, or"
+            f"there is no Flower configuration {path}: run this in the project's directory, or"
             " set FLWR_HOME to the directory that holds config.toml"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -80,14 +78,14 @@ def read_connection(name: str | None, flwr_home: Path) -> Connection:
     name = name or tables.get("default")
     if name not in known:
         asked = f'no connection "{name}"' if name else "no default connection"
-        raise PilotError(f"there is {asked} in {path}; known are: {', '.join(known) or 'none'}")
+        raise PilotError(f"there is {asked} in {path}; it has: {', '.join(known) or 'none'}")
     return Connection(name, tables[name], flwr_home)
 
 
 def check_resources(connection: Connection, gpus_here: int) -> None:
-    """Raise PilotError when a simulation asks for GPUs that this machine hasn't.
+    """Raise PilotError if a simulation asks for more GPUs than this machine has (`gpus_here`).
 
-    All clients of a round train at the same time, so all of their GPUs must be there at once.
+    All clients of a round train at the same time, so they need all of their GPUs at once.
     """
     each = connection.resource("num-gpus", 0)
     wanted = each * connection.clients
@@ -95,13 +93,13 @@ def check_resources(connection: Connection, gpus_here: int) -> None:
         have = {0: "no GPU", 1: "1 GPU"}.get(gpus_here, f"{gpus_here} GPUs")
         raise PilotError(
             f'connection "{connection.name}" asks for {wanted:g} GPUs ({connection.clients} clients'
-            f" with {each:g} each), but this machine has {have}: take another connection, or change"
+            f" with {each:g} each), but this machine has {have}: choose another connection, or change"
             f" options.backend.client-resources.num-gpus in {connection.flwr_home / 'config.toml'}"
         )
 
 
 def count_gpus() -> int:
-    """CUDA devices that a process started here would see; without importing torch."""
+    """The number of CUDA devices that a process started here would see, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
         return 0
@@ -115,7 +113,7 @@ def count_gpus() -> int:
 
 
 def check_reachable(connection: Connection) -> None:
-    """Raise PilotError when nothing answers at a deployment's address."""
+    """Raise PilotError if nothing answers at a deployment's address."""
     host, _, port = connection.address.removeprefix("https://").rpartition(":")
     if not port.isdigit():
         return  # Flower's own hosted service
@@ -130,9 +128,9 @@ def check_reachable(connection: Connection) -> None:
 
 
 def flower_environment() -> dict[str, str]:
-    """The present environment, in which Flower finds its own programs, and this Python's.
+    """This environment, with the programs of this Python's installation on the PATH.
 
-    Its SuperExec looks for tasks four times a second, not once: that is on the path of every round.
+    Flower's SuperExec polls for tasks four times per second instead of once: every round waits for that.
     """
     programs = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
@@ -150,26 +148,6 @@ def flower_program(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def write_run_config(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a flat TOML file that `flwr run --run-config` reads."""
-    path.write_text(dump_toml(values), encoding="utf-8")
-
-
-def dump_toml(values: Mapping[str, Any], prefix: str = "") -> str:
-    lines = []
-    for key, value in values.items():
-        name = f"{prefix}{key}" if re.fullmatch(r"[\w-]+", key) else f"{prefix}{json.dumps(key)}"
-        if isinstance(value, Mapping):
-            lines.append(dump_toml(value, f"{name}."))
-        elif isinstance(value, float) and not math.isfinite(value):
-            lines.append(f"{name} = {value}\n")  # nan and inf are TOML's words too
-        else:
-            # JSON's scalars are TOML's, but for the delete character
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{name} = {text}\n")
-    return "".join(lines)
-
-
-def plain(text: str) -> str:
-    """`text` without the terminal's colours, which Flower writes into pipes too."""
-    return _ANSI.sub("", text)
+def write_toml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a TOML file, such as `flwr run --run-config` or $FLWR_HOME/config.toml."""
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")

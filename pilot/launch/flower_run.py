@@ -1,8 +1,8 @@
 """Submit a run to Flower, show its log, and know how it ended.
 
-`flwr run --stream` exits 0 when the run failed, and says "running" for a minute after the server was
-killed (measured with 1.41). Flower is used through its command lines only: its Python client is not
-a public interface.
+`flwr run --stream` exits with 0 when the run failed, and Flower reports "running" for a minute after the server
+was killed (docs/flower.md). Flower is used through its command line only: its Python client is not a public
+interface.
 """
 
 import json
@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pilot.errors import PilotError
-from pilot.launch.connection import flower_program, plain
+from pilot.launch.connection import flower_program
+from pilot.processes.output import plain
 
 COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports
-LOST_SUPERLINK_S = 120.0  # how long a SuperLink that doesn't answer is asked again
-DEAD_SERVER_S = (
-    5.0  # from the death of the server's process to the end of its log, if it ended well
-)
+LOST_SUPERLINK_S = 120.0  # for how long we keep asking a SuperLink that does not answer
+DEAD_SERVER_S = 5.0  # from the end of the server's process to the end of its log, if it ended well
 
 _RUN_ID = re.compile(r"Successfully started run (\d+)")
 # Flower's own lines that aren't the run's log, or are advice that doesn't fit a run of ours
@@ -39,7 +38,7 @@ _NOISE = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `status` as `flwr ls` says it, and what Flower knows about the reason."""
+    """How a run ended: its `status` in `flwr ls`, and what Flower knows about the reason."""
 
     status: str
     details: str = ""
@@ -54,7 +53,7 @@ class Outcome:
 
 
 class FlowerRun:
-    """One run on a SuperLink: submitted by `submit()`, then `follow()`ed to its end."""
+    """One run on a SuperLink: `submit()` it, then `follow()` it to its end."""
 
     def __init__(self, connection: str, app: Path, env: Mapping[str, str]) -> None:
         self.run_id: str | None = None
@@ -65,10 +64,10 @@ class FlowerRun:
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._log_ended = False
         self._seen = 0  # lines of the run's log so far
-        self._before: list[str] = []  # what flwr said before the run was there
+        self._before: list[str] = []  # what flwr printed before the run had an id
 
     def submit(self, run_config: Path | None) -> None:
-        """Build and send the app, and begin to read its log; raises PilotError if refused."""
+        """Build and send the app, and begin to read its log. Raises PilotError if Flower refuses it."""
         options = [] if run_config is None else ["--run-config", str(run_config)]
         self._read("run", str(self._app), self._connection, "--stream", *options)
         self.wait_for_id(timeout_s=math.inf)
@@ -76,7 +75,7 @@ class FlowerRun:
             raise PilotError(f"Flower refused the run: {_sentence(self._before)}")
 
     def wait_for_id(self, *, timeout_s: float) -> None:
-        """Wait until the run has an id, or it is clear that it gets none."""
+        """Wait until the run has an id, or it is clear that it will get none."""
         deadline = time.monotonic() + timeout_s
         while self.run_id is None and not self._log_ended and time.monotonic() < deadline:
             line = self._next_line()
@@ -88,7 +87,10 @@ class FlowerRun:
     def follow(
         self, show: Callable[[str], None], failure: Callable[[], str | None] = lambda: None
     ) -> Outcome:
-        """Show the run's log until the run has ended; `failure` says why it never will, or None."""
+        """Show the run's log until the run has ended.
+
+        `failure` says why the server is gone, or None: Flower alone would not notice for a minute.
+        """
         quiet_until = math.inf
         while True:
             for line in self._log_lines(failure):
@@ -97,7 +99,7 @@ class FlowerRun:
             if outcome.has_ended:
                 return outcome
             if (reason := failure()) is not None:
-                # an ordinary end takes the server's process away too, just before its status comes
+                # after an ordinary end, too, the process is gone shortly before the status says so
                 quiet_until = min(quiet_until, time.monotonic() + DEAD_SERVER_S)
                 if time.monotonic() >= quiet_until:
                     return Outcome("finished:failed", reason)
@@ -106,7 +108,7 @@ class FlowerRun:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Ask the SuperLink to stop the run; a SuperLink that doesn't answer is left alone."""
+        """Ask the SuperLink to stop the run. Whether it does is not checked."""
         if self.run_id is not None:
             self._command("stop", self.run_id, self._connection)
 
@@ -117,7 +119,7 @@ class FlowerRun:
             self._process.wait()
 
     def outcome(self) -> Outcome | None:
-        """The run's present status, or None if the SuperLink doesn't answer."""
+        """The run's current status, or None if the SuperLink does not answer."""
         listing = self._command(
             "ls", self._connection, "--run-id", str(self.run_id), "--format", "json"
         )
@@ -138,21 +140,21 @@ class FlowerRun:
                 return Outcome("finished:failed", reason)
             time.sleep(2)
         raise PilotError(
-            f"the SuperLink of {self._connection} does not answer any more; the run may go on"
-            f" there: flwr log {self.run_id} {self._connection}"
+            f"the SuperLink of {self._connection} no longer answers; the run may continue there, see"
+            f" `flwr log {self.run_id} {self._connection}`"
         )
 
     def _log_lines(self, failure: Callable[[], str | None]) -> Iterator[str]:
-        """New lines of the log until the stream ends, or for a while after the server has died."""
+        """New lines of the log, until the stream ends or the server has been gone for DEAD_SERVER_S."""
         count, dead_since = 0, math.inf
         while not self._log_ended:
             line = self._next_line()
             if line:
-                # what says nothing: Flower's own lines, and the empty one at its end
+                # lines without content: Flower's own, and the empty one at the end
                 if line.strip() == "INFO :" or any(noise in line for noise in _NOISE):
                     continue
                 count += 1
-                if count > self._seen:  # `flwr log` begins at the beginning
+                if count > self._seen:  # `flwr log` repeats the whole log
                     self._seen = count
                     yield line.rstrip("\n")
             elif failure() is not None:
@@ -161,7 +163,7 @@ class FlowerRun:
                     self.close()
 
     def _next_line(self) -> str | None:
-        """The next line of output, None if there is none yet or no more."""
+        """The next line of output; None if there is none yet, or none any more."""
         try:
             line = self._lines.get(timeout=0.5)
         except queue.Empty:
@@ -215,7 +217,7 @@ class FlowerRun:
 
 
 def _sentence(lines: list[str]) -> str:
-    """What flwr complained about, out of its boxes and progress lines."""
+    """flwr's complaint without its boxes and progress lines."""
     text = " ".join(re.sub(r"[╭╮╰╯│─]|\bError\b", " ", line) for line in lines)
     text = re.sub(r"Using SuperLink: \S+ \(\S+\)", " ", text)
-    return " ".join(text.split())[-500:] or "it said nothing"
+    return " ".join(text.split())[-500:] or "no output"

@@ -1,29 +1,30 @@
-"""A SuperLink of a simulation's own, which ends with it.
+"""A private SuperLink for one simulation, which ends with it.
 
-Flower's managed `:local:` SuperLink is found by port only, keeps the environment of whoever started
-it first, and never ends; its simulation starts one actor a CPU of the machine (measured with 1.41).
-Here it gets a free port, the present environment, and a state of its own in a scratch directory, and
-runs under a keeper (`pilot.processes.keeper`): nothing of it survives, however we end.
+Flower's managed `:local:` SuperLink is found by port only, keeps the environment of the process that started
+it first, and never ends; its simulation starts one actor per CPU of the machine (docs/flower.md).
+Here it gets a free port, the current environment, its own state in a scratch directory, and a keeper
+(`processes/keeper.py`): nothing of it survives, however we end.
 """
 
 import json
 import math
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import psutil
 
 from pilot.errors import PilotError
-from pilot.launch.connection import Connection, dump_toml, flower_environment, flower_program, plain
+from pilot.launch.connection import Connection, flower_environment, flower_program, write_toml
 from pilot.processes import keeper
+from pilot.processes.ancestry import alive
+from pilot.processes.output import last_line
+from pilot.processes.scratch import free_port
 
 START_TIMEOUT_S = 90.0  # a SuperLink needs 3 s to start, on a loaded machine 15 s
 START_ATTEMPTS = 3  # a free port may be taken before the SuperLink binds it
@@ -34,7 +35,7 @@ MAX_RAY_DIRECTORY_CHARACTERS = 32
 
 
 class SuperLink:
-    """A SuperLink of one run's own, for a simulation; a context manager."""
+    """The SuperLink of one simulation; a context manager."""
 
     def __init__(self, connection: Connection, app: Path) -> None:
         self.connection = connection
@@ -48,41 +49,37 @@ class SuperLink:
     def __enter__(self) -> "SuperLink":
         try:
             for _ in range(START_ATTEMPTS):
-                if self._start(_free_port()):
+                if self._start(free_port()):
                     return self
-            raise PilotError(f"Flower's SuperLink did not start: {_last_line(self._log)}")
+            raise PilotError(
+                f"Flower's SuperLink did not start: {last_line(self._log, containing='error')}"
+            )
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._keeper is not None:
             keeper.stop(self._keeper)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._log.close()
 
     def failure(self) -> str | None:
-        """Why the run can't go on, or None: Flower would say "running" for another minute."""
+        """Why the run cannot continue, or None. Flower would report "running" for another minute."""
         assert self._keeper is not None
         if self._keeper.poll() is not None:
-            return f"Flower's SuperLink ended: {_last_line(self._log)}"
+            return f"Flower's SuperLink ended: {last_line(self._log, containing='error')}"
         if self._server is None:
             self._server = _find_process(self._keeper.pid, "flwr-simulation")
-        elif not self._server.is_running() or self._server.status() == psutil.STATUS_ZOMBIE:
+        elif not alive(self._server):
             return "the server's process was killed"
         return None
 
     def _start(self, port: int) -> bool:
-        """Whether a SuperLink answers on `port`; False if it ended instead."""
+        """Start a SuperLink and wait until it answers on `port`; False if it ended or never did."""
         (self.scratch / "flwr").mkdir(exist_ok=True)
-        (self.scratch / "flwr" / "config.toml").write_text(
-            dump_toml({"superlink": {self.connection.name: self._table(port)}}), encoding="utf-8"
-        )
+        table = {"superlink": {self.connection.name: self._table(port)}}
+        write_toml(self.scratch / "flwr" / "config.toml", table)
         command = [flower_program("flower-superlink"), "--insecure", "--simulation", "--host"]
         command += ["127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
         self._keeper = keeper.start(
@@ -125,7 +122,7 @@ class SuperLink:
         for name, value in {
             "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "0",  # or equal lines of several clients are folded into one
+            "RAY_DEDUP_LOGS": "0",  # or Ray folds equal lines of several clients into one
         }.items():
             env.setdefault(name, value)
         # Ray's advice on a variable that is Flower's to set
@@ -144,12 +141,6 @@ def _scratch_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="pilot-", dir=directory))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _find_process(root: int, program: str) -> psutil.Process | None:
     """The first descendant of `root` that runs `program`."""
     try:
@@ -158,15 +149,7 @@ def _find_process(root: int, program: str) -> psutil.Process | None:
                 if any(Path(word).name == program for word in process.cmdline()[:2]):
                     return process
             except psutil.Error:
-                continue  # it ended while we looked
+                continue  # it has just ended
     except psutil.NoSuchProcess:
         pass
     return None
-
-
-def _last_line(log: IO[bytes]) -> str:
-    log.seek(0)
-    text = plain(log.read().decode("utf-8", errors="replace"))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower()]
-    return (telling or lines or ["it said nothing"])[-1]

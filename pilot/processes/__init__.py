@@ -1,4 +1,4 @@
-"""Children that never outlive us, who our ancestors are, and where directories with sockets are made.
+"""Children that never outlive us, and what is needed to start, find and wait for processes.
 
-Knows nothing of rounds or models; standard library, psutil and redis only.
+Knows nothing of rounds or models. Of pilot it imports `errors` only; else the standard library, psutil, redis.
 """

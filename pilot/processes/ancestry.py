@@ -1,20 +1,20 @@
-"""Whom a worker group works for: a ClientApp, and above it the processes that Flower's `--parent-pid` names.
+"""Which processes stand above a worker group: a ClientApp, its SuperExec, its SuperNode.
 
-When a SuperNode is killed, its SuperExec and the ClientApp live on, busy with reaching it (docs/flower.md): a
-group that must not outlive them looks at all of them.
+When a SuperNode is killed, its SuperExec and the ClientApp live on, busy with reaching it (docs/flower.md). A
+group that must not outlive the SuperNode therefore watches all three, not only its own parent.
 """
 
 import contextlib
 
 import psutil
 
-_PARENT_OPTION = "--parent-pid"
+_PARENT_OPTION = "--parent-pid"  # by which Flower's programs name the process that they depend on
 
 
-def employers(clientapp: int) -> list[psutil.Process] | None:
-    """The ClientApp of that pid, its SuperExec, and its SuperNode; None if one of them is gone.
+def ancestors(clientapp: int) -> list[psutil.Process] | None:
+    """The ClientApp with that pid, its SuperExec and its SuperNode; None if one of them is gone.
 
-    A ClientApp that lives for more than one message (a simulation's, a test) has nobody above it.
+    Just the process itself if it was started without `--parent-pid`, as in a simulation or a test.
     """
     found = []
     try:
@@ -29,8 +29,13 @@ def employers(clientapp: int) -> list[psutil.Process] | None:
         return None
 
 
-def alive(process: psutil.Process) -> bool:
-    """Whether it runs still: its pid may be another's by now, and a zombie works for nobody."""
+def alive(process: psutil.Process | int) -> bool:
+    """Whether a process (or the one with that pid) still runs: a zombie does not.
+
+    A `psutil.Process` remembers when it was created, so a pid that was given to another process since does
+    not count. A bare pid can't tell the two apart.
+    """
     with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(process) if isinstance(process, int) else process
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
     return False

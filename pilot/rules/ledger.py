@@ -22,42 +22,11 @@ from pilot.rules.epoch_rows import EpochRows
 from pilot.rules.intervals import UNKNOWN_END
 from pilot.rules.shard_sets import Disk, Disks
 from pilot.rules.sharing import Party, fair_shares
+from pilot.segment import Segment
 
 
 class LedgerError(ValueError):
     """A commit that the books can't take; the message says why. The books are unchanged."""
-
-
-@dataclass(frozen=True, order=True)
-class Segment:
-    """Rows [first_row, end_row) of a shard in an epoch; `end_row` None: to the shard's unknown end."""
-
-    epoch: int
-    shard: int
-    first_row: int
-    end_row: int | None
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return (self.epoch, self.shard)
-
-    @property
-    def rows(self) -> int | None:
-        return None if self.end_row is None else self.end_row - self.first_row
-
-    def to_list(self) -> list[int]:
-        """As JSON and messages carry it: an open end is -1."""
-        return [
-            self.epoch,
-            self.shard,
-            self.first_row,
-            -1 if self.end_row is None else self.end_row,
-        ]
-
-    @staticmethod
-    def from_list(values: Sequence[int]) -> "Segment":
-        epoch, shard, first_row, end_row = (int(v) for v in values)
-        return Segment(epoch, shard, first_row, None if end_row < 0 else end_row)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,16 @@ class Clock(Protocol):
     def now_s(self) -> float:
         """Seconds on a clock that never goes back."""
 
+    def sleep(self, seconds: float) -> None:
+        """Let so much time pass on this clock."""
+
 
 class MonotonicClock:
     def now_s(self) -> float:
         return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class EndReason(StrEnum):
@@ -166,5 +172,5 @@ def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:
 
 
 def silence_s(heartbeat_s: float) -> float:
-    """Seconds without a sign of life after which a client counts as dead."""
+    """Seconds without a heartbeat after which a client counts as dead."""
     return max(_SILENCE_MIN_S, MISSED_HEARTBEATS * heartbeat_s)

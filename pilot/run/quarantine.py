@@ -1,9 +1,8 @@
-"""Refused updates, kept for people to look at: a pair of files each, never read by the program."""
+"""Refused updates, kept for people to look at: one pair of files per update, never read by the program."""
 
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +12,7 @@ from torch import Tensor
 from nanochat.files import atomic_path, atomic_write_json
 from pilot.faults import fault_point
 from pilot.wire.jsonable import jsonable
-from pilot.wire.messages import TrainReply
+from pilot.wire.messages import TrainReply, to_header
 
 log = logging.getLogger("pilot")
 
@@ -23,12 +22,12 @@ def keep_refused(
 ) -> None:
     """Write `directory`/round-000003-<client>-lease-00000017.json and .safetensors (if there are tensors).
 
-    A disk that does not take them costs one warning: the run goes on, and the update is refused anyhow.
+    A disk that does not take them costs one warning: the run continues, and the update is refused all the same.
     """
     fence = reply.fence
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:80]
     name = f"round-{fence.round_number:06d}-{safe}-lease-{fence.lease_id:08d}"
-    facts = {"client": client, "reason": reason, "reply": asdict(reply), "tensors": len(update)}
+    facts = {"client": client, "reason": reason, "reply": to_header(reply), "tensors": len(update)}
     try:
         fault_point("quarantine.write")
         directory.mkdir(exist_ok=True)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +16,7 @@ from pilot.errors import PilotError
 from pilot.rules.admission import AdmissionBooks
 from pilot.rules.ledger import Ledger
 from pilot.run.snapshot import Snapshot
+from pilot.segment import Segment
 from pilot.wire.messages import Fence
 
 FORMAT = 2
@@ -43,12 +44,22 @@ class ResumeError(PilotError):
 
 @dataclass(frozen=True)
 class MergedReply:
-    """A reply that the model has absorbed; `consumed` are its rows as [epoch, shard, first row, end row]."""
+    """A reply that the model has absorbed, with the rows that it consumed."""
 
     client: str
     fence: Fence
     tokens: int
-    consumed: list[list[int]]
+    consumed: list[Segment]
+
+    def to_json(self) -> dict[str, Any]:
+        """As snapshots and events keep it: a segment is [epoch, shard, first row, end row]."""
+        consumed = [segment.to_list() for segment in self.consumed]
+        return asdict(self) | {"consumed": consumed}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "MergedReply":
+        consumed = [Segment.from_list(segment) for segment in values["consumed"]]
+        return MergedReply(values["client"], Fence(**values["fence"]), values["tokens"], consumed)
 
     def line(self) -> str:
         """Its line of merged.jsonl."""
@@ -59,9 +70,21 @@ class MergedReply:
             "lease": fence.lease_id,
             "client": self.client,
             "tokens": self.tokens,
-            "consumed": self.consumed,
+            "consumed": [segment.to_list() for segment in self.consumed],
         }
         return json.dumps(values, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A reply on its way into the model: what else the books learn from it besides the reply itself.
+
+    `row_counts` are the sizes of shards that its client has packed, `norm` the L2 norm of its update.
+    """
+
+    reply: MergedReply
+    row_counts: Mapping[int, int]
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,7 @@ class RoundRecord:
 
 @dataclass
 class RunState:
-    """The model and the books after `round_number` rounds; all that the outer loop carries on."""
+    """The model and the books after `round_number` rounds: all that one round hands to the next."""
 
     config: RunConfig
     weights: dict[str, Tensor]
@@ -100,11 +123,9 @@ class RunState:
     outer: dict[str, Tensor] = field(default_factory=dict)
     round_number: int = 0
     tokens: int = 0  # committed
-    empty_rounds: int = 0
     merged: list[MergedReply] = field(default_factory=list)  # in the last round
     merged_log: list[str] = field(default_factory=list)  # in all rounds: lines of merged.jsonl
-    # client → [term, round, lease] of its last merged reply
-    last_merged: dict[str, list[int]] = field(default_factory=dict)
+    last_merged: dict[str, Fence] = field(default_factory=dict)  # client → of its last merged reply
     history: list[RoundRecord] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     wandb_id: str | None = None
@@ -126,13 +147,29 @@ class RunState:
     def record(self, round_number: int) -> RoundRecord | None:
         return next((r for r in self.history if r.round_number == round_number), None)
 
-    def note_merged(self, replies: Sequence[MergedReply]) -> None:
-        """Write down what a round merged, in the order in which it was folded."""
-        self.merged = list(replies)
-        self.merged_log += [reply.line() for reply in replies]
-        for reply in replies:
-            fence = reply.fence
-            self.last_merged[reply.client] = [fence.term, fence.round_number, fence.lease_id]
+    def absorb(
+        self,
+        record: RoundRecord,
+        contributions: Sequence[Contribution],
+        model: tuple[dict[str, Tensor], dict[str, Tensor]] | None,
+    ) -> None:
+        """Take in what a round did: its rows are committed, its model (weights, outer state) replaces ours.
+
+        `contributions` in the order in which they were folded; `model` None: nothing was merged. Raises
+        LedgerError where the books cannot take a contribution.
+        """
+        if model is not None:
+            self.weights, self.outer = model
+        for one in contributions:
+            lease_id = one.reply.fence.lease_id
+            self.ledger.commit(lease_id, one.reply.consumed, one.row_counts)
+        self.merged = [one.reply for one in contributions]
+        self.merged_log += [reply.line() for reply in self.merged]
+        self.last_merged |= {reply.client: reply.fence for reply in self.merged}
+        self.admission.merged(one.norm for one in contributions)
+        self.tokens += record.tokens
+        self.round_number = record.round_number
+        self.history.append(record)
 
     def to_snapshot(self, *, term: int) -> Snapshot:
         state: dict[str, Any] = {
@@ -142,14 +179,15 @@ class RunState:
             "round": self.round_number,
             "tokens": self.tokens,
             "total_tokens": self.total_tokens,
-            "empty_rounds": self.empty_rounds,
-            "merged": [asdict(reply) for reply in self.merged],
-            "last_merged": self.last_merged,
+            "merged": [reply.to_json() for reply in self.merged],
+            "last_merged": {
+                client: [fence.term, fence.round_number, fence.lease_id]
+                for client, fence in self.last_merged.items()
+            },
             "history": [asdict(record) for record in self.history],
             "fingerprints": self.fingerprints,
             "wandb_id": self.wandb_id,
             "config": self.config.to_mapping(),
-            "config_hash": self.config.training_hash(),
             "config_changes": [asdict(change) for change in self.config_changes],
             "admission": asdict(self.admission),
             "schedule": self._schedule_position(),
@@ -159,7 +197,7 @@ class RunState:
         return Snapshot(self.round_number, self.weights, self.outer, state, self.merged_log)
 
     def _schedule_position(self) -> dict[str, float]:
-        """Where the next round starts in the schedule: told to people; resuming counts tokens instead."""
+        """Where the next round starts in the schedule, for people; resuming counts tokens instead."""
         step = self.tokens / self.config.total_batch_size
         schedule = plan.schedule(self.config, total_tokens=self.total_tokens)
         return {"step": step, "total_steps": schedule.total_steps} | asdict(schedule.at(step))
@@ -191,10 +229,12 @@ class RunState:
             total_tokens=state["total_tokens"],
             round_number=state["round"],
             tokens=state["tokens"],
-            empty_rounds=state["empty_rounds"],
-            merged=[MergedReply(**r | {"fence": Fence(**r["fence"])}) for r in state["merged"]],
+            merged=[MergedReply.from_json(reply) for reply in state["merged"]],
             merged_log=list(snapshot.merged),
-            last_merged=state["last_merged"],
+            last_merged={
+                client: Fence(config.run_name, *numbers)
+                for client, numbers in state["last_merged"].items()
+            },
             history=[RoundRecord(**record) for record in state["history"]],
             fingerprints=state["fingerprints"],
             wandb_id=state["wandb_id"],
@@ -206,7 +246,7 @@ class RunState:
         return resumed
 
     def _change(self, changes: list[ConfigChange]) -> None:
-        """Let go of what another configuration can't go on with."""
+        """Drop what means nothing under another configuration."""
         self.config_changes += changes
         self.admission.norms = []
         keys = {change.key for change in changes}
@@ -239,7 +279,7 @@ def _changes(before: dict[str, Scalar], config: RunConfig, *, after: int) -> lis
         differing = ", ".join(f"{c.key} (was {c.was!r}, is {c.now!r})" for c in refused)
         remedy = "use the old values to resume it, or another run-name"
         if not any(change.key in _FIXED_KEYS for change in refused):
-            remedy += "; resume-anyway=true goes on with the new ones"
+            remedy += "; resume-anyway=true continues with the new ones"
         raise ResumeError(
             f"run {config.run_name} was started with another configuration: {differing}; {remedy}"
         )

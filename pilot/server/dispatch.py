@@ -1,4 +1,4 @@
-"""What a round asks of each site: rows to train on, rows to be judged by, and how long it may take."""
+"""What a round asks of each client: rows to train on, rows to be judged by, and how long it may take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from pilot.rules.ledger import Lease
 from pilot.rules.rounds import Clock
 from pilot.run.state import RunState
 from pilot.server.mailbox import Mailbox
-from pilot.server.open_round import OpenRound, Work
-from pilot.server.roster import Site
+from pilot.server.open_round import OpenRound, SentOrder
+from pilot.server.roster import Client
 from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
 from pilot.wire.records import to_arrays
@@ -33,78 +33,80 @@ class Dispatcher:
         return HelloOrder(run=config.run_name, config=config.to_mapping(), redis_url=self.redis_url)
 
     def send_all(
-        self, open_round: OpenRound, sites: Sequence[Site], *, evaluate_only: bool = False
+        self, open_round: OpenRound, clients: Sequence[Client], *, evaluate_only: bool = False
     ) -> None:
-        """An order to each of `sites`; together they evaluate all validation rows.
+        """An order to each of `clients`; together they evaluate all validation rows.
 
         They share one copy of the model: a simulation keeps every order until its reply is there.
         """
         model = to_arrays(encode(self.state.weights))
-        rows, shares, leases = self.config.eval_rows, self._shares(sites), {}
+        rows, shares, leases = self.config.eval_rows, self._shares(clients), {}
         if not evaluate_only:
-            wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in sites}
+            wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in clients}
             leases = self.state.ledger.lease_all(wanted, step_rows=self.config.batch_rows)
-        for i, site in enumerate(sites):
-            eval_rows = (i * rows // len(sites), (i + 1) * rows // len(sites))
-            lease, share = leases.get(site.name), shares[site.name]
-            self._send(open_round, site, share, lease, eval_rows, model, final=evaluate_only)
+        for i, client in enumerate(clients):
+            eval_rows = (i * rows // len(clients), (i + 1) * rows // len(clients))
+            lease, share = leases.get(client.name), shares[client.name]
+            self._send(
+                open_round, client, share, lease, eval_rows, model, run_is_over=evaluate_only
+            )
 
-    def join(self, open_round: OpenRound, site: Site) -> None:
-        """An order to a site that came while the round runs; it has no part in the evaluation."""
-        sites = [*(work.site for work in open_round.pending.values()), site]
-        share = self._shares(sites)[site.name]
+    def join(self, open_round: OpenRound, client: Client) -> None:
+        """An order to a client that came while the round runs; it has no part in the evaluation."""
+        clients = [*(order.client for order in open_round.pending), client]
+        share = self._shares(clients)[client.name]
         model = to_arrays(encode(self.state.weights))
-        lease = self.state.ledger.lease(site.name, self._rows_wanted(site, share))
-        self._send(open_round, site, share, lease, (0, 0), model)
+        lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share))
+        self._send(open_round, client, share, lease, (0, 0), model)
 
     def _send(
         self,
         open_round: OpenRound,
-        site: Site,
+        client: Client,
         share: float,
         lease: Lease | None,
         eval_rows: tuple[int, int],
         model: ArrayRecord,
         *,
-        final: bool = False,
+        run_is_over: bool = False,
     ) -> None:
         lease_id = lease.lease_id if lease else 0
         fence = Fence(self.config.run_name, self.term, open_round.number, lease_id)
         elapsed_s = self.clock.now_s() - open_round.opened_at_s
         order = TrainOrder(
             fence=fence,
-            client=site.name,
+            client=client.name,
             config=self.config.to_mapping(),
             redis_url=self.redis_url,
-            processes=self.config.client_processes or site.hello.devices,
-            segments=[segment.to_list() for segment in lease.segments] if lease else [],
-            last=lease.last if lease else False,
+            processes=self.config.client_processes or client.hello.devices,
+            segments=list(lease.segments) if lease else [],
+            lease_is_tail=lease.last if lease else False,
             seconds_left=max(0.0, self.config.round_max_duration - elapsed_s),
             committed_tokens=self.state.tokens,
             total_tokens=self.state.total_tokens,
             share=share,
             eval_first_row=eval_rows[0],
             eval_end_row=eval_rows[1],
-            merged=self.state.last_merged.get(site.name, []),
-            final=final,
+            last_merged_fence=self.state.last_merged.get(client.name),
+            run_is_over=run_is_over,
         )
-        message_id = self.mailbox.send(site.node_id, "train", to_header(order), model)
-        open_round.asked.add(site.name)
+        message_id = self.mailbox.send(client.node_id, "train", to_header(order), model)
+        open_round.asked(client.name)
         if message_id:
-            open_round.add(Work(message_id, site, fence, lease, self.clock.now_s()))
+            open_round.add(SentOrder(message_id, client, fence, lease, self.clock.now_s()))
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 
-    def _shares(self, sites: Sequence[Site]) -> dict[str, float]:
-        """Each site's share of the federation's token rate; equal shares where work is fixed."""
-        rates = {site.name: site.tokens_per_s for site in sites}
+    def _shares(self, clients: Sequence[Client]) -> dict[str, float]:
+        """Each client's share of the federation's token rate; equal shares where work is fixed."""
+        rates = {client.name: client.tokens_per_s for client in clients}
         if self.config.round_steps or not all(rates.values()):
             return dict.fromkeys(rates, 1 / len(rates))
         total = sum(rate for rate in rates.values() if rate)
         return {name: (rate or 0.0) / total for name, rate in rates.items()}
 
-    def _rows_wanted(self, site: Site, share: float) -> int:
-        """About twice the rows that the site will use in a round, whole optimizer steps."""
+    def _rows_wanted(self, client: Client, share: float) -> int:
+        """About twice the rows that the client will use in a round, whole optimizer steps."""
         config = self.config
         if config.round_steps:
             return config.round_steps * config.batch_rows
@@ -112,10 +114,10 @@ class Dispatcher:
         if config.target_tokens:
             wanted = min(wanted, config.target_tokens)
         tokens = 2.0 * wanted * share
-        if site.tokens_per_s:
-            tokens = min(tokens, 2.0 * site.tokens_per_s * config.round_max_duration)
+        if client.tokens_per_s:
+            tokens = min(tokens, 2.0 * client.tokens_per_s * config.round_max_duration)
         elif not config.target_tokens:
-            tokens = min(tokens, 2.0 * site.hello.devices * self._shard_tokens())
+            tokens = min(tokens, 2.0 * client.hello.devices * self._shard_tokens())
         steps = max(1, -int(-tokens // config.total_batch_size))
         return steps * config.batch_rows
 

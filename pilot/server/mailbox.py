@@ -131,8 +131,6 @@ class Mailbox:
                 pending.absent_since_s = now_s
             if now_s - pending.absent_since_s >= LOST_AFTER_S:
                 del self._pending[message_id]
-                reason = (
-                    "its node was started anew" if pending.node_id in online else "its node is gone"
-                )
+                reason = "its node restarted" if pending.node_id in online else "its node is gone"
                 lost.append(Answer(message_id, pending.node_id, {}, [], reason, lost=True))
         return lost

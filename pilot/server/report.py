@@ -1,88 +1,259 @@
-"""What people see of a run: its log lines, and the same facts as events."""
+"""All that people are told of a run: log lines, and the same facts as events and metrics.
+
+The other rooms of the server say what happened by calling a method here; they print and record nothing
+themselves. Arguments are plain values, so this module knows none of the rooms that use it.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from tqdm import tqdm
 
 from nanochat.schedule import Schedule
-from pilot.rules.ledger import Segment
+from pilot.rules.rounds import EndReason
 from pilot.run.state import RoundRecord, RunState
-from pilot.server.mailbox import Answer
-from pilot.server.monitor import Beat
-from pilot.server.open_round import OpenRound, Work
-from pilot.server.roster import Site
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import TrainReply
+from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_header
 
 log = logging.getLogger("pilot")
 
 
-def run_started(state: RunState, term: int, telemetry: Telemetry) -> None:
-    """A server has begun, with a new run or where the last one stopped."""
-    run = state.config.run_name
-    telemetry.event(
-        "run_started", run=run, term=term, tokens=state.tokens, round=state.round_number
-    )
-    for change in state.config_changes:
-        if change.round_number == state.round_number:  # earlier ones were told in their time
-            telemetry.event(
-                "config_changed",
-                f"Resumed anyway: {change.key} was {change.was!r}, is {change.now!r} from round "
-                f"{change.round_number + 1} on",
-                **asdict(change),
-            )
+class Report:
+    """The run's voice: one method per thing that can happen."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.telemetry = telemetry
+        self._shown: dict[str, object] = {}  # client → what its last progress line said
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def run_started(self, state: RunState, term: int) -> None:
+        """A server has begun, with a new run or where the last one stopped."""
+        self.telemetry.event(
+            "run_started",
+            run=state.config.run_name,
+            term=term,
+            tokens=state.tokens,
+            round=state.round_number,
+        )
+        for change in state.config_changes:
+            if (
+                change.round_number == state.round_number
+            ):  # earlier ones were reported in their time
+                self.telemetry.event(
+                    "config_changed",
+                    f"Resumed anyway: {change.key} was {change.was!r}, is {change.now!r} from round "
+                    f"{change.round_number + 1} on",
+                    **asdict(change),
+                )
+
+    def run_finished(self, state: RunState, *, final_model: str, checkpoint: str) -> None:
+        log.info("")
+        for line in table(state).splitlines():
+            log.info("%s", line)
+        log.info("")
+        log.info("Final model: %s", final_model)
+        log.info("Checkpoint:  %s", checkpoint)
+        log.info("Events:      %s", self.telemetry.events_path)
+        self.telemetry.event(
+            "run_finished", tokens=state.tokens, rounds=state.round_number, final_model=final_model
+        )
+
+    # -- clients ---------------------------------------------------------------------------------
+
+    def waiting_for_clients(self, why: str) -> None:
+        log.info("Waiting for clients: %s", why)
+
+    def client_accepted(self, name: str, hello: HelloReply) -> None:
+        log.info(
+            "Client %s joined: %s, %d × %s, %d shards",
+            name,
+            hello.host,
+            hello.devices,
+            hello.device_name,
+            len(hello.shards),
+        )
+
+    def client_warned(self, name: str, warning: str) -> None:
+        log.warning("Client %s: %s", name, warning)
+
+    def client_refused(self, name: str, reason: str) -> None:
+        log.warning("Client %s is refused: %s", name, reason)
+
+    def client_left(self, name: str) -> None:
+        log.info("Client %s left", name)
+
+    def client_joined_round(self, number: int, name: str, *, again: bool) -> None:
+        how = " with another lease" if again else ""
+        self.telemetry.event(
+            "client_joined", f"Client {name} joins ROUND {number}{how}", round=number, client=name
+        )
+
+    def client_silent(self, number: int, name: str) -> None:
+        self._client_event(
+            "client_silent", number, name, "is silent: the round continues without it"
+        )
+
+    def client_back(self, number: int, name: str) -> None:
+        self._client_event("client_back", number, name, "is heard again")
+
+    def client_cooling(self, number: int, name: str, *, refused: int, seconds: float) -> None:
+        what = f"gets no work for {seconds:g} s: its last {refused} replies were refused"
+        self._client_event("client_cooling", number, name, what, refused=refused)
+
+    def _client_event(self, kind: str, number: int, name: str, what: str, **fields: Any) -> None:
+        self.telemetry.event(kind, f"Client {name} {what}", round=number, client=name, **fields)
+
+    # -- a round ---------------------------------------------------------------------------------
+
+    def round_opened(
+        self, number: int, state: RunState, schedule: Schedule, nodes: Mapping[str, int]
+    ) -> None:
+        """`nodes`: client → the Flower node that speaks for it."""
+        share, complete, shards = state.ledger.progress()
+        step = state.tokens / state.config.total_batch_size
+        hyper = schedule.at(step)
+        log.info("")
+        log.info("[ROUND %d]", number)
+        log.info("Shard progress: %.1f%% (%d/%d complete)", 100 * share, complete, shards)
+        log.info(
+            "Round %d schedule: Step %.1f/%d, LRM %.3f, Momentum %.3f",
+            number,
+            step,
+            round(schedule.total_steps),
+            hyper.lr_multiplier,
+            hyper.momentum,
+        )
+        log.info("Flower nodes: %s", ", ".join(f"{name} ({node})" for name, node in nodes.items()))
+        log.info("configure_train: Training on all %d Flower nodes", len(nodes))
+        self.telemetry.event("round_opened", round=number, clients=list(nodes))
+
+    def monitoring(self, number: int) -> None:
+        log.info("Round monitor started for ROUND %d", number)
+
+    def progress(
+        self, heartbeats: Mapping[str, Heartbeat], *, tokens: int, elapsed_s: float
+    ) -> None:
+        """One line per client, as its own progress bar would show it; `tokens` is what each may expect.
+
+        A client that has not moved since its last line gets none.
+        """
+        for name, beat in heartbeats.items():
+            now = (beat.state, beat.step, beat.tokens)
+            if self._shown.get(name) == now:
+                continue
+            self._shown[name] = now
+            postfix = beat.state
+            if beat.step:
+                postfix = _postfix(beat.loss, beat.shard, beat.shard_row, beat.shard_rows)
+            _meter(name, beat.tokens, postfix, tokens=tokens, elapsed_s=elapsed_s)
+
+    def reply_accepted(
+        self, name: str, reply: TrainReply, state: RunState, *, trained: bool, elapsed_s: float
+    ) -> None:
+        """A reply came and is not refused; `trained` is False where only an evaluation was asked for."""
+        values = to_header(reply) | {"round": reply.fence.round_number, "client": name}
+        del values["kind"]
+        number = name.removeprefix("client_")
+        self.telemetry.event(
+            "reply",
+            f"Client {number}: {reply.batches} batches" if trained else None,
+            loss=reply.loss_nats / reply.tokens if reply.tokens else None,
+            **values,
+        )
+        if reply.tokens and reply.consumed:
+            # the line that a client's bar ends with: a round may be over before a heartbeat was due
+            last = reply.consumed[-1]
+            rows = state.ledger.row_counts.get(last.shard, 0)
+            loss = reply.loss_nats / reply.tokens
+            postfix = _postfix(loss, last.shard, last.end_row or 0, rows)
+            _meter(name, reply.tokens, postfix, tokens=reply.tokens, elapsed_s=elapsed_s)
+
+    def reply_refused(self, name: str, fence: Fence, reason: str) -> None:
+        number = fence.round_number
+        self.telemetry.event(
+            "reply_refused",
+            f"Reply of {name} in round {number} is refused: {reason}",
+            round=number,
+            client=name,
+            fence=asdict(fence),
+            reason=reason,
+        )
+
+    def reply_too_late(self, header: Mapping[str, Any]) -> None:
+        """An answer to no order that is open: its rows have gone back long ago."""
+        reason = "it answers a round that is over"
+        self.telemetry.event(
+            "reply_refused",
+            f"A reply is refused: {reason}",
+            reason=reason,
+            client=header.get("client"),
+            fence=header.get("fence"),
+        )
+
+    def round_ended(self, number: int, reason: EndReason) -> None:
+        self.telemetry.event(
+            "round_ended", f"[ROUND {number}] ended: {reason}", round=number, reason=str(reason)
+        )
+
+    def nothing_to_merge(self, number: int) -> None:
+        log.info("[ROUND %d] nothing to merge: the model stays as it was", number)
+
+    def round_committed(self, record: RoundRecord, state: RunState) -> None:
+        loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+        refused = f" refused={record.refused}" if record.refused else ""
+        self.telemetry.event(
+            "round_committed",
+            f"[ROUND {record.round_number}] committed: clients={record.clients} "
+            f"tokens={record.tokens} train_loss={loss} total_tokens={state.tokens}{refused} "
+            f"({record.duration_s:.1f} s)",
+            total_tokens=state.tokens,
+            merged=[reply.to_json() for reply in state.merged],
+            **asdict(record),
+        )
+        self.telemetry.metrics(
+            record.round_number,
+            train_loss=record.train_loss,
+            tokens=state.tokens,
+            clients=record.clients,
+            refused=record.refused,
+        )
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def validation(self, number: int, *, val_bpb: float, eval_rows: int, wanted: int) -> None:
+        """The replies of a round say how good the model is that round `number` merged."""
+        rows = "" if eval_rows == wanted else f" ({eval_rows}/{wanted} rows)"
+        self.telemetry.event(
+            "validation",
+            f"round={number} val_bpb={val_bpb:.4f}{rows}",
+            round=number,
+            val_bpb=val_bpb,
+            eval_rows=eval_rows,
+            complete=eval_rows == wanted,
+        )
+        self.telemetry.metrics(number, val_bpb=val_bpb)
+
+    def evaluation_incomplete(self, missing: Sequence[str]) -> None:
+        log.warning(
+            "The last model is not scored on all validation rows yet: %s", "; ".join(missing)
+        )
 
 
-def round_opened(
-    number: int, state: RunState, schedule: Schedule, sites: Sequence[Site], telemetry: Telemetry
-) -> None:
-    share, complete, shards = state.ledger.progress()
-    step = state.tokens / state.config.total_batch_size
-    hyper = schedule.at(step)
-    log.info("")
-    log.info("[ROUND %d]", number)
-    log.info("Shard progress: %.1f%% (%d/%d complete)", 100 * share, complete, shards)
-    log.info(
-        "Round %d schedule: Step %.1f/%d, LRM %.3f, Momentum %.3f",
-        number,
-        step,
-        round(schedule.total_steps),
-        hyper.lr_multiplier,
-        hyper.momentum,
-    )
-    log.info("Flower nodes: %s", ", ".join(f"{site.name} ({site.node_id})" for site in sites))
-    log.info("configure_train: Training on all %d Flower nodes", len(sites))
-    telemetry.event("round_opened", round=number, clients=[site.name for site in sites])
-
-
-def progress(
-    beats: Mapping[str, Beat], told: dict[str, object], *, tokens: int, elapsed_s: float
-) -> None:
-    """One line a client, as its own progress bar would show it; `tokens` is what each may expect.
-
-    `told` remembers what was said of each: a client that has not moved gets no line.
-    """
-    for name, beat in beats.items():
-        now = (beat.state, beat.step, beat.tokens)
-        if told.get(name) == now:
-            continue
-        told[name] = now
-        postfix = beat.state
-        if beat.step:
-            postfix = _postfix(beat.loss, beat.shard, beat.shard_row, beat.shard_rows)
-        _meter(name, beat.tokens, postfix, tokens=tokens, elapsed_s=elapsed_s)
-
-
-def part_done(work: Work, reply: TrainReply, state: RunState, *, elapsed_s: float) -> None:
-    """The line that a client's bar ends with: a round may be over before a heartbeat was due."""
-    if not reply.tokens or not reply.consumed:
-        return
-    last = Segment.from_list(reply.consumed[-1])
-    rows = state.ledger.row_counts.get(last.shard, 0)
-    postfix = _postfix(reply.loss_nats / reply.tokens, last.shard, last.end_row or 0, rows)
-    _meter(work.site.name, reply.tokens, postfix, tokens=reply.tokens, elapsed_s=elapsed_s)
+def table(state: RunState) -> str:
+    """All rounds of the run, one per line."""
+    lines = ["round  clients      tokens  train loss  val bpb  seconds  ended by"]
+    for record in state.history:
+        loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+        bpb = "-" if record.val_bpb is None else f"{record.val_bpb:.4f}"
+        refused = f" ({record.refused} refused)" if record.refused else ""
+        lines.append(
+            f"{record.round_number:5d}  {record.clients:7d}  {record.tokens:10,d}  {loss:>10}  "
+            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}{refused}"
+        )
+    return "\n".join(lines)
 
 
 def _postfix(loss: float, shard: int, row: int, rows: int) -> str:
@@ -103,84 +274,3 @@ def _meter(name: str, done: int, postfix: str, *, tokens: int, elapsed_s: float)
         ncols=120,
     )
     log.info("%s", meter)
-
-
-def joined(number: int, site: Site, how: str, telemetry: Telemetry) -> None:
-    telemetry.event(
-        "client_joined",
-        f"Node {site.name} joins ROUND {number}{how}",
-        round=number,
-        client=site.name,
-    )
-
-
-def refused_late(answer: Answer, telemetry: Telemetry) -> None:
-    """Nobody waits for this reply: its rows have gone back long ago."""
-    if answer.error:
-        return
-    telemetry.event(
-        "reply_refused",
-        "A reply is refused: it answers a round that is over",
-        reason="it answers a round that is over",
-        client=answer.header.get("client"),
-        fence=answer.header.get("fence"),
-    )
-
-
-def round_ended(number: int, reason: str, telemetry: Telemetry) -> None:
-    telemetry.event(
-        "round_ended", f"[ROUND {number}] ended: {reason}", round=number, reason=str(reason)
-    )
-
-
-def round_committed(record: RoundRecord, state: RunState, telemetry: Telemetry) -> None:
-    loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
-    refused = f" refused={record.refused}" if record.refused else ""
-    telemetry.event(
-        "round_committed",
-        f"[ROUND {record.round_number}] committed: clients={record.clients} tokens={record.tokens} "
-        f"train_loss={loss} total_tokens={state.tokens}{refused} ({record.duration_s:.1f} s)",
-        total_tokens=state.tokens,
-        merged=[asdict(reply) for reply in state.merged],
-        **asdict(record),
-    )
-    telemetry.metrics(
-        record.round_number,
-        train_loss=record.train_loss,
-        tokens=state.tokens,
-        clients=record.clients,
-        refused=record.refused,
-    )
-
-
-def validation(open_round: OpenRound, state: RunState, telemetry: Telemetry) -> None:
-    """The replies of a round say how good the model was that the round before merged."""
-    if open_round.val_bpb is None:
-        return
-    number, wanted = state.round_number, state.config.eval_rows
-    if record := state.record(number):
-        record.val_bpb, record.eval_rows = open_round.val_bpb, open_round.eval_rows
-    rows = "" if open_round.eval_rows == wanted else f" ({open_round.eval_rows}/{wanted} rows)"
-    telemetry.event(
-        "validation",
-        f"round={number} val_bpb={open_round.val_bpb:.4f}{rows}",
-        round=number,
-        val_bpb=open_round.val_bpb,
-        eval_rows=open_round.eval_rows,
-        complete=open_round.eval_rows == wanted,
-    )
-    telemetry.metrics(number, val_bpb=open_round.val_bpb)
-
-
-def table(state: RunState) -> str:
-    """All rounds of the run, a line each."""
-    lines = ["round  clients      tokens  train loss  val bpb  seconds  ended by"]
-    for record in state.history:
-        loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
-        bpb = "-" if record.val_bpb is None else f"{record.val_bpb:.4f}"
-        refused = f" ({record.refused} refused)" if record.refused else ""
-        lines.append(
-            f"{record.round_number:5d}  {record.clients:7d}  {record.tokens:10,d}  {loss:>10}  "
-            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}{refused}"
-        )
-    return "\n".join(lines)

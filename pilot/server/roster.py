@@ -1,29 +1,27 @@
-"""Who takes part: each new node is asked once what it is, and a mismatch is refused with a sentence.
+"""Which clients take part: each new node is asked once what it is, and a mismatch is refused with a sentence.
 
-Sites must agree to the bit on tokenizer, packing, validation rows, corpus and the pilot package. What
-they must agree on is what the snapshot says, or else the first answer that `min_clients` sites share.
+Clients must agree to the bit on tokenizer, packing, validation rows, corpus and the pilot package. What
+they must agree on is what the snapshot says, or else the first answer that `min_clients` clients share.
 """
 
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pilot.rules.rounds import Clock
 from pilot.server.mailbox import Answer, Mailbox
+from pilot.server.report import Report
 from pilot.wire.messages import HelloOrder, HelloReply, from_header, package_hash, to_header
 
 ASK_AGAIN_S = 30.0
-LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the site
-
-log = logging.getLogger("pilot")
+LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the client
 
 
 @dataclass
-class Site:
+class Client:
     """A node that answered, and what its last round showed (None before there was one).
 
-    `start_s` passed from sending an order to the first sign of life, `upload_s` from the end of the round to
+    `start_s` passed from sending an order to its first heartbeat, `upload_s` from the end of the round to
     the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
     """
 
@@ -35,7 +33,7 @@ class Site:
     upload_s: float | None = None
     fixed_cost_s: float | None = None
 
-    def remember(self, before: "Site | None") -> None:
+    def remember(self, before: "Client | None") -> None:
         """Take over what was measured of a node of the same name."""
         if before is not None:
             self.tokens_per_s = before.tokens_per_s
@@ -47,30 +45,31 @@ class Site:
 class Roster:
     """All nodes of the federation, asked and not yet asked.
 
-    `fingerprints` is what sites must agree on; empty until it is known.
+    `fingerprints` is what clients must agree on; empty until it is known.
     """
 
     mailbox: Mailbox
     order: HelloOrder
+    report: Report
     clock: Clock
     min_clients: int
     fingerprints: dict[str, str]
     closed: bool = False  # no node will come that isn't there yet
-    joined: Callable[[Site], None] = lambda site: None  # told of each site that may train
-    refusals: dict[str, str] = field(default_factory=dict)  # site → sentence
+    joined: Callable[[Client], None] = lambda client: None  # called for each client that may train
+    refusals: dict[str, str] = field(default_factory=dict)  # client → sentence
     _asked: dict[str, int] = field(default_factory=dict)  # message id → node id
     _known: dict[int, float] = field(default_factory=dict)  # node → when to ask it (again)
-    _answered: dict[str, Site] = field(default_factory=dict)
-    _accepted: dict[str, Site] = field(default_factory=dict)
-    _measured: dict[str, Site] = field(
+    _answered: dict[str, Client] = field(default_factory=dict)
+    _accepted: dict[str, Client] = field(default_factory=dict)
+    _measured: dict[str, Client] = field(
         default_factory=dict
-    )  # the last site of each name, gone or not
+    )  # the last client of each name, gone or not
 
     def __post_init__(self) -> None:
-        if self.fingerprints:  # a run may be resumed with a newer pilot, on all sites alike
+        if self.fingerprints:  # a run may be resumed with a newer pilot, on all clients alike
             self.fingerprints = self.fingerprints | {"pilot package": package_hash()}
 
-    def greet(self) -> None:
+    def send_hellos(self) -> None:
         """Ask nodes that are new, and once in a while those that were refused; forget those that went."""
         online, now_s = self.mailbox.nodes(), self.clock.now_s()
         self._known = {node: ask_s for node, ask_s in self._known.items() if node in online}
@@ -80,14 +79,14 @@ class Roster:
                 if message_id:
                     self._asked[message_id] = node_id
                     self._known[node_id] = float("inf")
-        for sites in (self._accepted, self._answered):
-            for name, site in list(sites.items()):
-                if site.node_id not in online:
-                    del sites[name]
-                    log.info("Node %s left", name)
+        for clients in (self._accepted, self._answered):
+            for name, client in list(clients.items()):
+                if client.node_id not in online:
+                    del clients[name]
+                    self.report.client_left(name)
 
-    def take(self, answer: Answer) -> bool:
-        """Take an answer if it is a hello's; False: it is somebody else's."""
+    def handle_answer(self, answer: Answer) -> bool:
+        """Handle an answer if it is to a hello; False: it is not."""
         if answer.message_id not in self._asked:
             return False
         node_id = self._asked.pop(answer.message_id)
@@ -100,36 +99,29 @@ class Roster:
             self._refuse(name, node_id, hello.error, LOST_AGAIN_S if answer.lost else ASK_AGAIN_S)
             return True
         if hello.warning:
-            log.warning("Node %s: %s", name, hello.warning)
+            self.report.client_warned(name, hello.warning)
         # a newer node of the same name supersedes the older
-        self._answered[name] = Site(name, node_id, hello)
+        self._answered[name] = Client(name, node_id, hello)
         self._admit()
         return True
 
     def _admit(self) -> None:
         if not self.fingerprints and not self._find_agreement():
             return
-        for name, site in list(self._answered.items()):
+        for name, client in list(self._answered.items()):
             del self._answered[name]
-            if reason := self._mismatch(site.hello):
-                self._refuse(name, site.node_id, reason, ASK_AGAIN_S)
+            if reason := self._mismatch(client.hello):
+                self._refuse(name, client.node_id, reason, ASK_AGAIN_S)
                 continue
-            site.remember(self._measured.get(name))
-            self._accepted[name] = self._measured[name] = site
-            self.joined(site)
+            client.remember(self._measured.get(name))
+            self._accepted[name] = self._measured[name] = client
+            self.joined(client)
             self.refusals.pop(name, None)
-            self.refusals.pop(f"node {site.node_id}", None)
-            log.info(
-                "Node %s joined: %s, %d × %s, %d shards",
-                name,
-                site.hello.host,
-                site.hello.devices,
-                site.hello.device_name,
-                len(site.hello.shards),
-            )
+            self.refusals.pop(f"node {client.node_id}", None)
+            self.report.client_accepted(name, client.hello)
 
     def _find_agreement(self) -> bool:
-        """Fix what to agree on, once enough sites do."""
+        """Fix what to agree on, once enough clients do."""
         for candidate in self._answered.values():
             ours = candidate.hello.fingerprints
             agreeing = [s for s in self._answered.values() if s.hello.fingerprints == ours]
@@ -145,23 +137,23 @@ class Roster:
         if not differing:
             return ""
         return (
-            f"its {' and '.join(differing)} differ from those of the run: give all sites the same "
+            f"its {' and '.join(differing)} differ from those of the run: give all clients the same "
             "data, tokenizer and package versions"
         )
 
     def _refuse(self, name: str, node_id: int, reason: str, again_s: float) -> None:
         if self.refusals.get(name) != reason:
-            log.warning("Node %s is refused: %s", name, reason)
+            self.report.client_refused(name, reason)
         self.refusals[name] = reason
         self._known[node_id] = self.clock.now_s() + again_s  # somebody may repair it
 
-    def accepted(self) -> list[Site]:
-        """Sites that may train, busy or not, in the natural order of their names."""
-        return sorted(self._accepted.values(), key=lambda site: natural(site.name))
+    def accepted(self) -> list[Client]:
+        """Clients that may train, busy or not, in the natural order of their names."""
+        return sorted(self._accepted.values(), key=lambda client: natural(client.name))
 
-    def ready(self) -> list[Site]:
-        """Sites that may train and have no message unanswered."""
-        return [site for site in self.accepted() if not self.mailbox.busy(site.node_id)]
+    def ready(self) -> list[Client]:
+        """Clients that may train and have no message unanswered."""
+        return [client for client in self.accepted() if not self.mailbox.busy(client.node_id)]
 
     def hopeless(self, wanted: int) -> bool:
         """All nodes of a closed federation have answered, and fewer than `wanted` may train."""
@@ -169,7 +161,7 @@ class Roster:
         return self.closed and settled and len(self._accepted) < wanted
 
     def waiting_for(self, wanted: int) -> str:
-        """Why there are not enough sites, as a clause for people."""
+        """Why there are not enough clients, as a clause for people."""
         reasons = [f"{name}: {why}" for name, why in sorted(self.refusals.items())]
         if self._answered and len(self._answered) >= self.min_clients:
             names = ", ".join(sorted(self._answered))

@@ -1,8 +1,7 @@
-"""What a site has: devices, shards, tokenizer, rows, and what it must agree on with all other sites."""
+"""What a client has: devices, shards, tokenizer, rows, and fingerprints that all clients must share."""
 
 import hashlib
 import os
-import platform
 import socket
 from dataclasses import dataclass
 
@@ -36,15 +35,15 @@ class SiteData:
         if len(rows) < end - first:
             raise UserError(
                 f"the validation shard {self.source.val_shard} has only {first + len(rows)} rows: "
-                f"set eval-rows to that at the most"
+                f"set eval-rows to at most that number"
             )
         return rows
 
 
 def open_data(config: RunConfig) -> SiteData:
-    """Open what the run trains on; the built-in corpus and its tokenizer are made if missing.
+    """Open the data that the run trains on; the built-in corpus and its tokenizer are made if missing.
 
-    Raises UserError, with the command that repairs it, for everything else that is missing.
+    Raises UserError, with the command that repairs it, if anything else is missing.
     """
     directory = tokenizer_dir(config.tokenizer)
     if config.source == "builtin":
@@ -56,7 +55,7 @@ def open_data(config: RunConfig) -> SiteData:
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise UserError(
             f"the tokenizer in {directory} has {tokenizer.get_vocab_size()} tokens, but the run's "
-            f"vocab-size is {config.vocab_size}: set vocab-size, or name another tokenizer"
+            f"vocab-size is {config.vocab_size}: change vocab-size or choose another tokenizer"
         )
     if config.num_shards > source.num_train_shards:
         raise UserError(
@@ -72,7 +71,7 @@ def open_data(config: RunConfig) -> SiteData:
 
 
 def hello(order: HelloOrder) -> HelloReply:
-    """Say what this site has; never raises for what a user can repair: the sentence is the answer."""
+    """Report what this client has. What a user can repair is not raised: it is the reply's `error`."""
     try:
         config = RunConfig.from_mapping(order.config)
         data = open_data(config)
@@ -94,33 +93,32 @@ def hello(order: HelloOrder) -> HelloReply:
             "corpus": data.source.manifest_sha256(),
             "pilot package": package_hash(),
         },
-        versions={"python": platform.python_version(), "torch": torch.__version__},
     )
 
 
 def _sha256(rows: np.ndarray) -> str:
-    # as 32 bits: the width on disk is the cache's own business
+    # as 32 bits, whatever width the cache has on disk
     return hashlib.sha256(np.ascontiguousarray(rows, dtype="<u4").tobytes()).hexdigest()
 
 
 def _devices(config: RunConfig) -> tuple[int, str]:
-    """(processes that this site can run, name of their device)."""
+    """(number of worker processes to run here, name of their device)."""
     kind = autodetect_device_type() if config.device == "auto" else config.device
     check_device_type(kind)
     if kind == "cuda":
         count = torch.cuda.device_count()
         if config.client_processes > count:
             raise UserError(
-                f"client-processes is {config.client_processes}, but here are {count} GPUs"
+                f"client-processes is {config.client_processes}, but this machine has {count} GPUs"
             )
         return config.client_processes or count, torch.cuda.get_device_name(0)
     if kind == "mps" and config.client_processes > 1:
-        raise UserError("several processes can't share the MPS device: set client-processes to 1")
+        raise UserError("several processes cannot share the MPS device: set client-processes to 1")
     return config.client_processes or 1, f"{kind} ({os.cpu_count()} cores)"
 
 
 def _redis_warning(url: str) -> str:
-    """A sentence if signals can't reach this site: its rounds then end by the seconds in the order."""
+    """A sentence if Redis cannot be used here: rounds then end by the seconds in each order."""
     try:
         if resolved := resolve_url(url):
             ping(resolved)

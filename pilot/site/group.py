@@ -1,18 +1,22 @@
-"""A worker group: one process a device, and a supervisor that imports no torch.
+"""A worker group: one process (a rank) per device, and a supervisor that imports no torch.
 
-The supervisor starts the ranks, passes SIGTERM on to rank 0, and ends all of them when one fails or
-when its parent goes (the pipe on its standard input closes). It looks further up as well: when a
-SuperNode is killed, its SuperExec and the ClientApp live on, busy with reaching it. The ranks ask the
-kernel to be killed with the supervisor.
+The supervisor, `main` here, starts the ranks (`serve.py`), passes SIGTERM on to rank 0, and waits. The group
+ends, and with it every rank, as soon as
+- rank 0 exits: its order is answered and no other is to come;
+- any other rank exits with an error, or is killed;
+- the ClientApp that started the group goes: the pipe on standard input closes without having carried STAY;
+- a process that the group depends on is gone: the ClientApp (until STAY was read), its SuperExec, its
+  SuperNode. These are watched one by one since a SuperExec and a ClientApp live on when their SuperNode is
+  killed;
+- the supervisor dies: the ranks asked the kernel to be killed with it.
 
-Lifetimes: of `round`, rank 0 serves one connection, then the group ends. `--idle` makes it resident: told
-to stay, it outlives the ClientApp that started it and serves the next ones of the same SuperNode, until
-none has come for that many seconds.
+Without `--idle` the group is temporary: rank 0 serves one connection and exits. With `--idle` it is resident:
+after STAY it outlives the ClientApp that started it, and serves the next ones of the same SuperNode until
+none has come for that many seconds. docs/architecture.md draws its states.
 """
 
 import argparse
 import contextlib
-import ctypes
 import os
 import select
 import shutil
@@ -23,24 +27,29 @@ import sys
 import time
 from pathlib import Path
 
-from pilot.processes.ancestry import alive, employers
+from pilot.processes import keeper
+from pilot.processes.ancestry import alive, ancestors
 from pilot.site.group_directory import clear
 from pilot.site.handle import ERROR_NAME, SOCKET_NAME, STAY
 
 _POLL_S = 0.2
 _TERMINATE_S = 3.0
-_PR_SET_PDEATHSIG = 1
 _PARENT_GONE = 2  # an exit code
 
 
 def main() -> None:
-    """Run a group until its round is done; the exit code is that of the first rank that failed."""
+    """Run a worker group until it ends; exits with 0 if no rank failed."""
     parser = argparse.ArgumentParser(prog="python -m pilot.site", description=main.__doc__)
-    parser.add_argument("--dir", type=Path, required=True, help="directory of socket and errors")
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="directory for the socket and errors"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
-        "--idle", type=float, default=0.0, help="seconds to wait for another order; 0: one only"
+        "--idle",
+        type=float,
+        default=0.0,
+        help="seconds to wait for the next order; 0: take only one",
     )
     arguments = parser.parse_args()
     os.environ["PILOT_DEVICE"] = arguments.device
@@ -49,12 +58,13 @@ def main() -> None:
 
 
 def _supervise(directory: Path, processes: int, *, resident: bool) -> int:
-    # Held back until somebody can act on it; the ranks inherit that, and let it through once they
-    # know what to finish. SIGINT goes to a terminal's whole group: there the ClientApp decides.
+    # SIGTERM stays blocked until its handler is there. The ranks inherit that, and unblock it once they
+    # know what to finish. A terminal sends SIGINT to all processes: what it means is for the ClientApp to
+    # decide.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # bound under another name first: who finds the socket can connect to it
+    # renamed once it listens: a socket that can be found must accept connections
     listener.bind(str(directory / "binding"))
     listener.listen(1)
     (directory / "binding").rename(directory / SOCKET_NAME)
@@ -67,7 +77,7 @@ def _supervise(directory: Path, processes: int, *, resident: bool) -> int:
     finally:
         _end(ranks)
     if code == _PARENT_GONE:
-        shutil.rmtree(directory, ignore_errors=True)  # nobody else will
+        shutil.rmtree(directory, ignore_errors=True)  # no ClientApp is left to do it
     elif resident and code == 0:
         clear(directory)
     return code
@@ -83,9 +93,9 @@ def _start_rank(
     if rank == 0:
         environment["PILOT_LISTENER"] = str(listener.fileno())
         inherited = (listener.fileno(),)
-    # torch takes seconds to import: a supervisor that dies meanwhile must be noticed too
+    # before torch, which takes seconds to import: the supervisor may die meanwhile
     code = (
-        "from pilot.site.group import die_with_parent; die_with_parent(); "
+        "from pilot.site.group import die_with_supervisor; die_with_supervisor(); "
         "from pilot.site.serve import main; main()"
     )
     command = [sys.executable, "-c", code, str(directory)]
@@ -93,49 +103,50 @@ def _start_rank(
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
-    """Wait until rank 0 is done, a rank fails, or whom we work for is gone."""
-    bosses, stays = employers(os.getppid()), False
+    """Wait until rank 0 is done, a rank has failed, or a process that we depend on is gone."""
+    watched, resident = ancestors(os.getppid()), False
     while True:
         codes = [rank.poll() for rank in ranks]
         if failed := [(code, number) for number, code in enumerate(codes) if code]:
-            _tell(directory, *min(failed))  # one that was killed first: the others fail of that
+            _record_failed_rank(
+                directory, *min(failed)
+            )  # a killed one first: the others fail as a result
             return 1
         if codes[0] == 0:
             return _wait_for_the_others(ranks)
-        if stays:
+        if resident:
             time.sleep(_POLL_S)
         elif select.select([sys.stdin.buffer], [], [], _POLL_S)[0]:
             if os.read(sys.stdin.fileno(), 1) != STAY:
                 return _PARENT_GONE
-            bosses, stays = (bosses or [])[1:], True  # the ClientApp may go now
-        if not bosses or not all(alive(boss) for boss in bosses):
+            watched, resident = (watched or [])[1:], True  # all but the ClientApp, which may go now
+        if not watched or not all(map(alive, watched)):
             return _PARENT_GONE
 
 
 def _wait_for_the_others(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Rank 0 ends last of what is worth waiting for: its answer is given."""
+    """Let the other ranks exit by themselves: rank 0 has, so the answer is given."""
     for rank in ranks[1:]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             rank.wait(_TERMINATE_S)
     return 0
 
 
-def last_words(directory: Path, sentence: str) -> None:
-    """Leave a sentence for the handle. The first one counts: what follows is its consequence."""
+def record_failure(directory: Path, sentence: str) -> None:
+    """Leave the reason for the group's end for the handle. Only the first one counts: it caused the others."""
     with contextlib.suppress(FileExistsError, FileNotFoundError):
         with open(directory / ERROR_NAME, "x", encoding="utf-8") as file:
             file.write(sentence)
 
 
-def _tell(directory: Path, code: int, number: int) -> None:
+def _record_failed_rank(directory: Path, code: int, number: int) -> None:
     if code > 0:
-        last_words(directory, f"worker process {number} ended with code {code}")
+        record_failure(directory, f"worker process {number} exited with code {code}")
         return
-    (directory / ERROR_NAME).unlink(missing_ok=True)  # others, who lost their connection to it
-    remedy = (
-        " (which is what a machine without memory left does)" if code == -signal.SIGKILL else ""
-    )
-    last_words(directory, f"worker process {number} was killed by signal {-code}{remedy}")
+    # what other ranks recorded is only that they lost their connection to this one
+    (directory / ERROR_NAME).unlink(missing_ok=True)
+    cause = " (possibly out of memory)" if code == -signal.SIGKILL else ""
+    record_failure(directory, f"worker process {number} was killed by signal {-code}{cause}")
 
 
 def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
@@ -153,12 +164,8 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
             rank.wait(_TERMINATE_S)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this rank when its supervisor dies (Linux; elsewhere only checked now).
-
-    Raises SystemExit if the supervisor is already gone.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_supervisor() -> None:
+    """Let this rank be killed when its supervisor dies. Raises SystemExit if that has happened already."""
+    keeper.die_with_parent()
     if os.getppid() != int(os.environ["PILOT_SUPERVISOR"]):
         sys.exit("the worker group is gone")

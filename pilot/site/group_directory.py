@@ -1,8 +1,9 @@
-"""Where a worker group lives: a private directory with its socket, and who may speak to it.
+"""Where a worker group lives: a private directory with its socket, and a lock on it.
 
-A group of lifetime `round` gets a new directory, gone with it. A resident group waits in a directory that
-the next ClientApp of the same site finds by its name, and a lock gives it to one at a time. The name holds
-the SuperNode's process, so that a new SuperNode never finds the group of the one before it.
+A temporary group gets a new directory, which its ClientApp removes. A resident group lives in a directory
+with a name that the next ClientApp of the same client computes again, and the lock on it admits one ClientApp
+at a time. The name depends on the SuperNode's process, so a new SuperNode never finds the group of the one
+before it.
 """
 
 import contextlib
@@ -25,27 +26,27 @@ _ATTEMPTS = 3
 
 
 def new_directory() -> Path:
-    """A private directory for a group that ends with its ClientApp."""
+    """A private directory for a temporary group."""
     return Path(tempfile.mkdtemp(prefix="pilot-", dir=scratch_parent("pilot-xxxxxxxx/worker.sock")))
 
 
-class Lodging:
-    """The directory of a resident group, held by this process until `leave`."""
+class GroupDirectory:
+    """The directory of a resident group, locked by this process until `release`."""
 
     def __init__(self, directory: Path, lock: int) -> None:
         self.directory, self._lock = directory, lock
 
     @staticmethod
-    def take(employer: psutil.Process, *facts: str | int) -> "Lodging | None":
-        """The lodging of the group that works for `employer` and is told apart by `facts`.
+    def acquire(supernode: psutil.Process, *facts: str | int) -> "GroupDirectory | None":
+        """Lock the directory of the group that belongs to `supernode` and has these `facts`; made if missing.
 
-        None when another process holds it, or the directory isn't ours alone.
+        None if another process holds it, or if others may enter the directory.
         """
-        text = json.dumps([employer.pid, employer.create_time(), sys.executable, *facts])
+        text = json.dumps([supernode.pid, supernode.create_time(), sys.executable, *facts])
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         name = f"pilot-{os.getuid()}-{name}"
         directory = scratch_parent(f"{name}/worker.sock") / name
-        for _ in range(_ATTEMPTS):  # a group that ends removes it, perhaps just now
+        for _ in range(_ATTEMPTS):  # a group that is ending may remove it meanwhile
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
             with contextlib.suppress(FileNotFoundError):
@@ -53,17 +54,20 @@ class Lodging:
                 if lock is None:
                     return None
                 if _is_at(lock, directory / _LOCK_NAME):
-                    return Lodging(directory, lock)
+                    return GroupDirectory(directory, lock)
                 os.close(lock)
         return None
 
-    def leave(self) -> None:
-        """Let the next one in."""
+    def release(self) -> None:
+        """Admit the next ClientApp."""
         os.close(self._lock)
 
 
 def clear(directory: Path) -> None:
-    """Remove the directory of a resident group that has ended, unless somebody is at its door."""
+    """Remove the directory of a resident group that has ended, unless a ClientApp has locked it meanwhile.
+
+    That ClientApp starts the next group in it.
+    """
     with contextlib.suppress(OSError):
         if (lock := _locked(directory)) is not None:
             shutil.rmtree(directory, ignore_errors=True)
@@ -71,14 +75,14 @@ def clear(directory: Path) -> None:
 
 
 def _is_private(directory: Path) -> bool:
-    """Whether it is a directory that only we can enter: in a common /tmp another may have made it."""
+    """Whether only we can enter `directory`: in a shared /tmp another user may have made it."""
     found = directory.lstat()
     mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return mine and not stat.S_IMODE(found.st_mode) & 0o077
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor of the directory's lock, held; None if another holds it."""
+    """A file descriptor that holds the directory's lock; None if another process holds it."""
     lock = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +93,7 @@ def _locked(directory: Path) -> int | None:
 
 
 def _is_at(lock: int, path: Path) -> bool:
-    """Whether the file that we hold is still the one that others find."""
+    """Whether the file that we have locked is still the one at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(lock), path.stat())
     return False

@@ -1,10 +1,18 @@
-"""The ClientApp's end of a worker group: start it or find it, ask it, leave it or stop it.
+"""The ClientApp's end of a worker group: find one or start one, ask it, keep it or stop it.
 
-A group must not outlive the ClientApp whose order it works on, nor the ClientApp the SuperNode that sent it
-(it would block in a wait and keep the GPUs: docs/flower.md). So a group holds the read end of a pipe whose
-write end belongs to the process that started it, a resident one also ends when a connection closes while it
-works, both look at the SuperNode, and while we wait we check that our own parent is still the one we started
-with.
+A worker group (`group.py`) is a supervisor process and one rank per device. It comes in two kinds:
+
+- A *temporary* group serves one ClientApp: it is started on enter and has ended on exit.
+- A *resident* group outlives the ClientApp that started it, and the next ClientApp of the same SuperNode
+  finds it by the name of its directory (`group_directory.py`). Only one ClientApp at a time may use it.
+
+No group may outlive the ClientApp while it works, nor the SuperNode at all: it would wait for ever and keep
+the GPUs (docs/flower.md). Therefore
+- the process that starts a group holds the write end of a pipe to it. A group whose pipe closes ends, unless
+  it has read the byte STAY before: a ClientApp writes that when it exits in good order and the group is
+  resident;
+- a group whose connection closes while it works on an order ends;
+- the group watches the SuperNode, and while we wait for it we check that our own parent is still there.
 """
 
 import contextlib
@@ -16,29 +24,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
-from pilot.processes.ancestry import employers
-from pilot.site.group_directory import Lodging, new_directory
+from pilot.processes.ancestry import alive, ancestors
+from pilot.processes.waiting import wait_until
+from pilot.site.group_directory import GroupDirectory, new_directory
 from pilot.wire.frames import WireError, receive_frame, send_frame
 from pilot.wire.messages import Header, Part, package_hash
 
 SOCKET_NAME, ERROR_NAME = "worker.sock", "error.txt"
-STAY = b"s"  # to a resident group: its first ClientApp ends in good order
+STAY = b"s"  # tells a resident group that its first ClientApp exits in good order
+_POLL_S = 0.02
 _STOP_WAIT_S = 5.0
 
 
 class WorkerError(RuntimeError):
-    """The worker group died or could not start; the message is what it last said."""
+    """The worker group died or could not start; the message is the reason that it recorded."""
 
 
 class WorkerHandle:
-    """A worker group of `processes` processes, ours between enter and exit.
+    """A worker group of `processes` ranks, which belongs to us between enter and exit.
 
-    With `idle_s` it is resident: it waits so long for the next ClientApp that this site's SuperNode starts
-    with the same `name`, and is used by that one. Where no SuperNode stands behind us (a simulation), or
-    somebody speaks with the resident group, it is a new one that ends with the exit.
-    Raises WorkerError from `ask` when any of its processes dies; it is stopped then as always.
+    `idle_s` 0 makes it temporary. Otherwise it is resident: after our exit it waits for `idle_s` seconds for
+    the next ClientApp that the same SuperNode starts with the same `name`, `processes` and `device`. It is
+    temporary all the same if there is no SuperNode (a simulation), or if another ClientApp is using the
+    resident group. Raises WorkerError from `ask` if one of its processes dies; the exit then stops the rest
+    as usual.
     """
 
     def __init__(
@@ -49,20 +59,20 @@ class WorkerHandle:
         self._parent = os.getppid()
         self._group: subprocess.Popen[bytes] | None = None
         self._pid = 0  # of the group's supervisor
-        self._lodging: Lodging | None = None
+        self._resident: GroupDirectory | None = None
         self._connection: socket.socket | None = None
 
     def __enter__(self) -> "WorkerHandle":
         if self._idle_s:
-            above = employers(os.getpid()) or []
-            if len(above) > 1:
-                facts = (self._name, self._processes, self._device)
-                self._lodging = Lodging.take(above[-1], *facts)
-        if self._lodging is None:
+            processes = ancestors(os.getpid()) or []
+            if len(processes) > 1:
+                supernode, facts = processes[-1], (self._name, self._processes, self._device)
+                self._resident = GroupDirectory.acquire(supernode, *facts)
+        if self._resident is None:
             self._dir = new_directory()
             self._start()
             return self
-        self._dir = self._lodging.directory
+        self._dir = self._resident.directory
         if not self._find():
             (self._dir / ERROR_NAME).unlink(missing_ok=True)
             (self._dir / SOCKET_NAME).unlink(missing_ok=True)
@@ -73,10 +83,10 @@ class WorkerHandle:
         command = [sys.executable, "-m", "pilot.site"]
         command += ["--dir", str(self._dir), "--processes", str(self._processes)]
         command += ["--device", self._device]
-        if self._lodging is not None:
+        if self._resident is not None:
             command += ["--idle", str(self._idle_s)]
-        # The group works where we do, since paths may be relative, but imports the installed package only.
-        # It is born with SIGTERM held back: one that comes before it can drain must not kill it.
+        # The group has our working directory, since paths may be relative, but imports the installed package
+        # only. It inherits a blocked SIGTERM: one that arrives before it can drain must not kill it.
         environment = os.environ | {"PYTHONSAFEPATH": "1"}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
@@ -86,29 +96,29 @@ class WorkerHandle:
         self._pid = self._group.pid
 
     def _find(self) -> bool:
-        """Whether the resident group is there, fit for work, and ours now."""
+        """Connect to the resident group; False if there is none that can take an order."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.connect(str(self._dir / SOCKET_NAME))
             theirs = self._greet(connection)
-        except (OSError, WorkerError):  # none; one that is about to end; one of another version
+        except (OSError, WorkerError):  # none, one that is ending, or one of another version
             connection.close()
             return False
         self._connection, self._pid = connection, int(theirs["supervisor"])
         return True
 
     def ask(self, header: Header, parts: Sequence[Part] = ()) -> tuple[Header, list[Part]]:
-        """Send one message and wait for its answer. Raises WorkerError if there will be none."""
+        """Send one order and wait for its answer. Raises WorkerError if there will be none."""
         try:
             if self._connection is None:
                 self._connection = self._connect()
             send_frame(self._connection, header, parts)
-            return receive_frame(self._connection, while_waiting=self._look_at_parent)
+            return receive_frame(self._connection, while_waiting=self._check_parent)
         except WireError as error:
-            raise WorkerError(self._last_words(str(error))) from error
+            raise WorkerError(self._recorded_failure(str(error))) from error
 
     def drain(self) -> None:
-        """Make the group finish its micro-step and answer what it was asked. For signal handlers, too."""
+        """Make the group finish its micro-step and answer. Safe to call from a signal handler."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGTERM)
 
@@ -123,66 +133,53 @@ class WorkerHandle:
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._group.poll() is not None:
                     raise WireError("the worker group ended before it listened") from None
-                self._look_at_parent()
-                time.sleep(0.02)
+                self._check_parent()
+                time.sleep(_POLL_S)
         self._greet(connection)
         return connection
 
     def _greet(self, connection: socket.socket) -> Header:
-        """What the group says of itself. Raises WorkerError if it is of another version than we are."""
+        """Exchange versions and learn the supervisor's pid. Raises WorkerError if the versions differ."""
         send_frame(connection, {"package": package_hash()})
-        theirs, _ = receive_frame(connection, while_waiting=self._look_at_parent)
+        theirs, _ = receive_frame(connection, while_waiting=self._check_parent)
         if theirs.get("package") != package_hash():
             raise WorkerError(
-                "the pilot package installed on this site is not the one that the run sent: "
+                "the pilot package installed on this site differs from the one that the run sent: "
                 "install the same version on all sites and on the server"
             )
         return theirs
 
-    def _look_at_parent(self) -> None:
+    def _check_parent(self) -> None:
         if os.getppid() != self._parent:
             raise WorkerError("the SuperNode of this client is gone")
 
-    def _last_words(self, default: str) -> str:
-        """What the group wrote when it failed; it has a moment to finish that."""
-        until = time.monotonic() + _STOP_WAIT_S  # busy machine: the words may be there
-        while time.monotonic() < until and self._group_lives():
-            time.sleep(0.02)
+    def _recorded_failure(self, default: str) -> str:
+        """The reason that the failed group recorded, once it has had the time to do so."""
+        wait_until(lambda: not self._group_lives(), timeout_s=_STOP_WAIT_S, poll_s=_POLL_S)
         try:
             return (self._dir / ERROR_NAME).read_text(encoding="utf-8").strip() or default
         except OSError:
             return default
 
     def _group_lives(self) -> bool:
-        if self._group is not None:
-            return self._group.poll() is None
-        try:
-            os.kill(self._pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+        return alive(self._pid) if self._group is None else self._group.poll() is None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._connection is not None:
-            self._connection.close()  # a resident group that still works ends of that
+            self._connection.close()  # a resident group that is still working ends now
         if self._group is not None:
             assert self._group.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                if self._lodging is not None and error is None:
+                if self._resident is not None and kind is None:
                     self._group.stdin.write(STAY)
-                self._group.stdin.close()  # a group that was not told to stay ends
-        if self._lodging is not None:
-            self._lodging.leave()
+                self._group.stdin.close()  # a group that has not read STAY ends now
+        if self._resident is not None:
+            self._resident.release()
             return
         assert self._group is not None
         try:
             self._group.wait(_STOP_WAIT_S)
         except subprocess.TimeoutExpired:
-            self._group.kill()  # its processes die with it
+            self._group.kill()  # the kernel kills its ranks with it
             self._group.wait()
         shutil.rmtree(self._dir, ignore_errors=True)

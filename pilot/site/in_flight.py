@@ -1,8 +1,8 @@
-"""The order that a site has in hand, and its reply until the server has it on its disk.
+"""The order that a client is working on, and its reply until the server has that on its disk.
 
 A ClientApp is one process a message, and Flower uploads its reply only after our function has returned.
-So a file in `PILOT_NODE_DIR` tells `pilot node` what it would lose by ending now, and a thread goes on
-with the heartbeats while the reply is on its way. Standard library and Redis only.
+So a file in `PILOT_NODE_DIR` tells `pilot node` what it would lose by ending now, and a thread keeps sending
+heartbeats while the reply is on its way. Standard library and Redis only.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pilot.coordination.coordinator import ClientCoordinator, resolve_url
+from pilot.config import RunConfig
+from pilot.coordination.coordinator import ClientCoordinator, heartbeat_expiry_s, resolve_url
 from pilot.errors import PilotError
 from pilot.site.notice import NODE_VARIABLE
-from pilot.wire.messages import Fence, TrainOrder
+from pilot.wire.messages import Fence, Heartbeat, TrainOrder
 
 FILE_NAME = "order.json"
 WORKING, SENDING, DONE = "working", "sending", "done"
-_EXPIRY_HEARTBEATS = 10.0
 _SENDING_AT_MOST_S = 3600.0
 
 log = logging.getLogger("pilot")
@@ -58,7 +58,7 @@ class InFlight:
         )
 
 
-def of_order(order: TrainOrder, state: str) -> InFlight:
+def of_order(order: TrainOrder, config: RunConfig, state: str) -> InFlight:
     return InFlight(
         run=order.fence.run,
         redis_url=order.redis_url,
@@ -66,13 +66,13 @@ def of_order(order: TrainOrder, state: str) -> InFlight:
         fence=order.fence,
         state=state,
         pid=os.getpid(),
-        preempt_file=str(order.config.get("preempt-file", "")),
-        drain_deadline_s=float(order.config.get("drain-deadline", 20.0)),
+        preempt_file=config.preempt_file,
+        drain_deadline_s=config.drain_deadline,
     )
 
 
-def note(in_flight: InFlight) -> None:
-    """Tell this site's `pilot node`, if there is one; a disk that refuses costs no training."""
+def write(in_flight: InFlight) -> None:
+    """Tell this site's `pilot node`, if there is one; a disk that refuses the file costs no training."""
     if not (directory := os.environ.get(NODE_VARIABLE)):
         return
     path = Path(directory) / FILE_NAME
@@ -81,11 +81,11 @@ def note(in_flight: InFlight) -> None:
         whole.write_text(json.dumps(asdict(in_flight)), encoding="utf-8")
         whole.replace(path)
     except OSError as error:
-        log.warning("pilot node can't be told of the order in hand: %s", error)
+        log.warning("cannot tell pilot node about the order in progress: %s", error)
 
 
 def read(directory: Path) -> InFlight | None:
-    """What `note` wrote there; None if there is nothing that can be read."""
+    """What `write` left there; None if there is nothing that can be read."""
     try:
         values = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
         return InFlight(**{**values, "fence": Fence(**values["fence"])})
@@ -93,8 +93,10 @@ def read(directory: Path) -> InFlight | None:
         return None
 
 
-def beat_while_sending(in_flight: InFlight, *, heartbeat_s: float) -> threading.Thread | None:
-    """Heartbeats from a thread until the server has the reply, or has gone on without it.
+def send_heartbeats_until_taken(
+    in_flight: InFlight, *, heartbeat_s: float
+) -> threading.Thread | None:
+    """Heartbeats from a thread until the server has the reply, or has continued without it.
 
     They end with this process at the latest: Flower then has the reply.
     """
@@ -102,18 +104,21 @@ def beat_while_sending(in_flight: InFlight, *, heartbeat_s: float) -> threading.
     if coordinator is None:
         return None
     thread = threading.Thread(
-        target=_beat, args=(coordinator, in_flight.fence, heartbeat_s), name="sending", daemon=True
+        target=_send_heartbeats,
+        args=(coordinator, in_flight.fence, heartbeat_s),
+        name="sending",
+        daemon=True,
     )
     thread.start()
     return thread
 
 
-def _beat(coordinator: ClientCoordinator, fence: Fence, heartbeat_s: float) -> None:
+def _send_heartbeats(coordinator: ClientCoordinator, fence: Fence, heartbeat_s: float) -> None:
     until = time.monotonic() + _SENDING_AT_MOST_S
-    expiry_s = max(10.0, _EXPIRY_HEARTBEATS * heartbeat_s)
+    expiry_s = heartbeat_expiry_s(heartbeat_s)
     with contextlib.closing(coordinator):
         while time.monotonic() < until:
-            coordinator.beat({"state": SENDING}, expiry_s=expiry_s)
+            coordinator.send_heartbeat(Heartbeat(state=SENDING), expiry_s=expiry_s)
             coordinator.wait(heartbeat_s)
             if coordinator.acknowledged(fence) or coordinator.superseded():
                 return

@@ -1,16 +1,15 @@
-"""The inner optimizer's state from round to round, in two phases.
+"""The inner optimizer's state between rounds, in two phases.
 
-A reply may be lost or refused after its client has trained, and then no trace of that training may
-stay in the client's Muon and AdamW either. So what a round leaves is only *pending*: a file named
-by the fence of the order. The next order says which fence of this client was merged last; if that is
-the pending one, it is what training goes on from, else the state that the lost round itself began
-with. Both are kept on this site's disk, a file a rank, so that they outlive the worker group. What
-fits neither (another machine, another number of processes, a lost disk) starts anew.
+A reply may be lost or refused after its client has trained, and then no trace of that training may stay in
+the client's Muon and AdamW either. So the state after a round is only *pending*: a file named by the fence of
+the order. The next order names the fence of this client that was merged last. If that is the pending one,
+training continues from the pending state, otherwise from the state with which the lost round itself began.
+Both are kept on this site's disk, one file per rank, so that they outlive the worker group. Where neither can
+be used (another machine, another number of processes, a lost disk), the state starts fresh.
 """
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -29,61 +28,59 @@ log = logging.getLogger("pilot.site")
 
 
 def inner_state_dir(run: str, client: str) -> Path:
-    """Where this site keeps what `client` carries from round to round of `run`."""
+    """Where this site keeps the inner state of `client` between the rounds of `run`."""
     return get_base_dir() / "runs" / run / "inner" / f"client-{quote(client, safe='')}"
 
 
 class InnerState:
-    """The states that the ranks of one group keep in `directory`; all ranks call it together."""
+    """The states of one group's ranks in `directory`; all ranks call each method together."""
 
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self._directory, self._ranks = directory, ranks
 
-    def restore(self, optimizer: MuonAdamW, merged: Sequence[int], fence: Fence) -> bool:
-        """Put back the state that `merged` ([term, round, lease], or empty: none) left.
+    def restore(self, optimizer: MuonAdamW, merged: Fence | None, fence: Fence) -> bool:
+        """Put back the state that the order of `merged` (None: none was merged) left.
 
-        Everything else is removed but what earlier orders of the round of `fence` left, which may be merged
-        yet. False: there is none, and the optimizer stays as it is, on all ranks alike.
+        All other states are removed, except those of earlier orders in the round of `fence`, which may still be
+        merged. Returns False, on all ranks alike, if there is no such state: the optimizer is then unchanged.
         """
         wanted = self._path(merged) if merged else None
         found = self._read(wanted) if wanted else None
         if found is not None and not optimizer.fits(_nested(found)):
-            log.warning("%s is of an older version and is passed over", wanted)
+            log.warning("%s was written by another version; skipping it", wanted)
             found = None
         everybody = self._ranks.sum([float(found is not None)])[0] == self._ranks.world_size
         self._remove_all_but(wanted if everybody else None, fence)
         if found is None or not everybody:
             if merged and self._ranks.first:
-                log.info("The state of the inner optimizer is not on this site: it starts anew")
+                log.info("No saved inner-optimizer state on this site; starting fresh")
             return False
         optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(found)})
         return True
 
     def keep(self, optimizer: MuonAdamW, fence: Fence) -> None:
-        """Write what the round of `fence` leaves beside what it began with.
+        """Write the state after the order with `fence`, beside the one that it began with.
 
-        A disk that does not take it costs one warning and the state, never the round: training
-        starts anew after it then.
+        A disk that refuses costs one warning and the state, which starts fresh in the next round, but never
+        this round's work.
         """
-        path = self._path([fence.term, fence.round_number, fence.lease_id])
+        path = self._path(fence)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 save_file(_flat(optimizer), temporary)
         except (OSError, SafetensorError) as error:
-            log.warning("The state of the inner optimizer can't be kept in %s: %s", path, error)
+            log.warning("Cannot save the inner-optimizer state in %s: %s", path, error)
 
     def forget(self) -> None:
         """The run is over: remove everything."""
         if self._ranks.first:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _path(self, fence: Sequence[int]) -> Path:
-        term, round_number, lease_id = fence
+    def _path(self, fence: Fence) -> Path:
+        name = f"{fence.term}-{fence.round_number}-{fence.lease_id}"
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        return self._directory / (
-            f"{term}-{round_number}-{lease_id}.rank{rank}of{world_size}.safetensors"
-        )
+        return self._directory / f"{name}.rank{rank}of{world_size}.safetensors"
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
         try:
@@ -91,14 +88,14 @@ class InnerState:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            log.warning("%s is damaged and is passed over: %s", path, error)
+            log.warning("%s is damaged; skipping it: %s", path, error)
             return None
 
     def _remove_all_but(self, kept: Path | None, fence: Fence) -> None:
-        """Each rank removes its own files, rank 0 also those of a group of another size."""
+        """Each rank removes its own files, and rank 0 those of a group of another size, too."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
         of_this_round = f"{fence.term}-{fence.round_number}-"
-        # half-written ones of killed processes too: their names go on behind it
+        # and the temporary files of killed processes, whose names have a suffix behind that
         for path in self._directory.glob("*.safetensors*") if self._directory.is_dir() else ():
             own = f".rank{rank}of{world_size}." in path.name
             other_size = f"of{world_size}." not in path.name

@@ -1,21 +1,21 @@
-"""Notices on a site's disk that it is to leave: files whose appearance says so. Standard library only.
+"""Files on a site's disk whose appearance means that the client must leave. Standard library only.
 
-Spot instances are told of their end in this way, by a script of the provider. `pilot node` puts one into a
-directory of its own, which its SuperNode's ClientApps and workers inherit by an environment variable:
-that works without Redis and, unlike a signal, can't come between two processes.
+A script of a cloud provider announces the end of a spot instance in this way. `pilot node` writes such a file
+into its own directory, which its SuperNode's ClientApps and workers know by an environment variable. That
+works without Redis and, unlike a signal, cannot get lost between two processes.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-PREEMPT_VARIABLE = "PILOT_PREEMPT_FILE"  # of a machine; wins over the run's `preempt-file`
+PREEMPT_VARIABLE = "PILOT_PREEMPT_FILE"  # set per machine; wins over the run's `preempt-file`
 NODE_VARIABLE = "PILOT_NODE_DIR"
 LEAVE_NAME = "leave"
 
 
 def notice_files(configured: str) -> list[Path]:
-    """The files whose appearance means "leave" here; `configured` is the run's `preempt-file`."""
+    """The files whose appearance means "leave"; `configured` is the run's `preempt-file`."""
     files = [os.environ.get(PREEMPT_VARIABLE) or configured]
     if node := os.environ.get(NODE_VARIABLE):
         files.append(str(Path(node) / LEAVE_NAME))
@@ -23,7 +23,7 @@ def notice_files(configured: str) -> list[Path]:
 
 
 def noticed(files: Sequence[Path]) -> str:
-    """Which of `files` has appeared, as a reason; "" if none has, or none can be looked at."""
+    """The reason to leave, from the first of `files` that exists; "" if none does or can be checked."""
     for file in files:
         try:
             file.stat()

@@ -1,8 +1,8 @@
-"""The processes of one group as torch sees them: who am I, which device, how do we agree.
+"""The ranks of one worker group as torch sees them: rank, device, and the collectives between them.
 
-CPU groups speak gloo, CUDA groups nccl with a gloo group beside it for decisions: a one-integer
-collective on the CPU costs microseconds and doesn't wait for the GPU's queue. The rendezvous is a file in
-the group's private directory, so no port is opened for it.
+CPU groups use gloo. CUDA groups use nccl, and a gloo group beside it for decisions: a one-integer collective
+on the CPU costs microseconds and does not wait for the GPU's queue. The ranks meet through a file in the
+group's private directory, so no port is opened for that.
 """
 
 import json
@@ -21,14 +21,14 @@ from torch import Tensor
 from nanochat.common import autodetect_device_type
 from nanochat.gpus import prepare_device
 
-# The others wait while rank 0 packs rows, or for the next order. torch's 30 minutes may be too short for
-# that; when a rank fails, the supervisor ends them all at once.
+# The other ranks wait while rank 0 packs rows, or for the next order. torch's default of 30 minutes may be too
+# short for that, and is not needed: when a rank fails, the supervisor ends them all at once.
 _CONTROL_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process's place in its group; every method is a collective that all ranks call."""
+    """One process's place in its group. Every method is a collective, which all ranks must call."""
 
     rank: int
     world_size: int
@@ -38,7 +38,7 @@ class Ranks:
 
     @staticmethod
     def join(directory: Path, *, device_type: str) -> "Ranks":
-        """Join the group described by the supervisor's environment; `device_type` may be "auto"."""
+        """Join the group that the supervisor describes in the environment; `device_type` may be "auto"."""
         rank, world_size = int(os.environ["PILOT_RANK"]), int(os.environ["PILOT_WORLD_SIZE"])
         kind = autodetect_device_type() if device_type == "auto" else device_type
         device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)

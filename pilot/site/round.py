@@ -27,23 +27,22 @@ from nanochat.layers import RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.memory import keep_freed_memory
 from nanochat.rows.stream import RowStream
-from nanochat.rows.stream import Segment as RowSegment
 from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
+from pilot.segment import Segment
 from pilot.site.data import SiteData, open_data
 from pilot.site.device import agree_on_device
-from pilot.site.group import last_words
+from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
 from pilot.site.stop import Progress, StopWatcher
-from pilot.wire.messages import LEASE_USED_UP, TrainOrder, TrainReply
+from pilot.wire.messages import StopReason, TrainOrder, TrainReply
 
 _LOSS_EMA = 0.9
-_BEYOND = 1 << 40  # a row number that no shard has
-_LOG_EVERY_S = 1.0  # reading the loss waits for the device: not oftener than this
+_READ_EVERY_S = 1.0  # reading the loss waits for the device: no more often than this
 
 log = logging.getLogger("pilot.site")
 
@@ -58,16 +57,15 @@ class Round:
         self._resident = resident  # whether these processes may have further rounds
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
-        self.batches = 0
-        self._device_rows = 1  # that a device takes at once, once all ranks know it
-        self.leaving = False  # after `run`: whether this site was told to leave
+        self._device_rows = 1  # per device and forward pass, once all ranks know it
+        self.leaving = False  # after `run`: whether this client is leaving
         fence = order.fence
         self.inner = InnerState(inner_state_dir(fence.run, order.client), ranks)
 
     def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, dict[str, Tensor]]:
         """The reply and, on rank 0, the pseudo-gradient. `weights`: the global model, on rank 0."""
         with self._stop_watcher() as stop:
-            if self.ranks.agree(stop.should_stop()):
+            if self._agree(stop):
                 return self._reply(stop.reason), {}
             if self.ranks.device.type == "cpu":
                 keep_freed_memory()
@@ -80,19 +78,16 @@ class Round:
             self.ranks.load_weights(model.state_dict().items(), weights)
             nats, num_bytes = self._evaluate(model, data, stop)
             reply = self._steps(model, data, stop)
-            if self.order.final:
+            if self.order.run_is_over:
                 self.inner.forget()
-            reply |= {
-                "eval_nats": nats,
-                "eval_bytes": num_bytes,
-                "eval_rows": num_bytes and self.order.eval_end_row - self.order.eval_first_row,
-            }
+            eval_rows = self.order.eval_end_row - self.order.eval_first_row if num_bytes else 0
+            reply |= {"eval_nats": nats, "eval_bytes": num_bytes, "eval_rows": eval_rows}
             update = self._pseudo_gradient(model, weights) if reply["tokens"] else {}
             return self._reply(stop.reason, **reply), update
 
     @contextlib.contextmanager
     def _stop_watcher(self) -> Iterator[StopWatcher]:
-        """Rank 0 watches Redis, SIGTERM and the clock; the others are told."""
+        """Rank 0 watches Redis, SIGTERM and the clock; the others follow its decisions."""
         fence, url = self.order.fence, resolve_url(self.order.redis_url)
         coordinator = None
         if self.ranks.first and url:
@@ -127,29 +122,29 @@ class Round:
             os.kill(os.getppid(), signal.SIGTERM)
 
     def _limit_threads(self) -> None:
-        """A fair share of the cores a process; OMP_NUM_THREADS counts as all of them."""
+        """A fair share of the cores per process; OMP_NUM_THREADS counts as all of them."""
         torch.set_num_threads(self.config.client_threads or self.ranks.threads)
 
     def _evaluate(self, model: GPT, data: SiteData, stop: StopWatcher) -> tuple[float, int]:
         """Sums of nats and bytes of the model that was received, over this client's slice.
 
-        A site that is to leave gives up: 0 of 0 bytes.
+        A client that is leaving gives up: 0 nats of 0 bytes.
         """
-        self.progress.state = "evaluating"
+        self.progress.update(state="evaluating")
         first, end = self.order.eval_first_row, self.order.eval_end_row
         if first >= end:
             return 0.0, 0
         mine = rank_slice(end - first, rank=self.ranks.rank, world_size=self.ranks.world_size)
         rows = data.validation_rows(first, end)[mine]
         batches = self._batches(rows, -(-(end - first) // self.ranks.world_size), stop)
-        # of the tokenizer that the sites agree on, not of a file beside it
+        # of the tokenizer that the clients agree on, not of a file beside it
         token_bytes = torch.tensor(data.tokenizer.token_bytes(), device=self.ranks.device)
         nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
         return (0.0, 0) if self.ranks.agree(bool(stop.leaving)) else (nats, int(num_bytes))
 
     def _batches(self, rows: np.ndarray, longest: int, stop: StopWatcher) -> Iterator[np.ndarray]:
         """Batches of this rank's rows, as many steps as the rank with the most (`longest`) takes: all
-        ranks end together, early when the site is to leave."""
+        ranks end together, early when the client is leaving."""
         size = self._device_rows
         for i in range(0, longest, size):
             if self.ranks.agree(bool(stop.leaving)):
@@ -158,12 +153,12 @@ class Round:
                 yield batch
 
     def _steps(self, model: GPT, data: SiteData, stop: StopWatcher) -> dict[str, Any]:
-        """Whole optimizer steps until the round ends, the steps are done or the lease is used up."""
+        """Train until the round ends, the steps are done or the lease is used up; the reply's numbers."""
         config, progress = self.config, self.progress
         optimizer = plan.make_optimizer(config, model)
         keeps = config.inner_state == "keep" and bool(self.order.segments)
         if keeps:
-            self.inner.restore(optimizer, self.order.merged, self.order.fence)
+            self.inner.restore(optimizer, self.order.last_merged_fence, self.order.fence)
         trainer = Trainer(
             model,
             optimizer,
@@ -173,62 +168,64 @@ class Round:
             world_size=self.ranks.world_size,
             run_block=self._run_block(model) if self.order.segments else run_block,
         )
-        segments = [_row_segment(values) for values in self.order.segments]
-        stream = RowStream(data.rows, segments)
-        schedule = plan.schedule(config, total_tokens=self.order.total_tokens)
-        nats = torch.zeros((), dtype=torch.float64)
-        pending = torch.zeros((), device=self.ranks.device)  # nats not yet read from the device
-        pending_tokens = 0
-        progress.state = "training"
-        began = read_at = time.monotonic()
+        stream = RowStream(data.rows, self.order.segments)
+        progress.update(state="training")
+        began_s = time.monotonic()
         with self._bar() as bar:
-            while self.order.segments and not (0 < config.round_steps <= progress.step):
-                if (rows := self._read(stream, stop)) is None:
-                    break
-                if len(rows) < config.batch_rows and not (len(rows) and self.order.last):
-                    stop.stop(LEASE_USED_UP)
-                    break
-                hyper = schedule.at(self._global_step())
-                step_nats = trainer.step(
-                    rows, hyper=hyper, should_stop=lambda: self._should_stop(stop)
-                )
-                if step_nats is None:
-                    break
-                pending += step_nats
-                pending_tokens += len(rows) * config.sequence_len
-                if progress.step == 0:
-                    settle_garbage()
-                progress.step += 1
-                progress.rows += len(rows)
-                progress.tokens += len(rows) * config.sequence_len
-                if time.monotonic() - read_at >= _LOG_EVERY_S or progress.step == 1:
-                    nats += self._show(bar, stream, pending, pending_tokens, began)
-                    pending.zero_()
-                    pending_tokens, read_at = 0, time.monotonic()
-            nats += pending.cpu().double()  # float64 does not exist on MPS
-        train_s = time.monotonic() - began
+            meter = LossMeter(self.ranks, progress, bar)
+            if self.order.segments:
+                self._train(trainer, stream, meter, stop)
+            meter.read()
+        train_s = time.monotonic() - began_s
         row_counts = self._row_counts(data, stream, stop)
-        stop.tell("sending")
-        if keeps and progress.step:
+        stop.enter("sending")
+        if keeps and progress.heartbeat.step:
             self.inner.keep(optimizer, self.order.fence)
         if not stop.reason:
-            stop.stop("steps done" if self.order.segments else "nothing leased")
+            done = StopReason.STEPS_DONE if self.order.segments else StopReason.NOTHING_LEASED
+            stop.stop(done)
         if self.ranks.first and self.order.segments:
             round_number = self.order.fence.round_number
             text = "Stop signal received (END ROUND %d) after batch %d: %s"
-            log.info(text, round_number, self.batches, stop.reason)
+            log.info(text, round_number, trainer.micro_steps, stop.reason)
         return {
-            "steps": progress.step,
-            "batches": self.batches,
-            "tokens": progress.tokens,
-            "loss_nats": self.ranks.sum([float(nats)])[0],
+            "steps": progress.heartbeat.step,
+            "batches": trainer.micro_steps,
+            "tokens": progress.heartbeat.tokens,
+            "loss_nats": self.ranks.sum([float(meter.nats)])[0],
             "train_s": train_s,
-            "consumed": [_as_list(segment) for segment in stream.consumed(progress.rows)],
+            "consumed": stream.consumed(progress.rows),
             "row_counts": row_counts,
         }
 
+    def _train(
+        self, trainer: Trainer, stream: "RowStream[Segment]", meter: "LossMeter", stop: StopWatcher
+    ) -> None:
+        """Whole optimizer steps; every decision to stop is rank 0's, and all ranks take it together."""
+        config, progress = self.config, self.progress
+        schedule = plan.schedule(config, total_tokens=self.order.total_tokens)
+        while not 0 < config.round_steps <= progress.heartbeat.step:
+            if (rows := self._read(stream, stop)) is None:
+                return
+            if len(rows) < config.batch_rows and not (len(rows) and self.order.lease_is_tail):
+                stop.stop(StopReason.LEASE_USED_UP)
+                return
+            hyper = schedule.at(self._global_step())
+            step_nats = trainer.step(rows, hyper=hyper, should_stop=lambda: self._agree(stop))
+            if step_nats is None:
+                return
+            tokens = len(rows) * config.sequence_len
+            if progress.heartbeat.step == 0:
+                settle_garbage()
+            progress.step_done(rows=len(rows), tokens=tokens)
+            meter.add(step_nats, tokens, stream.position)
+
+    def _agree(self, stop: StopWatcher) -> bool:
+        """Whether to stop, as rank 0 sees it, on all ranks."""
+        return self.ranks.agree(stop.should_stop())
+
     def _run_block(self, model: GPT) -> RunBlock:
-        """The form of a block that the work ahead repays: a function of the configuration and the machine."""
+        """Compiled blocks where the work ahead pays for them: a function of configuration and machine."""
         config = self.config
 
         def seconds(tokens: int) -> float:
@@ -257,71 +254,46 @@ class Round:
 
         Rank 0 waits for them, since only it hears the stop; once it has them, so have the others.
         """
-        size, self.progress.state = self.config.batch_rows, "packing"
+        size = self.config.batch_rows
+        self.progress.update(state="packing")
         rows = stream.read(size, should_stop=stop.should_stop) if self.ranks.first else None
-        self.progress.state = "training"
-        if self.ranks.agree(stop.should_stop()):
+        self.progress.update(state="training")
+        if self._agree(stop):
             return None
         return stream.read(size) if rows is None else rows
 
-    def _row_counts(self, data: SiteData, stream: RowStream, stop: StopWatcher) -> list[list[int]]:
-        """Sizes of the leased shards that are packed by now.
+    def _row_counts(
+        self, data: SiteData, stream: "RowStream[Segment]", stop: StopWatcher
+    ) -> dict[int, int]:
+        """Rows of the leased shards that are packed by now.
 
         With fixed steps: of those that were read from, waited for. What the books learn then depends on
         the work alone, so that a resumed run leases what an uninterrupted one would have.
         """
         if not self.ranks.first or stream.position is None:
-            return []
-        shards = [values[1] for values in self.order.segments]
+            return {}
+        shards = [segment.shard for segment in self.order.segments]
         if self.config.round_steps:
             epoch, shard, _, _ = stream.position
-            at = [values[:2] for values in self.order.segments].index([epoch, shard])
+            at = [segment.key for segment in self.order.segments].index((epoch, shard))
             shards = shards[: at + 1]
             for shard in shards:
-                # a row behind the end comes, as nothing, when the end is known
-                data.rows.rows(shard).read(_BEYOND, _BEYOND + 1, should_stop=stop.should_stop)
+                data.rows.wait_packed(shard, should_stop=stop.should_stop)
         known = stream.known_rows
-        return [[shard, known[shard]] for shard in sorted({*shards}) if shard in known]
-
-    def _should_stop(self, stop: StopWatcher) -> bool:
-        """The one decision of all ranks, before each micro-step."""
-        stopping = self.ranks.agree(stop.should_stop())
-        self.batches += not stopping
-        return stopping
+        return {shard: known[shard] for shard in sorted({*shards}) if shard in known}
 
     def _global_step(self) -> float:
         """Where in the run the next step is, as the schedule counts (docs/protocol.md)."""
-        own = self.progress.tokens / self.order.share
+        own = self.progress.heartbeat.tokens / self.order.share
         return (self.order.committed_tokens + own) / self.config.total_batch_size
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator["tqdm[object]"]:
-        """The site's own progress bar, where somebody sits before a terminal."""
+        """The client's own progress bar, where standard error is a terminal."""
         hidden = not (self.ranks.first and sys.stderr.isatty())
         description = f"{self.order.client} [ROUND {self.order.fence.round_number}]"
         with tqdm(desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
             yield bar
-
-    def _show(
-        self, bar: "tqdm[object]", stream: RowStream, nats: Tensor, tokens: int, began: float
-    ) -> Tensor:
-        """Read the loss from the device, tell it to whoever watches, and return the nats read."""
-        read = nats.cpu().double()
-        progress = self.progress
-        # rank 0 has about 1/n of the tokens; what the heartbeat shows need not be exact
-        loss = float(read) * self.ranks.world_size / tokens
-        before = progress.loss or loss
-        smoothed = _LOSS_EMA * before + (1 - _LOSS_EMA) * loss
-        progress.loss = smoothed
-        progress.tokens_per_s = progress.tokens / max(1e-9, time.monotonic() - began)
-        _, progress.shard, progress.shard_row, shard_rows = stream.position or (0, -1, 0, None)
-        progress.shard_rows = shard_rows or 0
-        share = progress.shard_row / shard_rows if shard_rows else 0.0
-        bar.set_postfix_str(
-            f"loss={smoothed:.4f} shard={progress.shard} shard_progress={share:.1%}", refresh=False
-        )
-        bar.update(progress.tokens - bar.n)
-        return read
 
     def _pseudo_gradient(self, model: GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Global minus local weights, fp32, on rank 0.
@@ -347,17 +319,56 @@ class Round:
         )
 
 
+class LossMeter:
+    """The sum of nats of a round, read from the device now and then, and shown where people look."""
+
+    def __init__(self, ranks: Ranks, progress: Progress, bar: "tqdm[object]") -> None:
+        self.nats = torch.zeros((), dtype=torch.float64)  # read so far, of this rank
+        self._pending = torch.zeros((), device=ranks.device)  # not read yet
+        self._pending_tokens = 0
+        self._ranks, self._progress, self._bar = ranks, progress, bar
+        self._began_s = self._read_at_s = time.monotonic()
+
+    def add(
+        self, nats: Tensor, tokens: int, position: tuple[int, int, int, int | None] | None
+    ) -> None:
+        """One step's nats of this rank and tokens of all; `position` as of `RowStream`."""
+        self._pending += nats
+        self._pending_tokens += tokens
+        late = time.monotonic() - self._read_at_s >= _READ_EVERY_S
+        if late or self._progress.heartbeat.step == 1:
+            self._show(position)
+
+    def read(self) -> Tensor:
+        """Wait for the device, and return the nats that were pending."""
+        read = self._pending.cpu().double()  # float64 does not exist on MPS
+        self.nats += read
+        self._pending.zero_()
+        self._read_at_s = time.monotonic()
+        return read
+
+    def _show(self, position: tuple[int, int, int, int | None] | None) -> None:
+        tokens, self._pending_tokens = self._pending_tokens, 0
+        done = self._progress.heartbeat
+        # rank 0 has about 1/n of the tokens; what the heartbeat shows need not be exact
+        loss = float(self.read()) * self._ranks.world_size / tokens
+        smoothed = _LOSS_EMA * (done.loss or loss) + (1 - _LOSS_EMA) * loss
+        _, shard, row, rows = position or (0, -1, 0, None)
+        self._progress.update(
+            loss=smoothed,
+            tokens_per_s=done.tokens / max(1e-9, time.monotonic() - self._began_s),
+            shard=shard,
+            shard_row=row,
+            shard_rows=rows or 0,
+        )
+        share = row / rows if rows else 0.0
+        self._bar.set_postfix_str(
+            f"loss={smoothed:.4f} shard={shard} shard_progress={share:.1%}", refresh=False
+        )
+        self._bar.update(done.tokens - self._bar.n)
+
+
 def _give_up(sentence: str) -> None:
-    """End this rank, and with it the group, at once; the handle is told why."""
-    last_words(Path(sys.argv[1]), sentence)
+    """End this rank, and with it the group, at once; the handle finds the reason."""
+    record_failure(Path(sys.argv[1]), sentence)
     os._exit(1)
-
-
-def _row_segment(values: list[int]) -> RowSegment:
-    epoch, shard, first_row, end_row = values
-    return RowSegment(epoch, shard, first_row, None if end_row < 0 else end_row)
-
-
-def _as_list(segment: RowSegment) -> list[int]:
-    assert segment.end_row is not None
-    return [segment.epoch, segment.shard, segment.first_row, segment.end_row]

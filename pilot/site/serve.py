@@ -1,4 +1,8 @@
-"""One process of a worker group: rank 0 serves the ClientApp, the others follow it."""
+"""One process of a worker group: rank 0 takes orders from ClientApps, the other ranks follow rank 0.
+
+A ClientApp connects, both sides compare the hash of their `pilot` package, the ClientApp sends one order,
+rank 0 answers it. Then a temporary group ends, and a resident one waits for the next connection.
+"""
 
 import contextlib
 import logging
@@ -18,7 +22,7 @@ from torch import Tensor
 from nanochat.errors import UserError
 from pilot.errors import PilotError
 from pilot.site.data import hello
-from pilot.site.group import last_words
+from pilot.site.group import record_failure
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
 from pilot.wire.codec import decode, encode
@@ -34,12 +38,12 @@ from pilot.wire.messages import (
     to_header,
 )
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _FAILED, _CLIENTAPP_GONE = 1, 3  # exit codes
 
 
 def main() -> None:
-    """Serve connections as the rank that the supervisor's environment says."""
+    """Run the rank that the environment, set by the supervisor, names."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     directory, rank = Path(sys.argv[1]), int(os.environ["PILOT_RANK"])
     idle_s = float(os.environ["PILOT_IDLE_S"])
@@ -48,19 +52,19 @@ def main() -> None:
             _Server(directory, idle_s).serve()
         else:
             _follow(directory, idle_s)
-    except Exception as error:  # noqa: BLE001 - told, printed, and the end of this process
-        # last words for the handle: the reason, not "a process ended with code 1"
-        told = isinstance(error, (UserError, PilotError))
-        last_words(directory, str(error) if told else f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001 - recorded, printed, and the end of this process
+        # for the handle: a better reason than "worker process 0 exited with code 1"
+        is_sentence = isinstance(error, (UserError, PilotError))
+        record_failure(directory, str(error) if is_sentence else f"{type(error).__name__}: {error}")
         traceback.print_exc()
         sys.stderr.flush()
-        # An interpreter that ends takes gloo and NCCL apart while their threads wait for other ranks:
-        # they may abort, and "killed by signal 6" would be the reason that the user reads.
+        # An interpreter that exits takes gloo and NCCL apart while their threads wait for other ranks.
+        # They may abort, and the user would read "killed by signal 6" as the reason.
         os._exit(_FAILED)
 
 
 class _Server:
-    """Rank 0: one order in, one answer out; a resident one waits `idle_s` for the next connection."""
+    """Rank 0: one order in, one answer out. With `idle_s` it waits that long for the next connection."""
 
     def __init__(self, directory: Path, idle_s: float) -> None:
         self._directory, self._idle_s = directory, idle_s
@@ -70,79 +74,80 @@ class _Server:
     def serve(self) -> None:
         with socket.socket(fileno=int(os.environ["PILOT_LISTENER"])) as listener:
             listener.settimeout(self._idle_s or None)
-            stays = True
-            while stays:
+            resident = True
+            while resident:
                 try:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     break
-                _hold_sigterm()  # until the order's own handler is there
+                _block_sigterm()  # until the order has its handler
                 connection.settimeout(None)
                 with connection:
-                    stays = self._converse(connection) and self._idle_s > 0
-                _end_on_sigterm()
+                    resident = self._converse(connection) and self._idle_s > 0
+                _exit_on_sigterm()
         if self._ranks is not None:
-            self._ranks.broadcast_json(None)  # there is no next order
+            self._ranks.broadcast_json(None)  # no order follows
             self._ranks.leave()
 
     def _converse(self, connection: socket.socket) -> bool:
-        """Serve one ClientApp; whether this group may wait for the next one."""
+        """Serve one ClientApp. Returns whether a resident group may wait for the next one."""
         theirs, _ = receive_frame(connection)
         send_frame(connection, {"package": self._package, "supervisor": os.getppid()})
         if theirs.get("package") != self._package:
-            return False  # this site's package has been replaced, or is another than the run's
+            return False  # this site's package was replaced since, or is not the run's
         try:
             header, parts = receive_frame(connection)
         except WireError:
-            return False  # as good as dead: it came to give an order
+            return False  # the ClientApp died before it gave its order
         received = time.monotonic()
         order = from_header(header)
         answer: HelloReply | TrainReply
         update: dict[str, Tensor]
-        with _ends_with(connection):
+        with _exit_if_closed(connection):
             if isinstance(order, HelloOrder):
-                answer, update, stays = hello(order), {}, True
+                answer, update, may_stay = hello(order), {}, True
             elif isinstance(order, TrainOrder):
-                answer, update, stays = self._train(order, parts, received)
+                answer, update, may_stay = self._train(order, parts, received)
             else:
                 raise ValueError(f"a worker takes orders, not {type(order).__name__}")
         wire_dtype = str(order.config["wire-dtype"])
         send_frame(connection, to_header(answer), encode(update, dtype=wire_dtype))
-        return stays
+        return may_stay
 
     def _train(
         self, order: TrainOrder, parts: list[Part], received: float
     ) -> tuple[TrainReply, dict[str, Tensor], bool]:
+        """(reply, update, whether this group may stay): after a run's last order, or when leaving, it ends."""
         weights = decode(parts)
         if self._ranks is None:
             self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         self._ranks.broadcast_json(to_header(order))
         task = Round(order, self._ranks, received, resident=self._idle_s > 0)
         reply, update = task.run(weights)
-        return reply, update, not (order.final or task.leaving)
+        return reply, update, not (order.run_is_over or task.leaving)
 
 
 def _follow(directory: Path, idle_s: float) -> None:
-    """Any other rank: the same rounds, told by rank 0, which alone speaks."""
+    """Every other rank: it trains the rounds that rank 0 broadcasts."""
     logging.getLogger("nanochat").setLevel(logging.WARNING)
     ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
     while (header := ranks.broadcast_json(None)) is not None:
         order = from_header(header)
         assert isinstance(order, TrainOrder)
         Round(order, ranks, time.monotonic(), resident=idle_s > 0).run({})
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing in hand: it may end here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no order in progress: it may end here
     ranks.leave()
 
 
 @contextlib.contextmanager
-def _ends_with(connection: socket.socket) -> Iterator[None]:
-    """End this process, and with it the group, when the ClientApp goes while its order is worked on."""
+def _exit_if_closed(connection: socket.socket) -> Iterator[None]:
+    """End this process, and so the group, if the ClientApp goes away while its order is being worked on."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            # nothing is due from the other end: readable means closed
-            if select.select([connection], [], [], _LOOK_S)[0] and not done.is_set():
+            # the ClientApp sends nothing now: readable means closed
+            if select.select([connection], [], [], _POLL_S)[0] and not done.is_set():
                 os._exit(_CLIENTAPP_GONE)
 
     watcher = threading.Thread(target=watch, name="clientapp", daemon=True)
@@ -154,11 +159,11 @@ def _ends_with(connection: socket.socket) -> Iterator[None]:
         watcher.join()
 
 
-def _hold_sigterm() -> None:
+def _block_sigterm() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-def _end_on_sigterm() -> None:
-    """Without an order in hand, SIGTERM is the end of this process and its group."""
+def _exit_on_sigterm() -> None:
+    """Between two orders, SIGTERM ends this process and its group at once."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -11,30 +11,34 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from pilot.coordination.coordinator import ClientCoordinator
+from pilot.coordination.coordinator import ClientCoordinator, heartbeat_expiry_s
 from pilot.site.notice import noticed
+from pilot.wire.messages import Heartbeat, StopReason
 
-_EXPIRY_HEARTBEATS = 10.0
-_LOOK_S = 0.5  # a wake-up may be lost: keys and files are looked at at least so often
-LEAVE_EXPIRY_S = 60.0  # a site that leaves says so again as long as it does
+_POLL_S = 0.5  # a wake-up may be lost: keys and files are polled at least this often
+LEAVE_EXPIRY_S = 60.0  # a client that is leaving renews its announcement while it does
 
 
 @dataclass
 class Progress:
-    """How far a worker is; the loop writes it, the watcher's thread sends it."""
+    """How far a worker is: the training loop writes it, the watcher's thread reads and sends it."""
 
-    state: str = "starting"  # starting | evaluating | packing | training | sending
-    step: int = 0
-    tokens: int = 0
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(state="starting"))
     rows: int = 0
-    loss: float = 0.0  # nats a token, smoothed
-    tokens_per_s: float = 0.0
-    shard: int = -1
-    shard_row: int = 0
-    shard_rows: int = 0  # 0: not known yet
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the heartbeat, all at once for whoever reads it."""
+        self.heartbeat = replace(self.heartbeat, **changes)
+
+    def step_done(self, *, rows: int, tokens: int) -> None:
+        """One optimizer step on `rows` rows of `tokens` tokens in all."""
+        self.rows += rows
+        done = self.heartbeat
+        self.update(step=done.step + 1, tokens=done.tokens + tokens)
 
 
 class StopWatcher:
@@ -57,10 +61,10 @@ class StopWatcher:
         overdue: Callable[[str], None] = lambda sentence: None,
         watches: bool = True,
     ) -> None:
-        self._reasons: list[str] = []
+        self._reasons: list[tuple[str, float]] = []  # and when each was given, oldest first
         self._leaving: list[tuple[str, float]] = []
         self._coordinator, self._progress = coordinator, progress
-        self._deadline = time.monotonic() + seconds_left
+        self._deadline_s = time.monotonic() + seconds_left
         self._heartbeat_s, self._notices = heartbeat_s, notices
         self._drain_deadline_s, self._overdue = drain_deadline_s, overdue
         self._watches = watches
@@ -69,7 +73,7 @@ class StopWatcher:
 
     def __enter__(self) -> "StopWatcher":
         if self._watches:
-            self._look()  # before anything else: the end may have come before we existed
+            self._poll_stop_sources()  # before anything else: the end may have come before we existed
             self._thread.start()
         return self
 
@@ -82,8 +86,9 @@ class StopWatcher:
 
     @property
     def reason(self) -> str:
-        """Why this worker stops: the first reason counts; "" while it goes on."""
-        return self._reasons[0] if self._reasons else ""
+        """Why this worker stops: the first reason counts; "" while there is none."""
+        first, since_s = self._reasons[0] if self._reasons else ("", time.monotonic())
+        return StopReason.DEADLINE if since_s >= self._deadline_s else first
 
     @property
     def leaving(self) -> str:
@@ -92,31 +97,28 @@ class StopWatcher:
 
     def stop(self, reason: str) -> None:
         """Stop for `reason`. Safe to call from any thread and from a signal handler."""
-        self._reasons.append(reason)
+        self._reasons.append((reason, time.monotonic()))
 
     def drain(self, reason: str) -> None:
         """Stop because this site is to leave; the drain deadline counts from the first call. As safe."""
         self._leaving.append((reason, time.monotonic()))
-        self._reasons.append(reason)
+        self.stop(reason)
 
     def should_stop(self) -> bool:
-        if not self.reason and time.monotonic() >= self._deadline:
-            self.stop("deadline")
         return bool(self.reason)
 
-    def tell(self, state: str) -> None:
+    def enter(self, state: str) -> None:
         """Enter `state`, and let the server know at once: what follows may take longer than a heartbeat."""
-        self._progress.state = state
-        self._beat()
+        self._progress.update(state=state)
+        self._send_heartbeat()
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         if self._coordinator is not None:
-            expiry_s = max(10.0, _EXPIRY_HEARTBEATS * self._heartbeat_s)
-            values = asdict(self._progress) | {"leaving": self.leaving}
-            self._coordinator.beat(values, expiry_s=expiry_s)
+            expiry_s = heartbeat_expiry_s(self._heartbeat_s)
+            self._coordinator.send_heartbeat(self._progress.heartbeat, expiry_s=expiry_s)
 
-    def _look(self) -> None:
-        """Look at all sources that nobody tells us of."""
+    def _poll_stop_sources(self) -> None:
+        """Look where a reason to stop or to leave may have appeared without a signal: files and keys."""
         if not self.leaving and (reason := noticed(self._notices)):
             self.drain(reason)
         if self._coordinator is None:
@@ -127,15 +129,15 @@ class StopWatcher:
             self.stop(reason)
 
     def _watch(self) -> None:
-        beat_at = time.monotonic()
+        next_heartbeat_s = time.monotonic()
         while not self._done.is_set():
-            if time.monotonic() >= beat_at:
-                self._beat()
-                beat_at = time.monotonic() + self._heartbeat_s
-            self._look()
+            if time.monotonic() >= next_heartbeat_s:
+                self._send_heartbeat()
+                next_heartbeat_s = time.monotonic() + self._heartbeat_s
+            self._poll_stop_sources()
             if self.leaving:
                 self._leave()
-            self._wait(min(_LOOK_S, max(0.0, beat_at - time.monotonic())))
+            self._wait(min(_POLL_S, max(0.0, next_heartbeat_s - time.monotonic())))
 
     def _leave(self) -> None:
         reason, since = self._leaving[0]
@@ -143,12 +145,12 @@ class StopWatcher:
             self._coordinator.announce_leave(reason, expiry_s=LEAVE_EXPIRY_S)
         if time.monotonic() - since >= self._drain_deadline_s:
             self._overdue(
-                f"this site is to leave ({reason}) and was not done after "
-                f"{self._drain_deadline_s:g} s of drain-deadline, while {self._progress.state}"
+                f"drain-deadline of {self._drain_deadline_s:g} s exceeded while "
+                f"{self._progress.heartbeat.state} (leaving: {reason})"
             )
 
     def _wait(self, timeout_s: float) -> None:
         if self._coordinator is not None:
             self._coordinator.wait(timeout_s)
         else:
-            self._done.wait(_LOOK_S)
+            self._done.wait(_POLL_S)

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pilot.wire.messages import Header, Part, header_text
+from pilot.wire.jsonable import header_text
+from pilot.wire.messages import Header, Part
 
 _LENGTH = struct.Struct("!Q")
 _MAX_HEADER_BYTES = 64 << 20

@@ -7,19 +7,31 @@ moves it. Standard library only.
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pilot.config import Scalar
+from pilot.segment import Segment
 
 Header = dict[str, Any]
 
-LEASE_USED_UP = "lease used up"  # TrainReply.stopped_by of a client that could go on with more rows
+
+class StopReason(StrEnum):
+    """Why a client stopped of itself. `TrainReply.stopped_by` is one of these, or words from outside: the
+    end reason of the round, a signal's name, what a notice or a `stop:` key says."""
+
+    STEPS_DONE = "steps done"  # the round's fixed number of optimizer steps
+    LEASE_USED_UP = "lease used up"  # it could train on with more rows
+    NOTHING_LEASED = "nothing leased"  # the order was to evaluate only
+    DEADLINE = "deadline"  # the seconds that its order gave it are over
+    LATER_ROUND = "a later round"  # Redis names one: this round is over
+    LEAVING = "leaving"  # the order came when this client was on its way out
+
 
 _INT64 = range(-(2**63), 2**63)  # Flower's integers
 
@@ -49,6 +61,33 @@ class Fence:
     lease_id: int
 
 
+@dataclass(frozen=True)
+class Heartbeat:
+    """How far a client is: what it tells Redis about itself, and what the server reads there."""
+
+    state: str = ""  # starting | evaluating | packing | training | sending
+    step: int = 0
+    tokens: int = 0
+    loss: float = 0.0  # nats per token, smoothed
+    tokens_per_s: float = 0.0
+    shard: int = -1  # -1: none yet
+    shard_row: int = 0
+    shard_rows: int = 0  # 0: not known yet
+
+    @staticmethod
+    def from_redis(values: Mapping[str, str]) -> "Heartbeat":
+        """What Redis holds, which may be anything: a value that is no finite number keeps its default."""
+        known: dict[str, Any] = {}
+        for declared in dataclasses.fields(Heartbeat):
+            try:
+                value = declared.type(values[declared.name])  # type: ignore[operator]
+            except (KeyError, ValueError):
+                continue
+            if isinstance(value, str) or math.isfinite(value):
+                known[declared.name] = value
+        return Heartbeat(**known)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HelloOrder:
     """The question to a new node: who are you, what do you have, do we agree?"""
@@ -73,17 +112,16 @@ class HelloReply:
     host: str = ""
     shards: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOrder:
-    """One client's work in one round; `segments` as `ledger.Segment.to_list`.
+    """One client's work in one round; without segments it only evaluates.
 
-    An order without segments only evaluates. `seconds_left` counts on the client's own monotonic
-    clock from receipt. `committed_tokens`, `share` and `total_tokens` are the schedule's inputs:
-    the client's own share of the federation's token rate, 0..1. `merged` is the last fence of this
-    client that was merged, as [term, round, lease] (empty: none yet). `final`: the run is over.
+    `seconds_left` counts on the client's own monotonic clock from receipt. `committed_tokens`, `share` and
+    `total_tokens` are the schedule's inputs, `share` being the client's share of the federation's token
+    rate, 0..1. `lease_is_tail`: nothing was left to lease behind `segments`, so one short step may end
+    them. `last_merged_fence`: of this client's last reply that was merged. `run_is_over`: no order follows.
     """
 
     fence: Fence
@@ -91,25 +129,25 @@ class TrainOrder:
     config: dict[str, Scalar]
     redis_url: str
     processes: int
-    segments: list[list[int]]
-    last: bool
+    segments: list[Segment]
+    lease_is_tail: bool
     seconds_left: float
     committed_tokens: int
     total_tokens: int
     share: float
     eval_first_row: int
     eval_end_row: int
-    merged: list[int] = field(default_factory=list)
-    final: bool = False
+    last_merged_fence: Fence | None = None
+    run_is_over: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReply:
     """What a client did; the pseudo-gradient travels as parts.
 
-    `consumed` are closed segments, a prefix of the lease; `row_counts` the sizes of shards that the
-    client has packed, as [shard, rows]; `loss_nats` the sum over the tokens trained on; `eval_*` the sums
-    over its slice of validation rows for the model that it received.
+    `consumed` are closed segments, a prefix of the lease; `row_counts` the rows of each shard that the
+    client has packed; `loss_nats` the sum over the tokens trained on; `eval_*` the sums over its slice of
+    validation rows for the model that it received.
     """
 
     fence: Fence
@@ -125,19 +163,33 @@ class TrainReply:
     eval_rows: int = _metric(0)
     train_s: float = _metric(0.0)
     total_s: float = _metric(0.0)
-    consumed: list[list[int]] = field(default_factory=list)
-    row_counts: list[list[int]] = field(default_factory=list)
+    consumed: list[Segment] = field(default_factory=list)
+    row_counts: dict[int, int] = field(default_factory=dict)
 
 
-def to_header(message: HelloOrder | HelloReply | TrainOrder | TrainReply) -> Header:
+AnyMessage = HelloOrder | HelloReply | TrainOrder | TrainReply
+
+
+def to_header(message: AnyMessage) -> Header:
     """`message` as JSON values, with its type's name under "kind"."""
-    values = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
-    if "fence" in values:
-        values["fence"] = dataclasses.asdict(values["fence"])
+    values = {f.name: _jsoned(getattr(message, f.name)) for f in dataclasses.fields(message)}
     return {"kind": type(message).__name__, **values}
 
 
-def from_header(header: Header) -> HelloOrder | HelloReply | TrainOrder | TrainReply:
+def _jsoned(value: Any) -> Any:
+    """`value` in JSON's types: a segment is a list of four integers, a map of integers a list of pairs."""
+    if isinstance(value, Segment):
+        return value.to_list()
+    if isinstance(value, Fence):
+        return dataclasses.asdict(value)
+    if isinstance(value, list):
+        return [_jsoned(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, int) for key in value) and value:
+        return [[key, _jsoned(item)] for key, item in sorted(value.items())]
+    return value
+
+
+def from_header(header: Header) -> AnyMessage:
     """The message of a header. Raises ValueError if it is not one: the network may carry anything.
 
     Keys that the message doesn't have are left aside, and a metric that is no number becomes NaN (0
@@ -169,8 +221,17 @@ def _field(declared: "dataclasses.Field[Any]", value: Any) -> Any:
 
 def _conform(value: Any, kind: Any) -> Any:
     """`value`, as JSON gave it, as a `kind`; raises ValueError if it isn't one."""
+    if kind == Fence | None:
+        return None if value is None else _conform(value, Fence)
     if kind is Fence and isinstance(value, dict):
         return Fence(**{f.name: _conform(value.get(f.name), f.type) for f in _fields(Fence)})
+    if kind is Segment:
+        return Segment.from_list(_integers(value, 4))
+    if kind == dict[int, int]:
+        if not isinstance(value, list) and value != {}:
+            raise ValueError(f"is a {type(value).__name__}")
+        pairs = [_integers(pair, 2) for pair in value]
+        return {key: number for key, number in pairs}  # noqa: C416 - dict() wants tuples
     if get_origin(kind) is list and isinstance(value, list):
         return [_conform(item, get_args(kind)[0]) for item in value]
     if get_origin(kind) is dict and isinstance(value, dict):
@@ -184,59 +245,11 @@ def _conform(value: Any, kind: Any) -> Any:
     raise ValueError(f"is a {type(value).__name__}")
 
 
-def header_text(header: Mapping[Any, Any]) -> str:
-    """`header` as JSON. Takes anything, raises nothing: what JSON has no form for becomes text."""
-    return "{" + ", ".join(f"{_json(_text(k))}: {_json(v)}" for k, v in header.items()) + "}"
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, default=plain)
-    except (TypeError, ValueError, RecursionError):  # odd keys, cycles, an endless integer
-        return json.dumps(_text(value))
-
-
-def plain(value: Any) -> Scalar | None:
-    """`value` as something that every transport takes: a bool, int, float, str or None.
-
-    Takes anything, raises nothing: one odd metric must not cost an hour of training. Tensors and numpy
-    scalars of one element become numbers; what has no better form becomes text.
-    """
-    try:
-        item = value.item() if hasattr(value, "item") else value
-        for kind in (bool, int, float):
-            if isinstance(item, kind):
-                return kind(item)
-    except Exception:  # noqa: BLE001 - a foreign type's own methods may raise anything
-        item = value
-    return None if item is None else _text(item)
-
-
-def _text(value: Any) -> str:
-    """`value` for people, in characters that UTF-8 has."""
-    try:
-        text = str(value) if isinstance(value, str) else repr(value)
-        return text.encode("utf-8", "replace").decode("utf-8")
-    except Exception:  # noqa: BLE001 - a foreign type's own methods may raise anything
-        return f"<{type(value).__name__}>"
-
-
-def split_metrics(values: Mapping[Any, Any]) -> tuple[dict[str, int | float], dict[str, str]]:
-    """(numbers, strings) of `values`: Flower's metrics take numbers only, its configs strings too.
-
-    None is left out; NaN and infinities are numbers.
-    """
-    numbers: dict[str, int | float] = {}
-    strings: dict[str, str] = {}
-    for key, raw in values.items():
-        name, value = _text(key), plain(raw)
-        if isinstance(value, bool):
-            numbers[name] = int(value)
-        elif isinstance(value, float) or (isinstance(value, int) and value in _INT64):
-            numbers[name] = value
-        elif value is not None:
-            strings[name] = _text(value)
-    return numbers, strings
+def _integers(value: Any, count: int) -> list[int]:
+    values: list[int] = _conform(value, list[int])
+    if len(values) != count:
+        raise ValueError(f"has {len(values)} numbers in a place of {count}")
+    return values
 
 
 @cache

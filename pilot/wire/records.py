@@ -1,17 +1,17 @@
 """Headers and parts ↔ Flower's records, at both ends of Flower.
 
-Numbers travel as metrics and text as config, because Flower's MetricRecord takes numbers only and one
-string among them raises; the header itself is one JSON text in the config, so nested values need no
-rules of their own.
+The header is one JSON text in a ConfigRecord: Flower's MetricRecord takes numbers only, and nested values
+need no rules of their own this way.
 """
 
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from pilot.wire.messages import Header, Part, header_text, split_metrics
+from pilot.wire.jsonable import header_text
+from pilot.wire.messages import Header, Part
 
 _STYPE = "pilot.raw"
 
@@ -21,11 +21,9 @@ def to_records(header: Header, parts: Iterable[Part] | ArrayRecord) -> RecordDic
 
     `parts` are copied, unless they come as a record of `to_arrays`: messages may share one.
     """
-    numbers, strings = split_metrics(header)
     return RecordDict(
         {
-            "metrics": MetricRecord({**numbers}),
-            "config": ConfigRecord({**strings, "header": header_text(header)}),
+            "config": ConfigRecord({"header": header_text(header)}),
             "parts": parts if isinstance(parts, ArrayRecord) else to_arrays(parts),
         }
     )

@@ -10,9 +10,10 @@ import pytest
 from benchmarks.chaos import checker
 from benchmarks.chaos.checker import Books, Limits, Merged, Outage
 from pilot.config import RunConfig
-from pilot.rules.ledger import Ledger, Segment
+from pilot.rules.ledger import Ledger
 from pilot.run.snapshot import write_snapshot
-from pilot.run.state import MergedReply, RunState
+from pilot.run.state import Contribution, MergedReply, RoundRecord, RunState
+from pilot.segment import Segment
 from pilot.wire.messages import Fence
 
 RUN, T = "run", 64
@@ -26,7 +27,7 @@ def reply(round_number: int, lease_id: int, *rows: tuple[int, int, int, int]) ->
 
 
 def good() -> list[Books]:
-    """Three rounds: two sites, then nobody, then one site that goes on where the first was."""
+    """Three rounds: two sites, then nobody, then one site that continues where the first was."""
     first = {(0, 0): [(0, 16)], (0, 1): [(0, 8)]}
     second = {(0, 0): [(0, 24)], (0, 1): [(0, 8)]}
     log = ((1, 1, 1), (1, 1, 2))
@@ -61,8 +62,8 @@ def test_good_books_have_no_violation() -> None:
 @pytest.mark.parametrize(
     ("books", "found"),
     [
-        (good()[:1] + good()[2:], "rounds: snapshot 2 is that of round 3"),
-        (changed(1, term=3), "rounds: round 2 is of term 1, after term 3"),
+        (good()[:1] + good()[2:], "rounds: snapshot 2 belongs to round 3"),
+        (changed(1, term=3), "rounds: round 2 has term 1, after term 3"),
         (changed(2, tokens=8 * T), "rounds: round 2 has 512 tokens, after 1536"),
         (
             changed(3, merged=(reply(2, 5, (0, 0, 16, 24)),)),
@@ -88,7 +89,7 @@ def test_good_books_have_no_violation() -> None:
         ),
         (
             changed(3, merged=()),
-            "rows: round 3 commits rows 16..24 of (0, 0), which no merged reply had",
+            "rows: round 3 commits rows 16..24 of (0, 0), which no merged reply contains",
         ),
         (
             changed(3, committed={(0, 0): [(0, 24)]}),
@@ -100,12 +101,12 @@ def test_good_books_have_no_violation() -> None:
         ),
         (
             changed(3, committed={(0, 0): [(0, 16), (12, 24)], (0, 1): [(0, 8)]}),
-            "ledger: round 3 has rows twice in [(0, 0)]",
+            "ledger: round 3 lists rows twice in [(0, 0)]",
         ),
         (changed(3, tokens=31 * T), "ledger: round 3 counts 448 tokens for 8 rows of 64"),
         (
             changed(2, log=((1, 1, 1),)),
-            "fences: the list of round 2 is not that of what was merged so far",
+            "fences: the log in snapshot 2 differs from the replies merged so far",
         ),
     ],
 )
@@ -126,11 +127,11 @@ def test_books_are_read_from_snapshots_as_the_server_writes_them(tmp_path: Path)
     lease = ledger.lease("site-a", 4)
     assert lease is not None
     shard = lease.segments[0].shard
-    ledger.commit(lease.lease_id, [Segment(0, shard, 0, 4)], {})
     state = RunState(config=config, weights={}, ledger=ledger, total_tokens=10**6)
-    state.round_number, state.tokens = 1, 4 * T
     fence = Fence(RUN, 1, 1, lease.lease_id)
-    state.note_merged([MergedReply("site-a", fence, 4 * T, [[0, shard, 0, 4]])])
+    reply = MergedReply("site-a", fence, 4 * T, [Segment(0, shard, 0, 4)])
+    record = RoundRecord(1, "min-duration", 1, 4 * T, 1.0, 2.0)
+    state.absorb(record, [Contribution(reply, {}, norm=1.0)], None)
     path = write_snapshot(tmp_path, state.to_snapshot(term=1), keep=3)
     rows = ((0, shard), (0, 4))
     merged = Merged("site-a", RUN, 1, 1, lease.lease_id, (rows,))
@@ -172,7 +173,7 @@ def test_a_stall_is_found_unless_an_outage_explains_it() -> None:
     assert list(checker.check_stalls(log, [], LIMITS)) == []
     log[2]["time"], log[3]["time"] = 46.0, 65.0
     assert list(checker.check_stalls(log, [], LIMITS)) == [
-        "stall: 41.0 s after round_opened, 40.0 s were allowed"
+        "stall: 41.0 s after round_opened, where 40.0 s were allowed"
     ]
     end = [event("round_committed", 0.0), event("run_finished", 59.0)]
     assert list(checker.check_stalls(end, [], LIMITS)) == []

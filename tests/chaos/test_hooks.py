@@ -1,4 +1,4 @@
-"""A worker of a chaos site sends a bad reply when it is told to, once, and no other process does."""
+"""A worker of a chaos site sends a bad reply when the injector asks for one, once; no other process does."""
 
 import os
 import subprocess

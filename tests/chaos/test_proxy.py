@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.chaos.processes import free_port
 from benchmarks.chaos.proxy import Line, Network
+from pilot.processes.scratch import free_port
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_cut_line_resets_connections_and_takes_none_until_it_is_up_again(line:
         assert ask(connection, b"four") == b"four"
 
 
-def test_a_line_to_nobody_resets() -> None:
+def test_a_line_to_a_closed_port_resets() -> None:
     with Network() as network, pytest.raises(ConnectionError):
         with connect(network.line(free_port())) as connection:
             _ = ask(connection, b"one") or ask(connection, b"one")

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from federation.local_grid import LocalGrid
-from federation.scripted import FINGERPRINTS, ScriptedSite, scripted_config
+from federation.scripted import FINGERPRINTS, FastClock, ScriptedSite, scripted_config
 from flwr.app import Message, RecordDict
 
 from pilot import server_app
 from pilot.errors import PilotError
 from pilot.faults import VARIABLE
 from pilot.run.directory import open_run_dir
-from pilot.server import round_loop
 from pilot.server.console import configure_logging
 from pilot.wire.codec import encode
 from pilot.wire.messages import TrainOrder, TrainReply, from_header, to_header
@@ -37,7 +36,7 @@ NAMES = ("a", "bb")
 FAILED = 3  # exit code: a PilotError, told in a sentence
 REFUSED_ROUND = 2  # in which the second site's update is not finite
 _LIMIT_S = 60.0
-_TICK_S = 0.005  # the server's own is a quarter of a second, most of a run's time here
+_SPEED = 50.0  # of the clock: pauses of a quarter of a second are most of a run's time here
 
 
 class _Grid(LocalGrid):
@@ -78,7 +77,7 @@ class _Site(ScriptedSite):
         update: dict[str, torch.Tensor] = {}
         if rows:
             first = reply.consumed[0]
-            generator = torch.Generator().manual_seed(1000 * first[1] + first[2])
+            generator = torch.Generator().manual_seed(1000 * first.shard + first.first_row)
             shapes = sorted(
                 (part.name, part.shape) for part in parts
             )  # in whatever order they came
@@ -106,8 +105,6 @@ def lead(job: dict[str, Any]) -> None:
     os.environ["NANOCHAT_BASE_DIR"] = job["base"]
     if job["fault"]:
         os.environ[VARIABLE] = job["fault"]
-    round_loop._TICK_S = _TICK_S
-    round_loop.RoundLoop._tick.__defaults__ = (_TICK_S,)
     fingerprints = FINGERPRINTS | {"validation shard": "0"}
     sites = [_Site(name, fingerprints=fingerprints) for name in NAMES]
     grid: Any = _Grid({100 + i: site for i, site in enumerate(sites)})
@@ -116,7 +113,10 @@ def lead(job: dict[str, Any]) -> None:
     config = scripted_config(**job["config"])
     with open_run_dir(config.run_name) as run_dir:
         stopped = threading.Event()
-        server_app._lead(config, grid, run_dir, job["redis"], simulation=True, stopped=stopped)
+        clock = FastClock(speed=_SPEED)
+        server_app._lead(
+            config, grid, run_dir, job["redis"], simulation=True, stopped=stopped, clock=clock
+        )
 
 
 def fork(job: dict[str, Any]) -> tuple[int, str]:

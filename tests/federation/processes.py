@@ -5,7 +5,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from federation.keys import Keys
@@ -18,11 +17,11 @@ from benchmarks.chaos.processes import (
     ROOT,
     end_group,
     environment,
-    free_port,
     listening,
     write_connection,
 )
 from pilot.processes.local_redis import LocalRedis
+from pilot.processes.scratch import free_port
 from pilot.run.events import read_events
 
 
@@ -115,12 +114,7 @@ class Deployment:
         self._stack.callback(end_group, process)
         return process
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
 

@@ -18,6 +18,7 @@ from pilot.run.events import read_events
 from pilot.run.snapshot import latest_snapshot
 from pilot.run.state import RunState
 from pilot.server.mailbox import Mailbox
+from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
 from pilot.server.telemetry import Telemetry
 from pilot.wire.codec import encode
@@ -46,6 +47,9 @@ class FastClock:
 
     def now_s(self) -> float:
         return (time.monotonic() - self._zero) * self._speed
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds / self._speed)
 
 
 @dataclass
@@ -81,10 +85,11 @@ class ScriptedSite:
 
     def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:
         consumed, left = [], self.rows
-        for epoch, shard, first, end in order.segments:
-            stop = min(SHARD_ROWS if end < 0 else end, first + left)
+        for segment in order.segments:
+            first, end = segment.first_row, segment.end_row
+            stop = min(SHARD_ROWS if end is None else end, first + left)
             if stop > first:
-                consumed.append([epoch, shard, first, stop])
+                consumed.append(replace(segment, end_row=stop))
                 left -= stop - first
         rows = self.rows - left
         reply = TrainReply(
@@ -98,9 +103,9 @@ class ScriptedSite:
             eval_bytes=2 * (order.eval_end_row - order.eval_first_row),
             eval_rows=order.eval_end_row - order.eval_first_row,
             consumed=consumed,
-            row_counts=[[values[1], SHARD_ROWS] for values in consumed],
+            row_counts={segment.shard: SHARD_ROWS for segment in consumed},
         )
-        seed = sum(values[1] * 1000 + values[2] for values in consumed)
+        seed = sum(segment.shard * 1000 + segment.first_row for segment in consumed)
         generator = torch.Generator().manual_seed(seed)
         update = {"w": torch.randn(5, generator=generator), "b": torch.randn(2, 3)}
         update["b"] = torch.randn(2, 3, generator=generator)
@@ -162,7 +167,9 @@ class Server:
         clock = clock or FastClock()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         name = self.config.run_name
-        coordinator = ServerCoordinator(self.redis_url, name, term=self.term, run_dir=self.run_dir)
+        coordinator = ServerCoordinator(
+            self.redis_url, name, term=self.term, run_dir=self.run_dir, clock=clock
+        )
         with Telemetry(
             self.run_dir,
             config_dict={},
@@ -176,7 +183,7 @@ class Server:
                 term=self.term,
                 mailbox=Mailbox(self.grid, clock),  # type: ignore[arg-type]  # what Grid is used for
                 coordinator=coordinator,
-                telemetry=telemetry,
+                report=Report(telemetry),
                 clock=clock,
                 run_dir=self.run_dir,
                 closed=self.closed,

@@ -20,6 +20,7 @@ from pilot.run.directory import open_run_dir
 from pilot.run.results import write_results
 from pilot.run.state import RunState
 from pilot.server.mailbox import Mailbox
+from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
 from pilot.server.telemetry import Telemetry
 
@@ -49,7 +50,7 @@ def federate(config: RunConfig) -> tuple[RunState, Path]:
             term=1,
             mailbox=Mailbox(grid, clock),  # type: ignore[arg-type]  # what Grid is used for
             coordinator=coordinator,
-            telemetry=telemetry,
+            report=Report(telemetry),
             clock=clock,
             run_dir=run_dir,
         ).run()

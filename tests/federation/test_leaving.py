@@ -49,7 +49,7 @@ def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_re
         assert node.wait(120) == 0
         assert not marked(deployment.mark("site-b")), "nothing of it is left"
         said = (tmp_path / "site-b.log").read_text(encoding="utf-8")
-        assert "leaving: the server has the reply in hand" in said
+        assert "leaving: the server has our last reply on disk" in said
         # the other by a key that an operator sets; it is back when that is gone
         keys.set("pilot:leaving:stop:site-a", "maintenance", ex=600)
         wait_until(lambda: len(events(builtin, "leaving", "reply")) == 2, 120, "both replies")

@@ -11,6 +11,7 @@ import torch
 from federation.scripted import ROW_TOKENS, FastClock, ScriptedSite, events
 
 from pilot.run.snapshot import latest_snapshot
+from pilot.segment import Segment
 from pilot.server.round_loop import RunFailed
 from pilot.wire.messages import TrainOrder, to_header
 
@@ -36,7 +37,8 @@ def test_a_round_without_replies_leaves_the_model_as_it_was_and_the_next_one_run
     state = run.run()
     assert torch.equal(state.weights["w"], torch.zeros(5))
     assert torch.equal(state.weights["b"], torch.ones(2, 3))
-    assert (state.empty_rounds, state.tokens, state.ledger.rows_committed) == (1, 0, 0)
+    assert [record.clients for record in state.history] == [0]
+    assert (state.tokens, state.ledger.rows_committed) == (0, 0)
     state = server(sites, num_rounds=2, run_name="again").run()
     assert not torch.equal(state.weights["w"], torch.zeros(5))
     assert [record.clients for record in state.history] == [0, 2]
@@ -75,7 +77,10 @@ def test_odd_metrics_cost_no_reply(server: Any) -> None:
         (lambda o, r, u: replace(r, error="no GPU"), "no GPU"),
         (lambda o, r, u: replace(r, fence=replace(r.fence, term=99)), "its fence is"),
         (lambda o, r, u: replace(r, fence=replace(r.fence, run="other")), "its fence is"),
-        (lambda o, r, u: replace(r, consumed=[[0, 3, 0, 4]]), "does not start as the leased"),
+        (
+            lambda o, r, u: replace(r, consumed=[Segment(0, 3, 0, 4)]),
+            "does not start as the leased",
+        ),
         (lambda o, r, u: replace(r, tokens="many"), "tokens is a str"),
         (lambda o, r, u: {"kind": "Nonsense"}, "not a Pilot message"),
     ],
@@ -237,9 +242,10 @@ def test_an_order_names_the_last_fence_of_its_client_that_was_merged(server: Any
     run.run()
     for site, merged_rounds in zip(sites, ([0, 1, 1, 3, 4], [0, 1, 2, 2, 4]), strict=True):
         orders = [order for order in site.orders if order.segments]
-        assert [order.merged[1] if order.merged else 0 for order in orders] == merged_rounds
+        assert [
+            o.last_merged_fence.round_number if o.last_merged_fence else 0 for o in orders
+        ] == merged_rounds
         fences = {o.fence.round_number: o.fence for o in orders}
         for order in orders[1:]:
-            fence = fences[order.merged[1]]
-            assert order.merged == [fence.term, fence.round_number, fence.lease_id]
-        assert [order.final for order in site.orders] == [False] * 5 + [True]
+            assert order.last_merged_fence == fences[order.last_merged_fence.round_number]
+        assert [order.run_is_over for order in site.orders] == [False] * 5 + [True]

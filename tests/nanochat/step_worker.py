@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import Hyper, learning_rates
 from nanochat.trainer import Trainer, rank_slice
 
@@ -48,7 +49,7 @@ def make(variant: str) -> tuple[GPT, MuonAdamW]:
             for parameter in block.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         model.lm_head.weight.mul_(100)
-    optimizer = model.make_optimizer(learning_rates(arch).scaled(0.1), weight_decay=0.1)
+    optimizer = make_optimizer(model, learning_rates(arch).scaled(0.1), weight_decay=0.1)
     for group in optimizer.param_groups:
         # AdamW divides by the gradient's size: with an eps of 1e-10 the sign of rounding noise
         # would be a full step

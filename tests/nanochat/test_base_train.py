@@ -15,7 +15,7 @@ import torch
 import nanochat_train
 from nanochat.checkpoint_manager import load_any, optimizer_ranks
 from nanochat.common import run_command_line
-from nanochat.samples import PROMPTS
+from nanochat.prompts import PROMPTS
 from nanochat.settings import Settings
 from scripts import base_eval, base_train
 
@@ -196,7 +196,7 @@ def test_the_vanilla_command_refuses_several_processes(
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert _call(nanochat_train.main, monkeypatch=monkeypatch) != 0
-    assert "start scripts.base_train" in capsys.readouterr().err
+    assert "use scripts.base_train" in capsys.readouterr().err
 
 
 def test_a_diverged_run_ends_in_one_sentence_and_keeps_its_checkpoints(
@@ -242,7 +242,7 @@ def test_matrix_lr_is_a_setting_of_its_own() -> None:
         (["--window-pattern", "XL"], "letters S and L"),
         (["--warmdown-ratio", "2"], "warmdown_ratio is 2"),
         (["--wandb-mode", "maybe"], "maybe"),
-        (["--fp8"], "there is no fp8 here"),
+        (["--fp8"], "fp8 is not supported"),
     ],
 )
 def test_every_input_error_is_one_sentence_before_any_work(

@@ -181,7 +181,7 @@ def test_tasks_that_cannot_be_scored_are_refused(tokenizer: RustBPETokenizer) ->
     item = {"query": "x", "choices": ["a", "b"], "gold": 0}
     with pytest.raises(UserError, match="unknown type of task 'essay'"):
         _score("a", tokenizer, "essay", [item])
-    with pytest.raises(UserError, match="1 items has not 1 examples"):
+    with pytest.raises(UserError, match="1 items has too few for 1-shot"):
         _score("a", tokenizer, "multiple_choice", [item], num_fewshot=1)
 
 
@@ -259,7 +259,7 @@ def test_fewer_items_are_the_first_of_a_pinned_shuffle(tmp_path: Path) -> None:
         (lambda d: (d / "eval_data" / "words.jsonl").unlink(), "words.jsonl cannot be read"),
         (
             lambda d: (d / "eval_data" / "words.jsonl").write_text('{"a": 1}\n{"a": 2}\n'),
-            "has not the form of language_modeling",
+            "is not a valid language_modeling item",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import learning_rates
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _reference_logits(model: GPT, idx: Tensor) -> Tensor:
-    """NANOCHAT.md in float64, one head at a time, on the model's weights by their names."""
+    """The documented model in float64, one head at a time, on the model's weights by their names."""
     c = model.config
     w = {name: tensor.double() for name, tensor in model.state_dict().items()}
     modern = c.arch == "modern"
@@ -303,7 +304,7 @@ def test_training_in_bf16_follows_training_in_fp32(arch: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = build_gpt(_config(arch), device=CPU, seed=0, compute_dtype=dtype)
         rates = learning_rates(arch).scaled(0.1)  # a small batch's: else single steps jump
-        optimizer = model.make_optimizer(rates, weight_decay=0.0)
+        optimizer = make_optimizer(model, rates, weight_decay=0.0)
         ids, losses = _ids(model, 4, 40) % 9, []
         for _ in range(20):
             loss = model(ids[:, :-1], ids[:, 1:])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nanochat.gpt import build_gpt, config_for_depth
+from nanochat.param_groups import make_optimizer
 from nanochat.schedule import Hyper, learning_rates
 from nanochat.trainer import Trainer
 import {module}
@@ -22,7 +23,7 @@ device = torch.device("cpu")
 for arch in ("classic", "modern"):
     config = config_for_depth(2, vocab_size=64, sequence_len=256, arch=arch, window_pattern="SL")
     model = build_gpt(config, device=device, seed=0)
-    optimizer = model.make_optimizer(learning_rates(arch), weight_decay=0.1)
+    optimizer = make_optimizer(model, learning_rates(arch), weight_decay=0.1)
     trainer = Trainer(model, optimizer, device=device, device_batch_rows=1)
     rows = np.ones((2, 257), dtype=np.uint16)
     hyper = Hyper(lr_multiplier=1.0, momentum=0.9, weight_decay=0.1)

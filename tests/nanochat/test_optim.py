@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanochat import optim
+from nanochat import update_rules
 from nanochat.gpt import GPT, GPTConfig, build_gpt
-from nanochat.optim import (
-    MuonAdamW,
+from nanochat.optim import MuonAdamW
+from nanochat.param_groups import make_optimizer
+from nanochat.schedule import learning_rates
+from nanochat.update_rules import (
+    AdamWRule,
+    MuonRule,
     adamw_update,
     equilibrate_rows,
     muon_update,
@@ -19,7 +23,6 @@ from nanochat.optim import (
     reduce_variance,
     snap_norm,
 )
-from nanochat.schedule import learning_rates
 
 SHAPES = [(6, 6), (12, 5), (5, 12), (1, 8)]
 
@@ -45,9 +48,9 @@ def test_adamw_rounds_a_bf16_table_once() -> None:
     weight, grad = _random(50).bfloat16(), _random(50, seed=1).bfloat16()
     moments = [torch.zeros(50), torch.zeros(50)]
     exact, exact_moments = weight.float(), [torch.zeros(50), torch.zeros(50)]
-    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.01}
-    adamw_update(weight, grad, *moments, step=1, **options)
-    adamw_update(exact, grad.float(), *exact_moments, step=1, **options)
+    rule = AdamWRule(lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.01)
+    adamw_update(weight, grad, *moments, step=1, rule=rule)
+    adamw_update(exact, grad.float(), *exact_moments, step=1, rule=rule)
     assert torch.equal(weight, exact.bfloat16())
     assert torch.equal(moments[1], exact_moments[1])
 
@@ -111,6 +114,12 @@ def test_normuon_evens_the_longer_side_and_keeps_the_norm(shape: tuple[int, int]
     torch.testing.assert_close(second.double(), moment, atol=1e-6, rtol=1e-5)
 
 
+def _muon_rule(*, lr: float, weight_decay: float) -> MuonRule:
+    return MuonRule(
+        lr=lr, momentum=0.9, beta2=0.9, weight_decay=weight_decay, polar_dtype=torch.float32
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_muon_step_is_the_stages_in_order(shape: tuple[int, int]) -> None:
     weights = _random(2, *shape)
@@ -126,11 +135,7 @@ def test_muon_step_is_the_stages_in_order(shape: tuple[int, int]) -> None:
             grads.clone(),
             buffer,
             second,
-            lr=0.02,
-            momentum=0.9,
-            beta2=0.9,
-            weight_decay=0.3,
-            polar_dtype=torch.float32,
+            _muon_rule(lr=0.02, weight_decay=0.3),
         )
         average = 0.9 * average + 0.1 * grads
         update = equilibrate_rows(0.1 * grads + 0.9 * average)
@@ -149,11 +154,7 @@ def test_zero_gradients_move_nothing_but_decay_and_make_no_nan() -> None:
         torch.zeros_like(weights),
         torch.zeros_like(weights),
         torch.zeros(2, 4, 1),
-        lr=0.1,
-        momentum=0.9,
-        beta2=0.9,
-        weight_decay=0.0,
-        polar_dtype=torch.float32,
+        _muon_rule(lr=0.1, weight_decay=0.0),
     )
     assert torch.equal(weights, before)
 
@@ -219,7 +220,7 @@ def test_rates_may_be_given_by_name() -> None:
 def test_saved_state_continues_bit_for_bit(arch: str, dtype: torch.dtype) -> None:
     rates = learning_rates(arch).scaled(0.1)
     model = _model(arch, dtype)
-    optimizer = model.make_optimizer(rates, weight_decay=0.1)
+    optimizer = make_optimizer(model, rates, weight_decay=0.1)
     _train(model, optimizer, 3)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -229,7 +230,7 @@ def test_saved_state_continues_bit_for_bit(arch: str, dtype: torch.dtype) -> Non
     saved = torch.load(file, weights_only=True)
     resumed = _model(arch, dtype)
     resumed.load_state_dict(saved["model"])
-    other = resumed.make_optimizer(learning_rates(arch), weight_decay=0.0)
+    other = make_optimizer(resumed, learning_rates(arch), weight_decay=0.0)
     other.load_state_dict(saved["optimizer"])
     _train(resumed, other, 2)
     for name, tensor in model.state_dict().items():
@@ -247,13 +248,12 @@ def test_adamw_in_pieces_is_bit_for_bit_adamw_in_one(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(piece: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(optim, "_PIECE", piece)
+        monkeypatch.setattr(update_rules, "_PIECE", piece)
         generator = torch.Generator().manual_seed(0)
         weight, grad = (torch.randn(103, generator=generator).to(dtype) for _ in range(2))
         moments = [torch.rand(103, generator=generator) for _ in range(2)]
-        optim.adamw_update(
-            weight, grad, *moments, step=3, lr=0.1, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1
-        )
+        rule = AdamWRule(lr=0.1, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1)
+        adamw_update(weight, grad, *moments, step=3, rule=rule)
         return [weight, *moments]
 
     # whole vectors of any CPU in each piece, and in the last one a rest

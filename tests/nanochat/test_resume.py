@@ -19,7 +19,7 @@ from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import run_command_line
 from nanochat.kernels.choices import what_compiling_lacks
-from nanochat.resume import RunState
+from nanochat.resume import TrainingState
 from scripts import base_train
 
 from .data_kit import assert_equal, byte_tokenizer, texts, write_shard
@@ -122,7 +122,7 @@ def test_compiled_steps_of_two_processes_are_those_of_one(corpus: Path, base_dir
     def run(*arguments: str) -> None:
         process = _begin("-m", "scripts.base_train", *train, *arguments)
         output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0 and "compiling on" in output, output
+        assert process.returncode == 0 and "compile: on" in output, output
 
     run("--run", "whole")
     whole, broken = (_directory(base_dir, name) for name in ("whole", "broken"))
@@ -144,7 +144,9 @@ def test_ctrl_c_ends_the_step_saves_it_and_the_run_goes_on(
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 130, output
     assert "Traceback" not in output
-    stopped = re.search(r"stopped after step (\d+): --resume-from-step latest", output)
+    stopped = re.search(
+        r"stopped after step (\d+): continue with --resume-from-step latest", output
+    )
     assert stopped and checkpoint_manager.find_last_step(directory) == int(stopped[1])
     # the signal is only flagged: nothing but whole steps is there
     assert not list(directory.glob(".*.tmp"))
@@ -284,10 +286,10 @@ def test_core_without_its_bundle_is_refused_before_any_training(
 
 
 def test_figures_that_are_not_known_yet_are_numbers_for_upstream_and_unknown_for_us() -> None:
-    meta = RunState(step=3, shard=0).to_meta()
+    meta = TrainingState(step=3, shard=0).to_meta()
     loop = json.loads(json.dumps(meta, allow_nan=False))["loop_state"]
     assert min(2.0, loop["min_val_bpb"]) == 2.0
     assert 0.9 * loop["smooth_train_loss"] == 0
-    assert RunState.from_meta(meta) == RunState(step=3, shard=0)
+    assert TrainingState.from_meta(meta) == TrainingState(step=3, shard=0)
     meta["loop_state"] |= {"min_val_bpb": None, "smooth_train_loss": None}  # as it was once
-    assert RunState.from_meta(meta) == RunState(step=3, shard=0)
+    assert TrainingState.from_meta(meta) == TrainingState(step=3, shard=0)

@@ -1,4 +1,4 @@
-"""benchmarks/rows.py on a small shard: what it compares is the same, and its last line has the figures."""
+"""benchmarks.rows on a small shard: what it compares is the same, and its last line has the figures."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ def test_both_loaders_take_all_documents_and_the_last_line_has_the_figures(tmp_p
         write_shard(tmp_path / "text", shard, texts(1500, seed=shard))
     options = ["--text", str(tmp_path / "text"), "--vocab", "400", "--seq-len", "100"]
     done = subprocess.run(
-        [sys.executable, "benchmarks/rows.py", *options, "--rounds", "1", "--no-step"],
+        [sys.executable, "-m", "benchmarks.rows", *options, "--rounds", "1", "--no-step"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -13,8 +13,8 @@ import pytest
 from nanochat import tokenizer as tokenizer_module
 from nanochat.common import run_command_line
 from nanochat.errors import UserError
-from nanochat.source import get_source
-from nanochat.tokenizer import RustBPETokenizer, cropped, get_tokenizer
+from nanochat.source import cropped, get_source
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import tok_train
 from scripts.tok_train import Options
 
@@ -181,7 +181,7 @@ def test_after_an_interruption_more_than_ten_shards_are_read_in_the_same_order(
 def test_an_interrupted_training_goes_on_with_the_shards_it_chose(shards, interrupted, capsys):
     write_shard(shards, 3, texts(200, seed=3))  # now 2 is a training shard, and 3 for validation
     again = tok_train.train(get_source(shards), OPTIONS, interrupted)
-    assert "going on with the 2 shards" in capsys.readouterr().out
+    assert "continuing with the 2 shards" in capsys.readouterr().out
     assert again.fingerprint() == trained_on(0, 1)
     entry = json.loads((interrupted / "training.json").read_text())
     assert entry["result"]["fingerprint"] == again.fingerprint()
@@ -204,7 +204,7 @@ def test_other_options_choose_anew(shards, interrupted):
 
 def test_chosen_shards_that_changed_are_refused(shards, interrupted):
     write_shard(shards, 1, texts(100, seed=1))
-    with pytest.raises(UserError, match=r"other shards than those that .*training\.json names"):
+    with pytest.raises(UserError, match=r"does not hold the shards that .*training\.json names"):
         tok_train.train(get_source(shards), OPTIONS, interrupted)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanochat import optim
+from nanochat import optim, update_rules
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 from nanochat.optim import MuonAdamW
 
@@ -120,13 +120,13 @@ def test_muon_takes_as_many_polar_iterations_as_its_group_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    polar_express = optim.polar_express
+    polar_express = update_rules.polar_express
 
     def recorded(x: Tensor, *, dtype: torch.dtype, steps: int) -> Tensor:
         asked.append(steps)
         return polar_express(x, dtype=dtype, steps=steps)
 
-    monkeypatch.setattr(optim, "polar_express", recorded)
+    monkeypatch.setattr(update_rules, "polar_express", recorded)
     model = _model()
     optimizer = model.setup_optimizer()
     for group in optimizer.param_groups:

@@ -18,6 +18,9 @@ class ManualClock:
     def now_s(self) -> float:
         return self.at_s
 
+    def sleep(self, seconds: float) -> None:
+        self.at_s += seconds
+
 
 class ManualGrid:
     """Keeps what was pushed; answers come when the test says so.

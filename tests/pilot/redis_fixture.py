@@ -1,18 +1,11 @@
 """Redis servers for tests: real, private, gone with the test. Import the fixtures you need."""
 
-import socket
 from collections.abc import Iterator
 
 import pytest
 
 from pilot.processes.local_redis import LocalRedis
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from pilot.processes.scratch import free_port
 
 
 @pytest.fixture

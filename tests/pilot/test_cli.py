@@ -23,9 +23,9 @@ from pilot.launch import connection, flower_run
 from pilot.launch import superlink as superlink_module
 from pilot.launch.connection import Connection, flower_environment, flower_program
 from pilot.launch.flower_run import FlowerRun
+from pilot.processes.scratch import free_port
 
 from .flower_app import write_app
-from .redis_fixture import free_port
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -199,7 +199,7 @@ def test_merged_values_survive_the_file_that_flower_reads(tmp_path: Path) -> Non
         "on": True,
         "t": {"odd key": {"x": 1}},
     }
-    connection.write_run_config(tmp_path / "c.toml", values)
+    connection.write_toml(tmp_path / "c.toml", values)
     assert tomllib.loads((tmp_path / "c.toml").read_text()) == values
 
 

@@ -1,9 +1,11 @@
-"""The ClientApp: a site that is to leave takes no work, and what it has in hand is known to others."""
+"""The ClientApp: a leaving client takes no work, and others can see the state of its order."""
 
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from pilot import client_app
 from pilot.client_app import answer
@@ -95,6 +98,15 @@ def greet(redis_url: str = "", **config: Any) -> HelloReply:
     return reply
 
 
+def test_what_runs_once_per_message_or_command_imports_neither_torch_nor_nanochat() -> None:
+    modules = (
+        "pilot.client_app, pilot.site.handle, pilot.site.in_flight, pilot.site.notice, pilot.cli"
+    )
+    code = f"import sys, {modules}; print(*{{'torch', 'nanochat'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 # -- leaving -------------------------------------------------------------------------------------
 
 
@@ -122,7 +134,7 @@ def test_site_with_a_stop_key_takes_no_work_until_it_is_cleared(
     assert ask(redis_url).stopped_by == "" and greet(redis_url).error == ""
 
 
-def test_server_is_told_of_a_notice_that_only_the_site_sees(
+def test_server_learns_of_a_notice_that_only_the_site_sees(
     worker: FakeWorker, redis_url: str, leader: ServerCoordinator, tmp_path: Path
 ) -> None:
     notice = tmp_path / "notice"
@@ -144,7 +156,7 @@ def test_site_that_cannot_reach_redis_works(
 # -- in flight -----------------------------------------------------------------------------------
 
 
-def test_node_can_read_where_the_order_in_hand_is(
+def test_node_can_read_the_state_of_the_order(
     worker: FakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def state() -> str:
@@ -184,14 +196,15 @@ def test_broken_file_is_no_order(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["acknowledged", "a later round"])
-def test_heartbeats_go_on_while_the_reply_is_sent_until(
+def test_heartbeats_continue_while_the_reply_is_sent_until(
     end: str, worker: FakeWorker, redis_url: str, leader: ServerCoordinator
 ) -> None:
     worker.update = UPDATE
     ask(redis_url, heartbeat=0.05)
-    until(lambda: leader.heartbeats(["c"]).get("c", {}).get("state") == "sending")
-    first = leader.heartbeats(["c"])["c"]["beat"]
-    until(lambda: leader.heartbeats(["c"])["c"]["beat"] != first)
+    until(lambda: [h.heartbeat.state for h in leader.heartbeats(["c"]).values()] == ["sending"])
+    with redis.Redis.from_url(redis_url) as raw:
+        first = raw.hget("pilot:r:client:c", "beat")
+        until(lambda: raw.hget("pilot:r:client:c", "beat") not in (first, None))
     leader.end_round("min-duration")
     assert [thread.name for thread in threading.enumerate()].count("sending") == 1
     if end == "acknowledged":
@@ -221,7 +234,7 @@ def test_sigterm_drains_the_worker_and_the_reply_still_goes_out(
     process = multiprocessing.get_context("fork").Process(target=client)
     process.start()
     try:
-        until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+        until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGTERM)
         assert here.poll(LIMIT_S)

@@ -8,6 +8,7 @@ import torch
 
 from pilot import plan
 from pilot.config import RunConfig
+from pilot.segment import Segment
 from pilot.site.handle import WorkerHandle
 from pilot.wire.codec import decode, encode
 from pilot.wire.messages import Fence, TrainOrder, TrainReply, from_header, to_header
@@ -59,14 +60,15 @@ def site_config(site: Path, **values: Any) -> RunConfig:
 
 
 def train_order(config: RunConfig, segments: list[list[int]], **values: Any) -> TrainOrder:
+    """`segments` as `Segment.to_list` writes them."""
     defaults: dict[str, Any] = {
         "fence": Fence("r", 1, 1, 1),
         "client": "c",
         "config": config.to_mapping(),
         "redis_url": "",
         "processes": 1,
-        "segments": segments,
-        "last": False,
+        "segments": [Segment.from_list(values) for values in segments],
+        "lease_is_tail": False,
         "seconds_left": 300.0,
         "committed_tokens": 0,
         "total_tokens": 100_000,
@@ -75,6 +77,10 @@ def train_order(config: RunConfig, segments: list[list[int]], **values: Any) -> 
         "eval_end_row": 0,
     }
     return TrainOrder(**(defaults | values))
+
+
+def lists(segments: list[Segment]) -> list[list[int]]:
+    return [segment.to_list() for segment in segments]
 
 
 ENDLESS = [[epoch, shard, 0, -1] for epoch in range(2000) for shard in (0, 1)]

@@ -1,4 +1,4 @@
-"""`benchmarks/bpe.py` on a small text, without the network."""
+"""`benchmarks.bpe` on a small text, without the network."""
 
 import json
 import os
@@ -11,8 +11,6 @@ import pytest
 import tokenizers
 
 import rustbpe
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bpe.py"
 
 
 @pytest.fixture
@@ -28,7 +26,8 @@ def text(tmp_path: Path) -> Path:
 def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     offline = {"UV_OFFLINE": "1", "UV_CACHE_DIR": str(cache), "PIP_NO_INDEX": "1"}
     return subprocess.run(
-        [sys.executable, BENCHMARK, *arguments],
+        [sys.executable, "-m", "benchmarks.bpe", *arguments],
+        cwd=Path(__file__).parents[2],
         env=os.environ | offline,
         capture_output=True,
         text=True,

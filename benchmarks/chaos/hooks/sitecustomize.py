@@ -1,8 +1,8 @@
-"""Loaded by every Python process of a chaos site (PYTHONPATH): lets a worker send what it should not.
+"""Loaded by every Python process of a chaos site (PYTHONPATH): makes a worker send a bad reply.
 
-The injector writes a word into the file `$PILOT_CHAOS_REPLY`; the next update that a worker of the site
-encodes is spoilt in that way and the file is removed. The product knows nothing of it: `pilot.wire.codec` and
-`pilot.wire.messages` are wrapped as they are imported, in worker processes only.
+The injector writes a word into the file `$PILOT_CHAOS_REPLY`. The next update that a worker of the site
+encodes is spoilt in that way, and the file is removed. The product does not know of it: `pilot.wire.codec`
+and `pilot.wire.messages` are wrapped as they are imported, in worker processes only.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _FILE = os.environ.get("PILOT_CHAOS_REPLY")
 
 
 def _ordered(words: Sequence[str]) -> str | None:
-    """The word that the injector wrote, if it is one of `words`; it is taken away then."""
+    """The word that the injector wrote, if it is one of `words`; the file is then removed."""
     with contextlib.suppress(OSError):
         path = Path(_FILE or "")
         word = path.read_text(encoding="utf-8")

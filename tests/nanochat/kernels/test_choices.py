@@ -22,7 +22,7 @@ from nanochat.kernels.choices import (
 LONG = 1e6  # seconds
 
 
-def test_compiling_is_chosen_where_it_is_repaid() -> None:
+def test_compiling_is_chosen_where_it_pays() -> None:
     assert choose_compile("auto", device_type="cuda", missing="", run_s=LONG).on
     assert choose_compile("auto", device_type="cuda", missing="", run_s=LONG, process_s=LONG).on
     assert not choose_compile("auto", device_type="cuda", missing="", run_s=30.0).on
@@ -34,10 +34,10 @@ def test_compiling_is_chosen_where_it_is_repaid() -> None:
 def test_without_a_compiler_the_step_stays_eager_and_the_line_says_why(mode: str) -> None:
     choice = choose_compile(mode, device_type="cpu", missing="there is no C++ compiler", run_s=LONG)
     assert choice == CompileChoice(False, "there is no C++ compiler")
-    assert str(choice) == "compiling off (there is no C++ compiler)"
+    assert str(choice) == "compile: off (there is no C++ compiler)"
 
 
-def test_a_mode_that_is_told_wins_over_the_work_left() -> None:
+def test_a_requested_mode_wins_over_the_work_left() -> None:
     assert choose_compile("on", device_type="cuda", missing="", run_s=1.0).on
     assert not choose_compile("off", device_type="cuda", missing="", run_s=LONG).on
     with pytest.raises(ValueError, match="auto, on, off"):
@@ -134,9 +134,9 @@ def test_one_sentence_says_what_was_chosen() -> None:
         windows=(128, 128, 512),
         length=512,
         has_flash3=False,
-        compiling=CompileChoice(False, "as it was told"),
+        compiling=CompileChoice(False, "requested"),
     )
     assert str(chosen) == (
         "Training step: matmuls in bfloat16; attention by blocks of queries (window 128), "
-        "torch's fused causal attention (window 512); compiling off (as it was told)"
+        "torch's fused causal attention (window 512); compile: off (requested)"
     )

@@ -172,6 +172,12 @@ def test_the_share_discarded_is_reported(make_cache, caplog):
 # --- the cache
 
 
+def test_a_shard_can_be_waited_for_until_it_is_packed(make_cache, tokenizer):
+    cache = make_cache()
+    assert cache.wait_packed(1) == len(reference(tokenizer, texts(60, seed=1), "stream"))
+    assert cache.known_rows == {1: cache.wait_packed(1)}
+
+
 def test_packed_rows_are_not_packed_again(make_cache, monkeypatch):
     first = make_cache().rows(0).read(0, 10**9)
     monkeypatch.setattr(cache_module, "_PackerProcess", lambda *_: pytest.fail("packed again"))
@@ -249,11 +255,12 @@ def test_rows_are_served_while_the_rest_is_being_packed(make_cache, large, token
     np.testing.assert_array_equal(head, reference(tokenizer, [document] * 12, "stream")[:100])
 
 
-def test_waiting_for_rows_ends_when_told_to_stop(make_cache, large):
+def test_waiting_for_rows_ends_when_it_should_stop(make_cache, large):
     cache = make_cache(large)
     stops = iter([False, False, True])
-    rows = cache.rows(0).read(10**9, 10**9 + 1, should_stop=lambda: next(stops))
-    assert rows.shape == (0, T + 1)
+    assert cache.wait_packed(0, should_stop=lambda: next(stops)) is None
+    far = cache.rows(0).read(10**9, 10**9 + 1, should_stop=lambda: True)
+    assert far.shape == (0, T + 1)
     stream = RowStream(cache, [Segment(0, 0, 10**9, None), Segment(0, 1, 0, None)])
     assert len(stream.read(5, should_stop=lambda: True)) == 0
     assert stream.position == (0, 0, 10**9, None)

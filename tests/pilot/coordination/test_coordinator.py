@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from pilot.coordination import coordinator as module
-from pilot.coordination.coordinator import CoordinatorError, ServerCoordinator
+from pilot.coordination.coordinator import CoordinatorError, Heard, ServerCoordinator
 from pilot.processes.local_redis import LocalRedis
-from pilot.wire.messages import Fence
+from pilot.wire.messages import Fence, Heartbeat
 
 from ..coordinator_kit import LIMIT_S, client, keys, server, until
 from ..redis_fixture import redis_url, tcp_redis
@@ -90,48 +90,48 @@ def test_heartbeats_are_those_of_this_round_of_the_clients_asked_for(
     leader = server(redis_url, tmp_path)
     leader.open_round(2)
     with client(redis_url, name="now", round_number=2) as now:
-        now.beat({"tokens": 5, "loss": 1.5, "state": "training", "flag": True}, expiry_s=60)
+        now.send_heartbeat(Heartbeat("training", tokens=5, loss=1.5), expiry_s=60)
     with client(redis_url, name="before", round_number=1) as before:
-        before.beat({"tokens": 9}, expiry_s=60)
+        before.send_heartbeat(Heartbeat(tokens=9), expiry_s=60)
     with client(redis_url, name="other", run="s", round_number=2) as other:
-        other.beat({"tokens": 9}, expiry_s=60)
-    beats = leader.heartbeats(["now", "before", "other", "silent"])
-    assert list(beats) == ["now"]
-    assert beats["now"]["tokens"] == "5" and beats["now"]["flag"] == "1"
-    assert beats["now"]["client"] == "now" and float(beats["now"]["age"]) == 0.0
+        other.send_heartbeat(Heartbeat(tokens=9), expiry_s=60)
+    heard = leader.heartbeats(["now", "before", "other", "silent"])
+    assert heard == {"now": Heard(Heartbeat("training", tokens=5, loss=1.5), 0.0)}
     assert leader.heartbeats([]) == {}
 
 
 def age(leader: ServerCoordinator) -> float:
-    return float(leader.heartbeats(["c"])["c"]["age"])
+    return leader.heartbeats(["c"])["c"].age_s
 
 
-def test_silent_client_ages_though_its_key_is_gone_until_it_beats_again_or_the_round_is_another(
+def test_silent_client_ages_though_its_key_is_gone_until_it_is_heard_again_or_the_round_is_another(
     redis_url: str, tmp_path: Path
 ) -> None:
     leader = server(redis_url, tmp_path)
     leader.open_round(1)
     assert leader.heartbeats(["c"]) == {}, "it has not begun: it is not silent"
     with client(redis_url) as half, redis.Redis.from_url(redis_url) as raw:
-        half.beat({"tokens": 5}, expiry_s=0.05)
+        half.send_heartbeat(Heartbeat(tokens=5), expiry_s=0.05)
         assert age(leader) == 0.0
         until(lambda: not raw.exists("pilot:r:client:c"))
         until(lambda: age(leader) > 0.2)
-        assert leader.heartbeats(["c"])["c"]["tokens"] == "5"
-        half.beat({"tokens": 5}, expiry_s=60)
-        assert age(leader) == 0.0, "any beat counts, whatever it says"
+        assert leader.heartbeats(["c"])["c"].heartbeat.tokens == 5
+        half.send_heartbeat(Heartbeat(tokens=5), expiry_s=60)
+        assert age(leader) == 0.0, "any heartbeat counts, whatever it says"
         until(lambda: age(leader) > 0.05)
     leader.open_round(2)
     assert leader.heartbeats(["c"]) == {}
 
 
-def test_nobody_ages_while_the_server_cannot_know(tcp_redis: LocalRedis, tmp_path: Path) -> None:
+def test_no_heartbeat_ages_while_the_server_cannot_know(
+    tcp_redis: LocalRedis, tmp_path: Path
+) -> None:
     leader = server(tcp_redis.url, tmp_path)
     leader.open_round(1)
     with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
-        half.beat({"tokens": 5}, expiry_s=60)
+        half.send_heartbeat(Heartbeat(tokens=5), expiry_s=60)
         assert age(leader) == 0.0
-        operator.config_set("maxmemory", "1")  # clients can't beat; reading works
+        operator.config_set("maxmemory", "1")  # clients can't write; reading works
         leader.tick()
         time.sleep(0.1)
         assert age(leader) == 0.0 == age(leader)
@@ -151,7 +151,7 @@ def test_stop_of_a_client_is_its_own_until_it_is_cleared(redis_url: str, tmp_pat
         assert half.told_to_leave() is None
         leader.stop_client("c", "maintenance")
         assert half.told_to_leave() == "maintenance" and other.told_to_leave() is None
-        assert half.round_over() is None, "the round goes on"
+        assert half.round_over() is None, "the round is still open"
         assert leader.draining(["c", "d"]) == {"c": "maintenance"}
         with redis.Redis.from_url(redis_url) as raw:
             assert 0 < raw.ttl("pilot:r:stop:c") <= module.STOP_EXPIRY_S
@@ -167,7 +167,9 @@ def test_client_that_leaves_by_itself_tells_the_server_and_may_come_back(
     with client(redis_url) as half:
         half.announce_leave("preempt-file /x", expiry_s=60)
         assert leader.draining(["c"]) == {"c": "leaving: preempt-file /x"}
-        assert half.told_to_leave() is None, "the file decides, not what it said of it before"
+        assert half.told_to_leave() is None, (
+            "the file decides, not what the client announced before"
+        )
         leader.clear_client_stop("c")
         leader.stop_client("c", "maintenance")
         half.announce_leave("SIGTERM", expiry_s=60)
@@ -245,7 +247,7 @@ def test_keys_of_others_survive_and_two_runs_dont_see_each_other(
         one.end_round("x")
         with client(redis_url) as of_one, client(redis_url, run="s") as of_two:
             assert of_one.round_over() == "x" and of_two.round_over() is None
-            of_two.beat({"tokens": 1}, expiry_s=60)
+            of_two.send_heartbeat(Heartbeat(tokens=1), expiry_s=60)
         assert one.heartbeats(["c"]) == {} and list(two.heartbeats(["c"])) == ["c"]
         one.finish()
         two.tick()
@@ -270,7 +272,7 @@ def test_keys_of_a_finished_run_expire_and_its_lock_is_free(redis_url: str, tmp_
         assert 0 < raw.ttl("pilot:r:round") <= module.FINISHED_EXPIRY_S
         assert all(raw.ttl(key) > 0 for key in raw.keys("pilot:*"))
     with client(redis_url) as half:
-        assert half.round_over() == "interrupted", "whoever still trains stops"
+        assert half.round_over() == "interrupted", "clients that still train stop"
     again = server(redis_url, tmp_path / "elsewhere", term=2)
     again.open_round(2)
     with redis.Redis.from_url(redis_url) as raw:

@@ -1,4 +1,4 @@
-"""`pilot node`: it comes back by itself, and leaves when the server has its reply and not before."""
+"""`pilot node`: it restarts its SuperNode, and leaves when the server has its reply, not before."""
 
 import json
 import os
@@ -15,19 +15,21 @@ from typing import Any
 import psutil
 import pytest
 
+from nanochat.common import get_base_dir
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
-from pilot.launch.node import default_name, supernode_command
+from pilot.launch.node import default_name, node_directory, supernode_command
+from pilot.processes.scratch import free_port
 from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
 from pilot.wire.messages import Fence
 
-from ..redis_fixture import free_port, redis_url
+from ..redis_fixture import redis_url
 
 __all__ = ["redis_url"]  # a fixture
 LIMIT_S = 30.0
 
-# What it was started with and how it ended goes to $FAKE_LOG; it fails as often as $FAKE_FAILS says.
+# It writes its arguments and its end to $FAKE_LOG, and fails at its first $FAKE_FAILS starts.
 SUPERNODE = """#!{python}
 import json, os, signal, sys, time
 log = os.environ["FAKE_LOG"]
@@ -81,19 +83,19 @@ class Site:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             if starts:
-                before = len(self.told("argv"))
-                until(lambda: len(self.told("argv")) > before or process.poll() is not None)
+                before = len(self.logged("argv"))
+                until(lambda: len(self.logged("argv")) > before or process.poll() is not None)
             yield process
         finally:
             process.kill()
             process.communicate()
 
-    def told(self, key: str) -> list[Any]:
+    def logged(self, key: str) -> list[Any]:
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [line[key] for line in lines if key in line]
 
     def has_order(self, state: str, url: str = "", lease: int = 1, **values: Any) -> None:
-        """A ClientApp of this process has an order in hand."""
+        """A ClientApp in this process works on an order."""
         defaults: dict[str, Any] = {
             "run": "r",
             "redis_url": url,
@@ -106,7 +108,7 @@ class Site:
         }
         with self._monkeypatch.context() as patch:
             patch.setenv("PILOT_NODE_DIR", str(self.directory))
-            in_flight.note(InFlight(**(defaults | values)))
+            in_flight.write(InFlight(**(defaults | values)))
 
 
 @pytest.fixture
@@ -146,18 +148,27 @@ def test_name_and_a_free_port_are_added_to_the_supernodes_own_options() -> None:
     assert default_name()
 
 
-def test_node_that_ends_is_started_again_and_told_in_a_line_each_time(
+@pytest.mark.parametrize("base", ["", "~/elsewhere"])
+def test_node_and_its_workers_agree_on_the_base_directory(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", base)
+    assert node_directory("a") == get_base_dir() / "nodes" / "a"
+
+
+def test_supernode_that_exits_is_restarted_with_one_line_each_time(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_FAILS", "2")
     with site.node("--preempt-file", "/no/notice", "--insecure", "--superlink", "h:1") as process:
-        until(lambda: len(site.told("argv")) == 3)
+        until(lambda: len(site.logged("argv")) == 3)
         process.terminate()
         code, said = end(process)
-    assert code == 0 and len(site.told("ended")) == 1
-    assert site.told("argv")[2][:3] == ["--insecure", "--superlink", "h:1"]
-    assert site.told("preempt") == ["/no/notice"] * 3
-    assert said.count("with code 1; again in") == 2 and "again in 0.1 s" in said
+    assert code == 0 and len(site.logged("ended")) == 1
+    assert site.logged("argv")[2][:3] == ["--insecure", "--superlink", "h:1"]
+    assert site.logged("preempt") == ["/no/notice"] * 3
+    assert said.count("exited with code 1") == 2 and "restarting in 0.1 s" in said
 
 
 @pytest.mark.parametrize(("exit_code", "attempts"), [("2", 1), ("1", 4)])
@@ -168,11 +179,11 @@ def test_supernode_that_never_stays_is_given_up(
     monkeypatch.setenv("FAKE_CODE", exit_code)
     with site.node() as process:
         code, said = end(process)
-    assert code == 2 and said.splitlines()[-1].startswith("error: flower-supernode ended")
-    assert len(site.told("argv")) == attempts
+    assert code == 2 and said.splitlines()[-1].startswith("error: flower-supernode exited")
+    assert len(site.logged("argv")) == attempts
 
 
-def test_supernode_whose_clientapp_was_killed_starts_anew_at_once(site: Site) -> None:
+def test_supernode_whose_clientapp_was_killed_is_restarted_at_once(site: Site) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     with site.node() as process:
@@ -180,13 +191,13 @@ def test_supernode_whose_clientapp_was_killed_starts_anew_at_once(site: Site) ->
             in_flight.SENDING, pid=dead.pid
         )  # it has replied: its end is as it should be
         time.sleep(0.5)
-        assert len(site.told("argv")) == 1
+        assert len(site.logged("argv")) == 1
         site.has_order(in_flight.WORKING, pid=dead.pid)
-        until(lambda: len(site.told("argv")) == 2)
-        assert site.told("ended") == site.told("pid")[:1], "it said goodbye"
+        until(lambda: len(site.logged("argv")) == 2)
+        assert site.logged("ended") == site.logged("pid")[:1], "it said goodbye"
         site.has_order(in_flight.WORKING)
         time.sleep(0.5)
-        assert len(site.told("argv")) == 2
+        assert len(site.logged("argv")) == 2
         process.kill()
 
 
@@ -194,8 +205,8 @@ def test_second_node_of_a_name_is_refused(site: Site) -> None:
     with site.node() as first:
         with site.node(starts=False) as second:
             code, said = end(second)
-        assert code == 2 and "runs on this machine already" in said and said.count("\n") == 1
-        assert first.poll() is None and len(site.told("argv")) == 1
+        assert code == 2 and "already runs on this machine" in said and said.count("\n") == 1
+        assert first.poll() is None and len(site.logged("argv")) == 1
         first.terminate()
         assert end(first)[0] == 0
 
@@ -212,7 +223,7 @@ def test_redis_that_is_not_there_is_one_sentence_and_no_reason_not_to_start(
 
 def test_supernode_ends_with_its_node_however_that_ends(site: Site) -> None:
     with site.node() as process:
-        supernode = psutil.Process(site.told("pid")[0])
+        supernode = psutil.Process(site.logged("pid")[0])
         process.kill()
     until(lambda: not supernode.is_running() or supernode.status() == psutil.STATUS_ZOMBIE, 10.0)
 
@@ -221,16 +232,16 @@ def test_supernode_ends_with_its_node_however_that_ends(site: Site) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_node_with_nothing_in_hand_ends_at_once(site: Site, signum: signal.Signals) -> None:
+def test_node_without_an_order_ends_at_once(site: Site, signum: signal.Signals) -> None:
     with site.node() as process:
         process.send_signal(signum)
         code, said = end(process)
-    assert code == 0 and "nothing is in hand" in said and signum.name in said
-    assert site.told("leave") == [True], "what starts meanwhile takes no work"
+    assert code == 0 and "no order in progress" in said and signum.name in said
+    assert site.logged("leave") == [True], "what starts meanwhile takes no work"
     assert sorted(path.name for path in site.directory.iterdir()) == ["lock"]
 
 
-def test_node_waits_for_the_acknowledgement_of_the_order_in_hand(
+def test_node_waits_until_its_reply_is_acknowledged(
     site: Site, redis_url: str, leader: ServerCoordinator
 ) -> None:
     with site.node() as process:
@@ -242,11 +253,11 @@ def test_node_waits_for_the_acknowledgement_of_the_order_in_hand(
         site.has_order("sending", redis_url)
         leader.end_round("min-duration")
         time.sleep(0.7)
-        assert process.poll() is None and site.told("ended") == []
+        assert process.poll() is None and site.logged("ended") == []
         leader.acknowledge("a", Fence("r", 1, 1, 1))
         code, said = end(process)
-    assert code == 0 and "the server has the reply in hand" in said
-    assert len(site.told("ended")) == 1
+    assert code == 0 and "the server has our last reply on disk" in said
+    assert len(site.logged("ended")) == 1
     assert leader.draining(["a"]) == {}, "it may come back"
 
 
@@ -261,7 +272,7 @@ def test_order_that_came_with_the_notice_is_waited_for_too(
         site.has_order("sending", redis_url, fence=second)
         leader.open_round(2)
         time.sleep(1.2)
-        assert process.poll() is None and site.told("ended") == [], "it took it for the first"
+        assert process.poll() is None and site.logged("ended") == [], "it took it for the first"
         leader.acknowledge("a", second)
         assert end(process)[0] == 0
 
@@ -285,11 +296,11 @@ def test_node_doesnt_wait_for_what_will_not_come(
         else:
             site.has_order("working", redis_url, pid=gone.pid)
         code, said = end(process)
-    assert code == 0 and (how in said or (how == "done" and "nothing is in hand" in said))
+    assert code == 0 and (how in said or (how == "done" and "no order in progress" in said))
 
 
 @pytest.mark.parametrize("how", ["limit", "second signal"])
-def test_node_waits_no_longer_than_it_was_told_to(
+def test_node_waits_no_longer_than_it_may(
     how: str, site: Site, redis_url: str, leader: ServerCoordinator
 ) -> None:
     options = ["--leave-within", "0.5"] if how == "limit" else []
@@ -300,8 +311,8 @@ def test_node_waits_no_longer_than_it_was_told_to(
             until(lambda: leader.draining(["a"]))
             process.send_signal(signal.SIGINT)
         code, said = end(process)
-    assert code == (0 if how == "limit" else 130) and "nobody says" in said
-    assert len(site.told("ended")) == 1
+    assert code == (0 if how == "limit" else 130) and "no confirmation" in said
+    assert len(site.logged("ended")) == 1
 
 
 def test_without_redis_it_waits_for_the_clientapp_and_a_moment_for_the_upload(site: Site) -> None:
@@ -315,7 +326,7 @@ def test_without_redis_it_waits_for_the_clientapp_and_a_moment_for_the_upload(si
             client.kill()
             threading.Thread(target=client.wait).start()  # as its SuperExec would
             code, said = end(process)
-        assert code == 0 and "no Redis says more" in said
+        assert code == 0 and "Redis unreachable" in said
     finally:
         client.kill()
         client.wait()
@@ -345,7 +356,7 @@ def test_node_that_comes_back_takes_its_own_stop_away_but_no_others(
         process.terminate()
         until(lambda: leader.draining(["a"]))
         process.kill()
-    until(lambda: len(site.told("ended")) == 1)
+    until(lambda: len(site.logged("ended")) == 1)
     assert leader.draining(["a"]) and (site.directory / "leave").exists()
     with site.node() as process:
         assert leader.draining(["a"]) == {} and not (site.directory / "leave").exists()

@@ -2,7 +2,8 @@
 
 import random
 
-from pilot.rules.ledger import Lease, Ledger, Segment
+from pilot.rules.ledger import Lease, Ledger
+from pilot.segment import Segment
 
 Row = tuple[int, int, int]  # epoch, shard, row
 

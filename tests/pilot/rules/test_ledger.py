@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from pilot.rules.ledger import Lease, Ledger, LedgerError, Segment
+from pilot.rules.ledger import Lease, Ledger, LedgerError
+from pilot.segment import Segment
 
 from .ledger_kit import known, make
 

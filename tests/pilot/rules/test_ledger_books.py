@@ -18,7 +18,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pilot.rules.ledger import Lease, Ledger, LedgerError, Segment
+from pilot.rules.ledger import Lease, Ledger, LedgerError
+from pilot.segment import Segment
 
 from .ledger_kit import Row, consume, order, rows_of
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from nanochat.rows.stream import shard_order
-from pilot.rules.ledger import Ledger, Segment
+from pilot.rules.ledger import Ledger
+from pilot.segment import Segment
 
 from .ledger_kit import consume, known, make, rows_leased
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from pilot.config import RunConfig
-from pilot.rules.ledger import Ledger, Segment
+from pilot.rules.ledger import Ledger
 from pilot.run.snapshot import Snapshot, latest_snapshot, write_snapshot
-from pilot.run.state import ConfigChange, MergedReply, ResumeError, RoundRecord, RunState
+from pilot.run.state import (
+    ConfigChange,
+    Contribution,
+    MergedReply,
+    ResumeError,
+    RoundRecord,
+    RunState,
+)
+from pilot.segment import Segment
 from pilot.wire.messages import Fence
 
 CONFIG = RunConfig(run_name="r", num_shards=3, total_batch_size=4096, min_clients=1)
@@ -34,10 +42,9 @@ def trained(config: RunConfig = CONFIG, **changes: Any) -> RunState:
         "outer": {"momentum.w": torch.ones(3)},
         "round_number": 4,
         "tokens": 40_960,
-        "empty_rounds": 1,
-        "merged": [MergedReply("a", Fence("r", 2, 4, 7), 10_240, [[0, 2, 0, 5]])],
+        "merged": [MergedReply("a", Fence("r", 2, 4, 7), 10_240, [Segment(0, 2, 0, 5)])],
         "merged_log": ['{"round":3}', '{"round":4}'],
-        "last_merged": {"a": [2, 4, 7]},
+        "last_merged": {"a": Fence("r", 2, 4, 7)},
         "config_changes": [ConfigChange(3, "lr", 0.01, 0.02)],
         "history": [RoundRecord(4, "min-duration", 2, 40_960, 1.5, 3.25, 1.75, 9)],
         "fingerprints": {"tokenizer": "ab"},
@@ -109,7 +116,7 @@ def test_what_tensors_and_rows_depend_on_cant_be_changed_even_so(change: dict[st
 
 
 def test_refusal_says_how_to_go_on_anyway() -> None:
-    with pytest.raises(ResumeError, match="resume-anyway=true goes on"):
+    with pytest.raises(ResumeError, match="resume-anyway=true continues"):
         RunState.from_snapshot(through_json(trained()), replace(CONFIG, lr=0.1), shard_order=order)
 
 
@@ -119,29 +126,49 @@ def test_snapshot_says_which_versions_wrote_it_and_where_the_schedule_stands() -
     assert state["versions"]["torch"] == torch.__version__
     assert state["schedule"]["step"] == 10.0
     assert 0 < state["schedule"]["lr_multiplier"] <= 1
-    assert state["config_hash"] == CONFIG.training_hash()
 
 
-def test_merged_replies_are_logged_for_good_and_the_last_of_each_client_is_known() -> None:
-    state = trained(merged=[], merged_log=[], last_merged={})
+def test_a_round_is_absorbed_whole_its_replies_for_good_and_the_last_of_each_client() -> None:
+    state = trained(merged=[], merged_log=[], last_merged={}, history=[])
     for number in (5, 6):
-        replies = [
-            MergedReply(name, Fence("r", 2, number, 10 * number + i), 16, [[0, i, 0, 2]])
-            for i, name in enumerate("ab")
-        ]
-        state.note_merged(replies)
-    assert state.merged == replies
-    assert state.last_merged == {"a": [2, 6, 60], "b": [2, 6, 61]}
+        contributions = []
+        for name in "ab":
+            lease = state.ledger.lease(name, 2)
+            assert lease is not None
+            used = replace(lease.segments[0], end_row=lease.segments[0].first_row + 2)
+            fence = Fence("r", 2, number, lease.lease_id)
+            reply = MergedReply(name, fence, 16, [used])
+            contributions.append(Contribution(reply, {}, norm=float(number)))
+        record = RoundRecord(number, "min-duration", 2, 32, 1.0, 2.0)
+        state.absorb(record, contributions, ({"w": torch.full((3,), float(number))}, {}))
+    merged = [one.reply for one in contributions]
+    assert state.merged == merged
+    assert state.last_merged == {reply.client: reply.fence for reply in merged}
+    assert (state.round_number, state.tokens, len(state.history)) == (6, 40_960 + 64, 2)
+    assert state.admission.norms == [5.0, 5.0, 6.0, 6.0] and not state.ledger.open
+    assert state.ledger.rows_committed == 5 + 8 and float(state.weights["w"][0]) == 6.0
     log = [json.loads(line) for line in through_json(state).merged]
-    assert [(one["round"], one["lease"]) for one in log] == [(5, 50), (5, 51), (6, 60), (6, 61)]
-    assert log[1] == {
-        "round": 5,
+    assert [(one["round"], one["client"]) for one in log] == [
+        (5, "a"),
+        (5, "b"),
+        (6, "a"),
+        (6, "b"),
+    ]
+    assert log[-1] == {
+        "round": 6,
         "term": 2,
-        "lease": 51,
+        "lease": merged[-1].fence.lease_id,
         "client": "b",
         "tokens": 16,
-        "consumed": [[0, 1, 0, 2]],
+        "consumed": [merged[-1].consumed[0].to_list()],
     }
+
+
+def test_a_round_without_replies_leaves_the_model_and_is_counted() -> None:
+    state = trained()
+    state.absorb(RoundRecord(5, "nobody-left", 0, 0, 1.0, None), [], None)
+    assert (state.round_number, state.tokens, state.merged) == (5, 40_960, [])
+    assert torch.equal(state.weights["w"], torch.arange(3.0)) and state.history[-1].clients == 0
 
 
 def test_what_doesnt_shape_the_training_may_change() -> None:

@@ -1,4 +1,4 @@
-"""A round of three sites, and answers to it."""
+"""A round of three clients, and answers to it."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,9 +12,11 @@ from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
 from pilot.run.state import RunState
+from pilot.segment import Segment
 from pilot.server.mailbox import Answer
-from pilot.server.open_round import OpenRound, Work
-from pilot.server.roster import Site
+from pilot.server.open_round import OpenRound, SentOrder
+from pilot.server.report import Report
+from pilot.server.roster import Client
 from pilot.server.telemetry import Telemetry
 from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, HelloReply, TrainReply, to_header
@@ -26,18 +28,18 @@ CONFIG = RunConfig(
 
 
 class Round:
-    """A round of three sites that have two shards of ten rows each, and what tests do with it."""
+    """A round of three clients that have two shards of ten rows each, and what tests do with it."""
 
     def __init__(self, directory: Path) -> None:
         ledger = Ledger(num_shards=6, epochs=2, shard_order=lambda _: range(6))
         weights = {"w": torch.zeros(3), "b": torch.zeros(2, 2)}
         self.state = RunState(CONFIG, weights, ledger, total_tokens=10**6)
         self.spool, self.events = directory / "spool", directory / "events.jsonl"
-        self.telemetry = Telemetry(
+        telemetry = Telemetry(
             directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
         )
-        self.open = OpenRound(3, self.state, self.telemetry, spool=self.spool, opened_at_s=0.0)
-        self.works = {}
+        self.open = OpenRound(3, self.state, Report(telemetry), spool=self.spool, opened_at_s=0.0)
+        self.orders: dict[str, SentOrder] = {}
         for number, name in enumerate("abc"):
             self.order(name, number, {2 * number, 2 * number + 1})
 
@@ -46,17 +48,17 @@ class Round:
         lease = self.state.ledger.lease(name, 4)
         assert lease is not None
         fence = Fence("r", 1, 3, lease.lease_id)
-        work = Work(f"m-{name}", Site(name, number, HelloReply()), fence, lease)
-        self.works[name] = work
-        self.open.add(work)
+        order = SentOrder(f"m-{name}", Client(name, number, HelloReply()), fence, lease)
+        self.orders[name] = order
+        self.open.add(order)
 
     def reply(self, name: str, rows: int = 4, **changes: Any) -> TrainReply:
-        work = self.works[name]
-        assert work.lease is not None
-        first = work.lease.segments[0]
-        consumed = [[first.epoch, first.shard, 0, rows]] if rows else []
+        order = self.orders[name]
+        assert order.lease is not None
+        first = order.lease.segments[0]
+        consumed = [Segment(first.epoch, first.shard, 0, rows)] if rows else []
         reply = TrainReply(
-            fence=work.fence,
+            fence=order.fence,
             client=name,
             steps=1,
             tokens=rows * ROW_TOKENS,
@@ -73,10 +75,10 @@ class Round:
         update = {key: torch.full_like(t, value) for key, t in self.state.weights.items()}
         return Answer(f"m-{name}", 0, to_header(reply), encode(update) if reply.tokens else [])
 
-    def take(self, name: str, value: float = 1.0, **changes: Any) -> bool:
-        """Whether the answer was to this round, taken or refused."""
+    def accept(self, name: str, value: float = 1.0, **changes: Any) -> bool:
+        """Whether the answer was to this round, accepted or refused."""
         answer = self.answer(name, self.reply(name, **changes), value)
-        return self.open.take(answer) is not None
+        return self.open.handle_answer(answer) is not None
 
     def refusals(self) -> list[str]:
         return [e["reason"] for e in read_events(self.events) if e["event"] == "reply_refused"]

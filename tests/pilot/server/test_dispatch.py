@@ -13,7 +13,8 @@ from pilot.run.state import RunState
 from pilot.server.dispatch import Dispatcher
 from pilot.server.mailbox import Mailbox
 from pilot.server.open_round import OpenRound
-from pilot.server.roster import Site
+from pilot.server.report import Report
+from pilot.server.roster import Client
 from pilot.server.telemetry import Telemetry
 from pilot.wire.codec import decode
 from pilot.wire.messages import HelloOrder, HelloReply, TrainOrder, from_header
@@ -47,11 +48,15 @@ class Server:
         self.grid, self.clock = ManualGrid(*nodes), ManualClock()
         box = Mailbox(self.grid, self.clock)  # type: ignore[arg-type]  # what Grid is used for
         self.dispatcher = Dispatcher(self.config, self.state, 5, box, self.clock, "unix:///r.sock")
-        self.telemetry = Telemetry(
+        telemetry = Telemetry(
             directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
         )
         self.open = OpenRound(
-            2, self.state, self.telemetry, spool=directory / "spool", opened_at_s=self.clock.at_s
+            2,
+            self.state,
+            Report(telemetry),
+            spool=directory / "spool",
+            opened_at_s=self.clock.at_s,
         )
 
     def order(self, node: int) -> TrainOrder:
@@ -60,13 +65,13 @@ class Server:
         return order
 
     def rows(self, node: int) -> int:
-        return sum(end - first for _, _, first, end in self.order(node).segments)
+        return sum(segment.rows or 0 for segment in self.order(node).segments)
 
 
-def site(
+def client(
     number: int, *, speed: float | None = None, shards: range = range(8), **hello: Any
-) -> Site:
-    return Site(f"s{number}", number, HelloReply(shards=list(shards), **hello), speed)
+) -> Client:
+    return Client(f"s{number}", number, HelloReply(shards=list(shards), **hello), speed)
 
 
 def model(content: RecordDict) -> torch.Tensor:
@@ -76,23 +81,23 @@ def model(content: RecordDict) -> torch.Tensor:
 def test_order_says_all_that_a_worker_needs(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, round_steps=2)
     server.state.tokens = 96
-    server.dispatcher.send_all(server.open, [site(1, devices=3)])
+    server.dispatcher.send_all(server.open, [client(1, devices=3)])
     order = server.order(1)
-    (work,) = server.open.pending.values()
-    assert order.fence == work.fence and work.lease is not None
+    (sent,) = server.open.pending
+    assert order.fence == sent.fence and sent.lease is not None
     assert (order.fence.run, order.fence.term, order.fence.round_number) == ("r", 5, 2)
-    assert order.fence.lease_id == work.lease.lease_id
-    assert order.segments == [segment.to_list() for segment in work.lease.segments]
+    assert order.fence.lease_id == sent.lease.lease_id
+    assert order.segments == list(sent.lease.segments)
     assert (order.client, order.processes, order.redis_url) == ("s1", 3, "unix:///r.sock")
     assert (order.committed_tokens, order.total_tokens, order.share) == (96, 1_000_000, 1.0)
-    assert (order.eval_first_row, order.eval_end_row, order.last) == (0, 10, False)
+    assert (order.eval_first_row, order.eval_end_row, order.lease_is_tail) == (0, 10, False)
     assert RunConfig.from_mapping(order.config) == server.config
-    assert torch.equal(model(server.grid.pushed[work.message_id].content), WEIGHTS["w"])
+    assert torch.equal(model(server.grid.pushed[sent.message_id].content), WEIGHTS["w"])
 
 
 def test_orders_of_a_round_share_one_copy_of_the_model(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, 3, round_steps=1)
-    server.dispatcher.send_all(server.open, [site(n) for n in (1, 2, 3)])
+    server.dispatcher.send_all(server.open, [client(n) for n in (1, 2, 3)])
     contents = [message.content for message in server.grid.pushed.values()]
     assert len(contents) == 3 and all(torch.equal(model(c), WEIGHTS["w"]) for c in contents)
     assert len({id(content["parts"]) for content in contents}) == 1
@@ -111,7 +116,7 @@ def test_hello_asks_with_the_whole_configuration(tmp_path: Path) -> None:
 def test_validation_rows_are_evaluated_once_each(tmp_path: Path, count: int) -> None:
     nodes = range(1, count + 1)
     server = Server(tmp_path, *nodes, round_steps=1)
-    server.dispatcher.send_all(server.open, [site(n) for n in nodes], evaluate_only=True)
+    server.dispatcher.send_all(server.open, [client(n) for n in nodes], evaluate_only=True)
     slices = [(server.order(n).eval_first_row, server.order(n).eval_end_row) for n in nodes]
     assert [row for first, end in slices for row in range(first, end)] == list(range(10))
     assert all(server.order(n).segments == [] for n in nodes) and not server.state.ledger.open
@@ -119,14 +124,14 @@ def test_validation_rows_are_evaluated_once_each(tmp_path: Path, count: int) -> 
 
 def test_fixed_steps_lease_exactly_their_rows_whoever_is_fast(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, round_steps=3, known_rows=100)
-    server.dispatcher.send_all(server.open, [site(1, speed=1.0), site(2, speed=1e9)])
+    server.dispatcher.send_all(server.open, [client(1, speed=1.0), client(2, speed=1e9)])
     assert [server.rows(n) for n in (1, 2)] == [3 * BATCH_ROWS] * 2
     assert [server.order(n).share for n in (1, 2)] == [0.5, 0.5]
 
 
 def test_lease_is_about_twice_what_a_sites_speed_will_use(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, known_rows=1000)
-    server.dispatcher.send_all(server.open, [site(1, speed=6.0), site(2, speed=18.0)])
+    server.dispatcher.send_all(server.open, [client(1, speed=6.0), client(2, speed=18.0)])
     assert [server.order(n).share for n in (1, 2)] == [0.25, 0.75]
     assert server.rows(1) == pytest.approx(2 * 6.0 * 100 / T, abs=BATCH_ROWS)
     assert server.rows(2) == pytest.approx(2 * 18.0 * 100 / T, abs=BATCH_ROWS)
@@ -135,30 +140,34 @@ def test_lease_is_about_twice_what_a_sites_speed_will_use(tmp_path: Path) -> Non
 
 def test_token_target_limits_a_lease(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, known_rows=1000, target_tokens=4800)
-    server.dispatcher.send_all(server.open, [site(1), site(2)])
+    server.dispatcher.send_all(server.open, [client(1), client(2)])
     assert [server.rows(n) for n in (1, 2)] == [2 * 4800 // 2 // T] * 2
 
 
 def test_end_of_the_run_limits_a_lease(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, known_rows=1000, target_tokens=10**6)
     server.state.tokens = server.state.total_tokens - 64
-    server.dispatcher.send_all(server.open, [site(1)])
+    server.dispatcher.send_all(server.open, [client(1)])
     assert server.rows(1) == 2 * 64 // T
 
 
 def test_site_of_unknown_speed_is_leased_at_least_one_step(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, known_rows=1000, target_tokens=1)
-    server.dispatcher.send_all(server.open, [site(1)])
+    server.dispatcher.send_all(server.open, [client(1)])
     assert server.rows(1) == BATCH_ROWS
 
 
 def test_site_is_leased_shards_that_it_has_or_only_evaluates(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, 3, round_steps=1, known_rows=100)
-    sites = [site(1, shards=range(2, 3)), site(2, shards=range(0)), site(3, shards=range(8, 2000))]
+    sites = [
+        client(1, shards=range(2, 3)),
+        client(2, shards=range(0)),
+        client(3, shards=range(8, 2000)),
+    ]
     for one in sites:
         server.state.ledger.register(one.name, one.hello.shards)
     server.dispatcher.send_all(server.open, sites)
-    assert {values[1] for values in server.order(1).segments} == {2}
+    assert {segment.shard for segment in server.order(1).segments} == {2}
     for node in (2, 3):
         assert server.order(node).segments == [] and server.order(node).fence.lease_id == 0
         assert server.order(node).eval_end_row > server.order(node).eval_first_row
@@ -167,33 +176,33 @@ def test_site_is_leased_shards_that_it_has_or_only_evaluates(tmp_path: Path) -> 
 
 def test_rows_of_a_message_that_could_not_be_sent_go_back(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, round_steps=1, known_rows=100)
-    server.dispatcher.send_all(server.open, [site(1), site(2)])
+    server.dispatcher.send_all(server.open, [client(1), client(2)])
     assert len(server.state.ledger.open) == len(server.open.pending) == 1
-    assert server.open.asked == {"s1", "s2"}
+    assert set(server.open.clients) == {"s1", "s2"}
 
 
 def test_site_that_joins_has_the_time_that_is_left_and_no_part_in_the_evaluation(
     tmp_path: Path,
 ) -> None:
     server = Server(tmp_path, 1, 2, round_steps=1, known_rows=100)
-    server.dispatcher.send_all(server.open, [site(1)])
+    server.dispatcher.send_all(server.open, [client(1)])
     assert server.order(1).seconds_left == 100.0
     server.clock.at_s += 60
-    server.dispatcher.join(server.open, site(2))
+    server.dispatcher.join(server.open, client(2))
     order = server.order(2)
     assert order.seconds_left == 40.0 and order.share == 0.5
     assert order.eval_first_row == order.eval_end_row
-    assert not {tuple(s) for s in order.segments} & {tuple(s) for s in server.order(1).segments}
+    assert not {*order.segments} & {*server.order(1).segments}
 
 
 def test_last_lease_says_so(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, round_steps=4, known_rows=3)
-    server.dispatcher.send_all(server.open, [site(1), site(2)])
-    assert [server.order(n).last for n in (1, 2)] == [False, True]
+    server.dispatcher.send_all(server.open, [client(1), client(2)])
+    assert [server.order(n).lease_is_tail for n in (1, 2)] == [False, True]
     assert [server.rows(n) for n in (1, 2)] == [12, 12]
 
 
 def test_sites_share_what_is_left_in_whole_steps(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, 3, round_steps=100, known_rows=4)
-    server.dispatcher.send_all(server.open, [site(1), site(2), site(3)])
+    server.dispatcher.send_all(server.open, [client(1), client(2), client(3)])
     assert [server.rows(n) for n in (1, 2, 3)] == [8, 12, 12]

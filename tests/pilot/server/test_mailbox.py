@@ -89,7 +89,7 @@ def test_message_to_a_node_that_is_another_process_by_now_is_lost_though_it_was_
     assert box.poll() == []
     clock.at_s += LOST_AFTER_S
     (answer,) = box.poll()
-    assert (answer.message_id, answer.error) == (message_id, "its node was started anew")
+    assert (answer.message_id, answer.error) == (message_id, "its node restarted")
     assert answer.lost and not box.busy(1)
     again = box.send(1, "train", {})
     clock.at_s += 10 * LOST_AFTER_S

@@ -1,4 +1,4 @@
-"""One round's books: what is taken, what it frees, and what it sums to."""
+"""One round's books: what is one_, what it frees, and what it sums to."""
 
 import math
 from dataclasses import replace
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pilot.rules.ledger import Segment
 from pilot.run.snapshot import SnapshotError
+from pilot.segment import Segment
 from pilot.server import open_round as module
 from pilot.server.mailbox import Answer
 
@@ -19,8 +19,8 @@ __all__ = ["one"]  # a fixture
 
 def test_replies_are_folded_in_lease_order_weighted_by_tokens(one: Round) -> None:
     for name, rows, value in (("c", 2, 8.0), ("a", 4, 1.0), ("b", 6, 4.0)):
-        assert one.take(name, value, rows=rows)
-    assert [taken.reply.client for taken in one.open.in_lease_order()] == ["a", "b", "c"]
+        assert one.accept(name, value, rows=rows)
+    assert [one_.reply.client for one_ in one.open.in_lease_order()] == ["a", "b", "c"]
     assert one.open.tokens == 12 * ROW_TOKENS and not one.open.pending
     mean = one.open.mean()
     assert mean is not None
@@ -34,7 +34,7 @@ def test_who_was_first_makes_no_difference_to_the_bit(tmp_path: Path) -> None:
         directory.mkdir()
         round_ = Round(directory)
         for name in order:
-            round_.take(name, value=0.1 + ord(name) / 7)
+            round_.accept(name, value=0.1 + ord(name) / 7)
         mean = round_.open.mean()
         assert mean is not None
         means.append(mean)
@@ -43,11 +43,11 @@ def test_who_was_first_makes_no_difference_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_memory_is_one_model_since_replies_lie_on_disk_until_the_close(one: Round) -> None:
-    one.take("a")
-    one.take("b")
+    one.accept("a")
+    one.accept("b")
     assert len(list(one.spool.iterdir())) == 2
     assert not any(
-        isinstance(v, torch.Tensor) for t in one.open.taken for v in vars(t.reply).values()
+        isinstance(v, torch.Tensor) for t in one.open.accepted for v in vars(t.reply).values()
     )
     one.open.close()
     assert not one.spool.exists()
@@ -60,12 +60,12 @@ def test_spool_of_a_dead_server_is_emptied(tmp_path: Path) -> None:
 
 
 def test_answer_to_something_else_is_left_to_others(one: Round) -> None:
-    assert not one.open.take(Answer("foreign", 0, {}, []))
+    assert not one.open.handle_answer(Answer("foreign", 0, {}, []))
     assert len(one.open.pending) == 3
 
 
 def test_reply_that_comes_twice_counts_once(one: Round) -> None:
-    assert one.take("a") and not one.take("a")
+    assert one.accept("a") and not one.accept("a")
     assert one.open.tokens == 4 * ROW_TOKENS
 
 
@@ -73,31 +73,31 @@ def test_reply_that_comes_twice_counts_once(one: Round) -> None:
 def test_aggregation_is_the_configured_one(one: Round, method: str) -> None:
     one.state.config = replace(CONFIG, aggregation=method)
     for name, value in zip("abc", (1.0, 2.0, 600.0), strict=True):
-        one.take(name, value)
+        one.accept(name, value)
     mean = one.open.mean()
     assert mean is not None
     torch.testing.assert_close(mean["w"], torch.full((3,), 2.0))
 
 
 def test_rows_that_a_reply_did_not_use_are_free_before_the_round_is_over(one: Round) -> None:
-    assert one.take("a", rows=4)
+    assert one.accept("a", rows=4)
     one.order("d", 3, {0})
-    assert one.works["d"].lease is not None
-    assert one.works["d"].lease.segments[0] == Segment(0, 0, 4, None)
+    assert one.orders["d"].lease is not None
+    assert one.orders["d"].lease.segments[0] == Segment(0, 0, 4, None)
 
 
 def test_reply_without_a_step_gives_its_rows_back_but_its_shards_sizes_count(one: Round) -> None:
-    assert one.take("a", rows=0, row_counts=[[0, 3], [1, 2]])
-    assert one.open.taken == [] and one.open.failures == {} and one.refusals() == []
+    assert one.accept("a", rows=0, row_counts={0: 3, 1: 2})
+    assert one.open.accepted == [] and one.open.failures == {} and one.refusals() == []
     assert one.state.ledger.row_counts == {0: 3, 1: 2}
     again = one.state.ledger.lease("a", 4)
     assert again is not None and sum(segment.rows or 0 for segment in again.segments) == 4
 
 
 def test_evaluations_add_up_to_one_bpb_and_broken_ones_are_left_out(one: Round) -> None:
-    one.take("a", eval_nats=10.0, eval_bytes=5, eval_rows=2)
-    one.take("b", eval_nats=math.nan, eval_bytes=5, eval_rows=2)
-    one.take("c", eval_nats=20.0, eval_bytes=7, eval_rows=3)
+    one.accept("a", eval_nats=10.0, eval_bytes=5, eval_rows=2)
+    one.accept("b", eval_nats=math.nan, eval_bytes=5, eval_rows=2)
+    one.accept("c", eval_nats=20.0, eval_bytes=7, eval_rows=3)
     assert one.open.eval_rows == 5
     assert one.open.val_bpb == pytest.approx(30.0 / (math.log(2) * 12))
 
@@ -109,56 +109,56 @@ def test_sums_of_evaluation_and_loss_are_the_same_whoever_was_first(tmp_path: Pa
         one = Round(tmp_path / str(number))
         for name in order:
             third = (ord(name) - 96) / 3 + 10.0 ** (ord(name) - 96)
-            one.take(name, eval_nats=third, loss_nats=third)
+            one.accept(name, eval_nats=third, loss_nats=third)
         said.append((one.open.val_bpb, one.open.train_loss))
     assert said[0] == said[1] == said[2]
 
 
 def test_evaluation_that_overflows_is_none(one: Round) -> None:
-    one.take("a", eval_nats=1e308)
-    one.take("b", eval_nats=1e308)
+    one.accept("a", eval_nats=1e308)
+    one.accept("b", eval_nats=1e308)
     assert one.open.val_bpb is None, "state.json takes no infinity"
 
 
 @pytest.mark.parametrize("changes", [{"eval_bytes": 0}, {"eval_rows": 0}, {"eval_bytes": -1}])
 def test_evaluation_over_nothing_counts_nothing(one: Round, changes: dict[str, int]) -> None:
-    one.take("a", **changes)
+    one.accept("a", **changes)
     assert one.open.val_bpb is None and one.open.eval_rows == 0
 
 
 def test_round_that_has_no_loss_says_none(one: Round) -> None:
     assert one.open.train_loss is None and one.open.mean() is None
-    one.take("a", loss_nats=math.nan)
+    one.accept("a", loss_nats=math.nan)
     assert one.open.train_loss is None
-    one.open.taken.clear()
-    one.take("b")
+    one.open.accepted.clear()
+    one.accept("b")
     assert one.open.train_loss == pytest.approx(2.0)
 
 
 def test_who_has_not_answered_is_no_failure_of_its_site_but_its_rows_go_back(one: Round) -> None:
-    lost = one.open.take(Answer("m-a", 0, {}, [], "its node is gone", lost=True))
-    refused = one.open.take(Answer("m-b", 1, {}, [], "Flower error 2: it raised"))
+    lost = one.open.handle_answer(Answer("m-a", 0, {}, [], "its node is gone", lost=True))
+    refused = one.open.handle_answer(Answer("m-b", 1, {}, [], "Flower error 2: it raised"))
     assert lost is not None and refused is not None
     assert lost.reply is None and refused.reply is None
     assert (set(one.open.lost), set(one.open.failures)) == ({"a"}, {"b"})
-    assert one.rows_open == {one.works["c"].fence.lease_id} and one.open.answered == 0
+    assert one.rows_open == {one.orders["c"].fence.lease_id} and one.open.answered == 0
 
 
 def test_a_client_whose_lease_did_not_last_may_have_another_one_and_both_count(one: Round) -> None:
-    one.take("a", 1.0, stopped_by="lease used up")
-    assert one.open.used_up == {"a"} and one.open.answered == 1
+    one.accept("a", 1.0, stopped_by="lease used up")
+    assert one.open.used_up_lease("a") and one.open.answered == 1
     lease = one.state.ledger.lease("a", 4)
     assert lease is not None
-    one.works["a"] = replace(
-        one.works["a"], lease=lease, fence=replace(one.works["a"].fence, lease_id=lease.lease_id)
+    one.orders["a"] = replace(
+        one.orders["a"], lease=lease, fence=replace(one.orders["a"].fence, lease_id=lease.lease_id)
     )
-    one.open.add(one.works["a"])
+    one.open.add(one.orders["a"])
     segment = lease.segments[0]
     first = segment.first_row
-    again = one.reply("a", consumed=[[segment.epoch, segment.shard, first, first + 4]])
-    assert one.open.take(one.answer("a", again, 3.0)) is not None
+    again = one.reply("a", consumed=[replace(segment, first_row=first, end_row=first + 4)])
+    assert one.open.handle_answer(one.answer("a", again, 3.0)) is not None
     mean = one.open.mean()
-    assert mean is not None and [taken.work.site.name for taken in one.open.taken] == ["a", "a"]
+    assert mean is not None and [one_.order.client.name for one_ in one.open.accepted] == ["a", "a"]
     torch.testing.assert_close(mean["w"], torch.full((3,), 2.0))
 
 
@@ -170,4 +170,4 @@ def test_disk_that_is_full_ends_the_run_with_a_sentence(
 
     monkeypatch.setattr(module, "save_file", no_space)
     with pytest.raises(SnapshotError, match=r"lease-00000001.*No space left"):
-        one.take("a")
+        one.accept("a")

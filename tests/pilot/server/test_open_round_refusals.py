@@ -32,19 +32,19 @@ __all__ = ["one"]  # a fixture
         ({"tokens": 0}, "tensors are not the model's|reports 0 tokens"),
         ({"consumed": []}, "tokens for 0 rows"),
         ({"consumed": [[0, 1, 0, 4]]}, "before it|start"),
-        ({"consumed": [[0, 0, 0]]}, "not enough values"),
+        ({"consumed": [[0, 0, 0]]}, "3 numbers in a place of 4"),
         ({"row_counts": [[0, 3]]}, "goes beyond"),
         ({"row_counts": [[77, 3]]}, "shard 77"),
-        ({"row_counts": [[0, 3, 1]]}, "too many values"),
+        ({"row_counts": [[0, 3, 1]]}, "3 numbers in a place of 2"),
     ],
     ids=str,
 )
 def test_bad_reply_is_refused_and_its_rows_go_back(
     one: Round, changes: dict[str, Any], reason: str
 ) -> None:
-    lease_id = one.works["a"].fence.lease_id
-    assert one.take("a", **changes)
-    assert one.open.taken == [] and "a" in one.open.failures and lease_id not in one.rows_open
+    lease_id = one.orders["a"].fence.lease_id
+    assert one.accept("a", **changes)
+    assert one.open.accepted == [] and "a" in one.open.failures and lease_id not in one.rows_open
     (told,) = one.refusals()
     assert re.search(reason, told), told
     one.state.ledger.register("d", {0})
@@ -60,50 +60,50 @@ def test_update_far_above_the_norms_of_earlier_rounds_is_refused_whoever_was_fir
         one = Round(tmp_path / str(number))
         one.state.admission.merged([1.0, 2.0, 3.0])
         for name in order:
-            one.take(name, 100.0 if name == "c" else 1.0)  # of seven coordinates: norm 264.6
-        assert {taken.reply.client for taken in one.open.taken} == {"a", "b"}
+            one.accept(name, 100.0 if name == "c" else 1.0)  # of seven coordinates: norm 264.6
+        assert {one_.reply.client for one_ in one.open.accepted} == {"a", "b"}
         assert "132.3 times the median of the last 3" in one.refusals()[0]
-        assert [taken.norm for taken in one.open.in_lease_order()] == [7**0.5, 7**0.5]
+        assert [one_.norm for one_ in one.open.in_lease_order()] == [7**0.5, 7**0.5]
 
 
 def test_norms_of_this_round_judge_nobody_in_it(one: Round) -> None:
     one.state.admission.merged([1.0, 1.0])
     for name, value in zip("abc", (1.0, 1.0, 1e6), strict=True):
-        one.take(name, value)
-    assert len(one.open.taken) == 3
+        one.accept(name, value)
+    assert len(one.open.accepted) == 3
 
 
 def test_update_in_another_dtype_than_the_runs_is_refused(one: Round) -> None:
     reply = one.reply("a")
     update = {key: torch.ones_like(t) for key, t in one.state.weights.items()}
     parts = encode(update, dtype="bfloat16")
-    one.open.take(Answer("m-a", 0, to_header(reply), parts))
+    one.open.handle_answer(Answer("m-a", 0, to_header(reply), parts))
     assert one.refusals() == ["its tensors came as bfloat16, not float32"]
 
 
 def test_refused_content_is_counted_and_what_a_site_is_not_to_blame_for_is_not(one: Round) -> None:
-    one.take("a", math.nan)
-    one.take("b", error="the GPU fell off the bus")
-    one.open.take(Answer("m-c", 0, {}, [], "its node is gone", lost=True))
+    one.accept("a", math.nan)
+    one.accept("b", error="the GPU fell off the bus")
+    one.open.handle_answer(Answer("m-c", 0, {}, [], "its node is gone", lost=True))
     assert one.open.rejected == 1
     assert one.state.admission.in_a_row == {"a": 1}
 
 
 def test_reply_of_another_fence_is_no_mark_against_its_content(one: Round) -> None:
-    one.take("a", fence=Fence("r", 1, 2, 1))
+    one.accept("a", fence=Fence("r", 1, 2, 1))
     assert (one.open.rejected, one.state.admission.in_a_row) == (0, {})
 
 
 def test_accepted_reply_forgives_earlier_refusals_and_an_empty_one_does_not(one: Round) -> None:
     one.state.admission.in_a_row.update(a=2, b=2)
-    one.take("a")
-    one.take("b", rows=0)
+    one.accept("a")
+    one.accept("b", rows=0)
     assert one.state.admission.in_a_row == {"b": 2}
 
 
 def test_third_refusal_in_a_row_is_told_with_what_follows(one: Round) -> None:
     one.state.admission.in_a_row.update(a=2)
-    one.take("a", math.nan)
+    one.accept("a", math.nan)
     (told,) = [e for e in read_events(one.events) if e["event"] == "client_cooling"]
     assert (told["client"], told["refused"]) == ("a", 3) and "300 s" in told["message"]
 
@@ -111,12 +111,12 @@ def test_third_refusal_in_a_row_is_told_with_what_follows(one: Round) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_refused_update_is_kept_on_request_with_its_reason(one: Round, keep: bool) -> None:
     one.state.config = replace(CONFIG, quarantine=keep)
-    one.take("a", math.inf, loss_nats=math.nan)
+    one.accept("a", math.inf, loss_nats=math.nan)
     kept = one.spool.parent / "quarantine"
     if not keep:
         assert not kept.exists()
         return
-    name = f"round-000003-a-lease-{one.works['a'].fence.lease_id:08d}"
+    name = f"round-000003-a-lease-{one.orders['a'].fence.lease_id:08d}"
     facts = json.loads((kept / f"{name}.json").read_text())
     assert facts["client"] == "a" and "is not finite" in facts["reason"]
     assert facts["reply"]["tokens"] == 4 * ROW_TOKENS and facts["reply"]["loss_nats"] is None
@@ -126,9 +126,10 @@ def test_refused_update_is_kept_on_request_with_its_reason(one: Round, keep: boo
 
 def test_reply_that_has_no_tensors_is_kept_without_them_under_a_name_of_ours(one: Round) -> None:
     one.state.config = replace(CONFIG, quarantine=True)
-    one.works["a"].site.name = "../../etc/a b"
+    name = "../../etc/a b"
+    one.order(name, 3, {0})
     broken = Part("w", "float32", (3,), b"short")
-    one.open.take(Answer("m-a", 0, to_header(one.reply("a")), [broken]))
+    one.open.handle_answer(Answer(f"m-{name}", 0, to_header(one.reply(name)), [broken]))
     (path,) = (one.spool.parent / "quarantine").iterdir()
     assert path.name.endswith(".json") and ".._.._etc_a_b" in path.name
 
@@ -138,13 +139,13 @@ def test_disk_that_takes_no_quarantine_costs_a_warning_only(
 ) -> None:
     one.state.config = replace(CONFIG, quarantine=True)
     (one.spool.parent / "quarantine").write_text("a file is in the way")
-    one.take("a", math.nan)
+    one.accept("a", math.nan)
     assert one.open.rejected == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_reply_that_is_not_finite_is_refused(one: Round, value: float) -> None:
-    one.take("a", value)
+    one.accept("a", value)
     assert one.open.mean() is None and "is not finite" in one.refusals()[0]
 
 
@@ -158,40 +159,41 @@ def test_reply_that_is_not_finite_is_refused(one: Round, value: float) -> None:
     ids=str,
 )
 def test_answer_that_is_no_reply_is_refused(one: Round, answer: Answer) -> None:
-    assert one.open.take(answer) and len(one.refusals()) == 1
-    assert one.works["a"].fence.lease_id not in one.rows_open
+    assert one.open.handle_answer(answer) and len(one.refusals()) == 1
+    assert one.orders["a"].fence.lease_id not in one.rows_open
 
 
 def test_sizes_that_two_replies_disagree_about_cost_the_second_one_only(one: Round) -> None:
     one.order("d", 3, {0})  # in the second epoch
-    assert one.take("a", row_counts=[[0, 10]])
-    assert one.take("d", row_counts=[[0, 9]])
-    assert [taken.reply.client for taken in one.open.taken] == ["a"]
+    assert one.accept("a", row_counts={0: 10})
+    assert one.accept("d", row_counts={0: 9})
+    assert [one_.reply.client for one_ in one.open.accepted] == ["a"]
     assert "shard 0 has 10 rows in the books, not 9" in one.refusals()[0]
-    for taken in one.open.in_lease_order():
-        one.state.ledger.commit(taken.work.fence.lease_id, taken.consumed, taken.row_counts)
+    for one_ in one.open.in_lease_order():
+        reply = one_.reply
+        one.state.ledger.commit(reply.fence.lease_id, reply.consumed, reply.row_counts)
 
 
 def test_rows_beyond_a_size_that_another_reply_tells_are_refused(one: Round) -> None:
     one.order("d", 3, {0})
-    assert one.take("a", rows=3, row_counts=[[0, 3]])
-    assert one.take("d", rows=4)
-    assert [taken.reply.client for taken in one.open.taken] == ["a"]
+    assert one.accept("a", rows=3, row_counts={0: 3})
+    assert one.accept("d", rows=4)
+    assert [one_.reply.client for one_ in one.open.accepted] == ["a"]
 
 
 def test_size_below_rows_that_another_reply_trained_on_is_refused(one: Round) -> None:
     one.order("d", 3, {0})
-    assert one.take("a", rows=4)
-    assert one.take("d", rows=3, row_counts=[[0, 3]])
-    assert [taken.reply.client for taken in one.open.taken] == ["a"]
+    assert one.accept("a", rows=4)
+    assert one.accept("d", rows=3, row_counts={0: 3})
+    assert [one_.reply.client for one_ in one.open.accepted] == ["a"]
 
 
 def test_who_is_still_out_at_the_end_of_the_grace_is_refused_and_its_rows_go_back(
     one: Round,
 ) -> None:
-    one.take("a")
+    one.accept("a")
     one.open.give_up("no reply", silent={"c"})
     assert one.open.lost == {"b": "no reply", "c": "its client is silent"}
-    assert one.open.failures == {} and one.rows_open == {one.works["a"].fence.lease_id}
-    assert not one.take("b"), "a late reply isn't this round's any more"
+    assert one.open.failures == {} and one.rows_open == {one.orders["a"].fence.lease_id}
+    assert not one.accept("b"), "a late reply isn't this round's any more"
     assert len(one.refusals()) == 2

@@ -1,13 +1,17 @@
 """Who takes part: every node is asked once, and sites agree to the bit or hear why not."""
 
 import logging
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.common.constant import ErrorCode
 
 from pilot.server.mailbox import LOST_AFTER_S, Mailbox
+from pilot.server.report import Report
 from pilot.server.roster import ASK_AGAIN_S, LOST_AGAIN_S, Roster, natural
+from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import HelloOrder, HelloReply, package_hash, to_header
 
 from ..grid_fixture import ManualClock, ManualGrid
@@ -21,13 +25,20 @@ class Federation:
         self.grid, self.clock = ManualGrid(*nodes), ManualClock()
         self.box = Mailbox(self.grid, self.clock)  # type: ignore[arg-type]  # what Grid is used for
         values: dict[str, Any] = {"min_clients": 1, "fingerprints": {}} | options
-        self.roster = Roster(self.box, ORDER, self.clock, **values)
+        telemetry = Telemetry(
+            Path(tempfile.mkdtemp()),
+            config_dict={},
+            wandb_mode="disabled",
+            wandb_project="",
+            run_name="r",
+        )
+        self.roster = Roster(self.box, ORDER, Report(telemetry), self.clock, **values)
         self.turn()
 
     def turn(self) -> None:
         for answer in self.box.poll():
-            assert self.roster.take(answer)
-        self.roster.greet()
+            assert self.roster.handle_answer(answer)
+        self.roster.send_hellos()
 
     def says(self, node: int, name: str | None, **values: Any) -> None:
         """The node answers its last hello."""
@@ -185,7 +196,7 @@ def test_answer_to_another_message_is_not_taken() -> None:
     message_id = them.box.send(1, "train", {})
     them.grid.answer(message_id, {})
     (answer,) = them.box.poll()
-    assert not them.roster.take(answer)
+    assert not them.roster.handle_answer(answer)
 
 
 def test_warning_of_a_site_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Worker groups as real processes: any number of them does the same, and none outlives its end."""
+"""Worker groups as real processes: any number of ranks does the same, and no process outlives the group."""
 
 import os
 import signal
@@ -89,7 +89,7 @@ class Group:
 
     def until_it_trains(self, leader: ServerCoordinator) -> None:
         def trains() -> bool:
-            return int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0
+            return any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values())
 
         until(lambda: self.answer.done() or trains())
         if self.answer.done():
@@ -240,7 +240,7 @@ def test_missing_dataset_is_the_answer_to_a_hello(site: Path) -> None:
     assert isinstance(reply, HelloReply) and "python -m nanochat.dataset -n" in reply.error
 
 
-def test_mistake_of_a_user_in_mid_round_is_told_in_its_own_words(site: Path) -> None:
+def test_mistake_of_a_user_in_mid_round_is_reported_in_its_own_words(site: Path) -> None:
     config = site_config(site, eval_rows=10_000)
     order = train_order(
         config, [[0, 0, 0, -1]], processes=2, eval_first_row=9_000, eval_end_row=9_999
@@ -306,7 +306,7 @@ def test_group_ends_within_ten_seconds_of_the_death_of(
     who: str, signum: signal.Signals, tmp_path: Path
 ) -> None:
     supernode = subprocess.Popen(["sleep", "600"])
-    # a ClientApp says whom it works for as Flower's does; when that is killed, it lives on
+    # a ClientApp names its SuperNode as Flower's do, and lives on when that is killed
     command = [sys.executable, "-c", HOLDER, "2", "--parent-pid", str(supernode.pid)]
     environment = {**os.environ, "PILOT_SCRATCH_DIR": str(tmp_path)}
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True, env=environment)

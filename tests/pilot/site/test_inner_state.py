@@ -4,7 +4,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Federation:
     config: RunConfig
     client: str
     weights: dict[str, Tensor]
-    merged: list[int] = field(default_factory=list)
+    merged: Fence | None = None
     row: int = 0
     rounds: int = 0
 
@@ -55,7 +55,7 @@ class Federation:
             fence=fence,
             client=self.client,
             committed_tokens=self.row * self.config.sequence_len,
-            merged=self.merged,
+            last_merged_fence=self.merged,
         )
         for _ in range(2 if fate == "repeated" else 1):
             weights = {name: weight.clone() for name, weight in self.weights.items()}
@@ -64,13 +64,14 @@ class Federation:
             return
         assert reply.tokens
         self.weights = {name: weight - update[name] for name, weight in self.weights.items()}
-        self.merged = [fence.term, fence.round_number, fence.lease_id]
+        self.merged = fence
         self.row += reply.tokens // self.config.sequence_len
 
     def state(self) -> dict[str, bytes]:
         """The bytes of the state that the last merged reply left."""
         directory = inner_state_dir(self.config.run_name, self.client)
-        prefix = "-".join(map(str, self.merged)) + "."
+        assert self.merged is not None
+        prefix = f"{self.merged.term}-{self.merged.round_number}-{self.merged.lease_id}."
         return {
             path.name.removeprefix(prefix): path.read_bytes()
             for path in directory.glob(f"{prefix}*")
@@ -149,7 +150,7 @@ def test_the_final_order_removes_what_the_client_has_kept(site: Path) -> None:
     client.round("merged")
     assert client.state()
     order = train_order(
-        client.config, [], client="leaving", final=True, fence=Fence("inner", 1, 2, 0)
+        client.config, [], client="leaving", run_is_over=True, fence=Fence("inner", 1, 2, 0)
     )
     Round(order, ALONE, time.monotonic()).run(client.weights)
     assert not inner_state_dir("inner", "leaving").exists()
@@ -168,7 +169,7 @@ def test_a_state_of_another_number_of_processes_is_not_taken(site: Path) -> None
 def test_a_second_order_of_a_round_leaves_what_the_first_one_left(site: Path) -> None:
     client = federation(site, "twice")
     client.round("merged")
-    before = list(client.merged)
+    before = client.merged
     client.round("merged")
     first = client.state()
     assert first
@@ -178,7 +179,7 @@ def test_a_second_order_of_a_round_leaves_what_the_first_one_left(site: Path) ->
         segments(client.row, 1),  # too few for a step
         client="twice",
         fence=Fence("inner", 1, 2, 99),
-        merged=before,
+        last_merged_fence=before,
     )
     Round(order, ALONE, time.monotonic()).run(client.weights)
     assert client.state() == first

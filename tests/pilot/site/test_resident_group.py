@@ -1,4 +1,4 @@
-"""Resident worker groups: the next ClientApp finds them, and nothing keeps them when nobody needs them."""
+"""Resident worker groups: the next ClientApp finds them, and they end when none can come any more."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pilot.coordination.coordinator import ServerCoordinator
-from pilot.site.group_directory import Lodging, clear
+from pilot.site.group_directory import GroupDirectory, clear
 from pilot.site.handle import SOCKET_NAME, WorkerHandle
 from pilot.wire.frames import receive_frame, send_frame
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
@@ -30,7 +30,7 @@ from .test_group import ROOT, family, gone, leader, until
 
 __all__ = ["leader", "redis_url", "site", "site_dir"]  # fixtures
 
-# One message, as Flower's ClientApp lives for it: `--parent-pid` says whom it works for.
+# A ClientApp, which lives for one message as Flower's do; `--parent-pid` names its SuperNode.
 CLIENTAPP = """
 import json, sys
 from pathlib import Path
@@ -53,18 +53,18 @@ if parts:
 
 
 @dataclass
-class Said:
-    """A ClientApp at work, or done: which group it speaks to, and what it was told."""
+class ClientApp:
+    """A ClientApp, running or done: which group it uses, and what that answered."""
 
     process: "subprocess.Popen[str]"
     directory: Path
     pid: int = field(init=False)  # of the group's supervisor
-    lodging: Path = field(init=False)
+    group_dir: Path = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.process.stdout is not None
-        pid, lodging = self.process.stdout.readline().split()
-        self.pid, self.lodging = int(pid), Path(lodging)
+        pid, group_dir = self.process.stdout.readline().split()
+        self.pid, self.group_dir = int(pid), Path(group_dir)
 
     def answer(self) -> dict[str, Any]:
         assert self.process.wait(60) == 0
@@ -73,11 +73,11 @@ class Said:
 
 
 class SuperNode:
-    """A process that ClientApps work for, and which does nothing."""
+    """A process that does nothing and is named as the SuperNode of ClientApps."""
 
     def __init__(self, directory: Path) -> None:
         self.process = subprocess.Popen(["sleep", "600"])
-        self._directory, self._apps = directory, list[Said]()
+        self._directory, self._apps = directory, list[ClientApp]()
 
     def send(
         self,
@@ -85,7 +85,7 @@ class SuperNode:
         weights: dict[str, torch.Tensor] | None = None,
         *,
         idle_s: float = 60.0,
-    ) -> Said:
+    ) -> ClientApp:
         directory = self._directory / f"message-{len(self._apps)}"
         directory.mkdir()
         (directory / "order.json").write_text(json.dumps(to_header(order)))
@@ -99,7 +99,7 @@ class SuperNode:
             cwd=ROOT,
             env={**os.environ, "PILOT_SCRATCH_DIR": str(self._directory)},
         )
-        self._apps.append(Said(process, directory))
+        self._apps.append(ClientApp(process, directory))
         return self._apps[-1]
 
     def close(self) -> None:
@@ -148,14 +148,14 @@ def test_next_order_goes_to_the_same_group_and_gives_what_a_new_group_would(
         assert all(torch.equal(update[name], expected[name]) for name in expected)
 
 
-def test_group_that_nobody_comes_back_to_ends_and_leaves_no_directory(
+def test_group_without_a_next_order_ends_and_leaves_no_directory(
     site: Path, supernode: SuperNode
 ) -> None:
     app = supernode.send(hello(site), idle_s=0.3)
     members = family(app.pid)
     app.answer()
     until(lambda: gone(members), limit_s=10.0)
-    until(lambda: not app.lodging.exists(), limit_s=10.0)
+    until(lambda: not app.group_dir.exists(), limit_s=10.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -165,7 +165,7 @@ def test_group_that_died_between_two_orders_is_replaced(
     first = supernode.send(hello(site))
     first.answer()
     members = family(first.pid)
-    members[1].send_signal(number)  # rank 0, which has nothing in hand
+    members[1].send_signal(number)  # rank 0, which waits for an order
     until(lambda: gone(members), limit_s=10.0)
     second = supernode.send(hello(site))
     assert second.answer()["error"] == "" and second.pid != first.pid
@@ -178,7 +178,7 @@ def test_supernodes_death_ends_a_group_that_waits(site: Path, supernode: SuperNo
     supernode.process.kill()
     supernode.process.wait()
     until(lambda: gone(members), limit_s=10.0)
-    until(lambda: not app.lodging.exists(), limit_s=10.0)
+    until(lambda: not app.group_dir.exists(), limit_s=10.0)
 
 
 @pytest.mark.parametrize("orders_before", [0, 1])
@@ -194,7 +194,7 @@ def test_clientapps_death_in_mid_round_ends_the_group(
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, redis_url=redis_url)
     app = supernode.send(order, first_weights(config))
-    until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+    until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
     members = family(app.pid)
     app.process.kill()
     until(lambda: gone(members), limit_s=10.0)
@@ -203,20 +203,20 @@ def test_clientapps_death_in_mid_round_ends_the_group(
 def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> None:
     config = site_config(site)
     app = supernode.send(
-        train_order(config, [], final=True, eval_end_row=12), first_weights(config)
+        train_order(config, [], run_is_over=True, eval_end_row=12), first_weights(config)
     )
     members = family(app.pid)
     assert app.answer()["eval_rows"] == 12
     until(lambda: gone(members), limit_s=10.0)
 
 
-def test_group_that_was_told_to_leave_ends_with_its_reply(
+def test_group_that_is_drained_ends_with_its_reply(
     site: Path, supernode: SuperNode, redis_url: str, leader: ServerCoordinator
 ) -> None:
     config = site_config(site, round_steps=0)
     order = train_order(config, ENDLESS, redis_url=redis_url)
     app = supernode.send(order, first_weights(config))
-    until(lambda: int(leader.heartbeats(["c"]).get("c", {}).get("tokens", 0)) > 0)
+    until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
     members = family(app.pid)
     os.kill(app.pid, signal.SIGTERM)
     assert app.answer()["stopped_by"] == "SIGTERM"
@@ -227,13 +227,13 @@ def test_group_of_another_version_is_replaced(site: Path, supernode: SuperNode) 
     facts = ("c", 1, "cpu")
     os.environ["PILOT_SCRATCH_DIR"] = str(supernode._directory)
     try:
-        lodging = Lodging.take(psutil.Process(supernode.process.pid), *facts)
+        directory = GroupDirectory.acquire(psutil.Process(supernode.process.pid), *facts)
     finally:
         del os.environ["PILOT_SCRATCH_DIR"]
-    assert lodging is not None
-    lodging.leave()
+    assert directory is not None
+    directory.release()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(lodging.directory / SOCKET_NAME))
+        listener.bind(str(directory.directory / SOCKET_NAME))
         listener.listen()
 
         def another() -> None:
@@ -245,7 +245,7 @@ def test_group_of_another_version_is_replaced(site: Path, supernode: SuperNode) 
         other = threading.Thread(target=another)
         other.start()
         app = supernode.send(hello(site))
-        assert app.answer()["error"] == "" and app.lodging == lodging.directory
+        assert app.answer()["error"] == "" and app.group_dir == directory.directory
         other.join()
 
 
@@ -257,47 +257,47 @@ def test_second_clientapp_at_a_time_gets_a_group_of_its_own(
     other = supernode.send(hello(site))
     members = family(other.pid)
     assert other.answer()["error"] == "" and other.pid != busy.pid
-    assert gone(members) and not other.lodging.exists()
+    assert gone(members) and not other.group_dir.exists()
     leader.end_round("target-tokens")
     assert busy.answer()["error"] == ""
 
 
-def test_where_no_supernode_stands_behind_nothing_stays(site: Path) -> None:
+def test_without_a_supernode_no_group_is_resident(site: Path) -> None:
     with WorkerHandle(device="cpu", idle_s=60.0) as worker:
         worker.ask(to_header(hello(site)))
         members = family(worker._pid)
     assert gone(members)
 
 
-# -- lodgings ------------------------------------------------------------------------------------
+# -- directories ---------------------------------------------------------------------------------
 
 
-def test_lodging_is_one_clientapps_at_a_time_and_not_removed_under_it(
+def test_directory_admits_one_clientapp_at_a_time_and_is_not_removed_under_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PILOT_SCRATCH_DIR", str(tmp_path))
     me = psutil.Process()
-    lodging = Lodging.take(me, "a", 1)
-    assert lodging is not None and Lodging.take(me, "a", 1) is None
-    other = Lodging.take(me, "b", 1)
-    assert other is not None and other.directory != lodging.directory
-    clear(lodging.directory)
-    assert lodging.directory.exists()
-    lodging.leave()
-    clear(lodging.directory)
-    assert not lodging.directory.exists()
-    again = Lodging.take(me, "a", 1)
-    assert again is not None and again.directory == lodging.directory
-    again.leave()
+    directory = GroupDirectory.acquire(me, "a", 1)
+    assert directory is not None and GroupDirectory.acquire(me, "a", 1) is None
+    other = GroupDirectory.acquire(me, "b", 1)
+    assert other is not None and other.directory != directory.directory
+    clear(directory.directory)
+    assert directory.directory.exists()
+    directory.release()
+    clear(directory.directory)
+    assert not directory.directory.exists()
+    again = GroupDirectory.acquire(me, "a", 1)
+    assert again is not None and again.directory == directory.directory
+    again.release()
 
 
-def test_directory_that_others_may_enter_is_no_lodging(
+def test_directory_that_others_may_enter_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PILOT_SCRATCH_DIR", str(tmp_path))
     me = psutil.Process()
-    lodging = Lodging.take(me, "a")
-    assert lodging is not None
-    lodging.leave()
-    lodging.directory.chmod(0o755)
-    assert Lodging.take(me, "a") is None
+    directory = GroupDirectory.acquire(me, "a")
+    assert directory is not None
+    directory.release()
+    directory.directory.chmod(0o755)
+    assert GroupDirectory.acquire(me, "a") is None

@@ -28,7 +28,7 @@ from pilot.site.data import SiteData, hello, open_data
 from pilot.site.handle import ERROR_NAME
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
-from pilot.wire.messages import HelloOrder, TrainReply, package_hash
+from pilot.wire.messages import HelloOrder, TrainReply, package_hash, to_header
 
 from ..worker_kit import (
     BATCH_ROWS,
@@ -36,6 +36,7 @@ from ..worker_kit import (
     VAL_SHARD,
     T,
     first_weights,
+    lists,
     site,
     site_config,
     site_dir,
@@ -67,8 +68,7 @@ def sizes(config: RunConfig) -> dict[int, int]:
     data = open_data(config)
     counts = {}
     for shard in range(VAL_SHARD + 1):
-        data.rows.rows(shard).read(10**9, 10**9 + 1)
-        counts[shard] = data.rows.rows(shard).num_rows or 0
+        counts[shard] = data.rows.wait_packed(shard) or 0
     data.rows.close()
     return counts
 
@@ -82,27 +82,28 @@ def test_fixed_steps_take_exactly_their_rows_in_lease_order(site: Path) -> None:
     first = counts[0] - BATCH_ROWS - 2  # the second step goes over into the next segment
     reply, update = run(config, [[0, 0, first, counts[0]], [0, 1, 3, -1]])
     assert (reply.steps, reply.tokens) == (2, 2 * BATCH_ROWS * T)
-    assert reply.consumed == [[0, 0, first, counts[0]], [0, 1, 3, 3 + BATCH_ROWS - 2]]
+    assert lists(reply.consumed) == [[0, 0, first, counts[0]], [0, 1, 3, 3 + BATCH_ROWS - 2]]
     assert reply.batches == 2 * 4 and reply.stopped_by == "steps done"
     assert reply.loss_nats / reply.tokens == pytest.approx(np.log(config.vocab_size), rel=0.2)
     assert reply.train_s > 0 and reply.total_s >= reply.train_s
     assert update.keys() == first_weights(config).keys()
     assert all(bool(tensor.any()) for tensor in update.values()), "everything was trained"
-    json.dumps(reply.consumed)
+    json.dumps(to_header(reply))
 
 
 def test_lease_that_is_used_up_ends_the_round_at_a_whole_step(site: Path) -> None:
     config = site_config(site, round_steps=0)
     reply, _ = run(config, [[0, 0, 0, 2 * BATCH_ROWS + 3]])
     assert (reply.steps, reply.stopped_by) == (2, "lease used up")
-    assert reply.consumed == [[0, 0, 0, 2 * BATCH_ROWS]]
+    assert lists(reply.consumed) == [[0, 0, 0, 2 * BATCH_ROWS]]
 
 
 def test_last_lease_ends_with_one_short_step(site: Path) -> None:
     config = site_config(site, round_steps=0)
-    reply, _ = run(config, [[0, 0, 0, 2 * BATCH_ROWS + 3]], last=True)
+    reply, _ = run(config, [[0, 0, 0, 2 * BATCH_ROWS + 3]], lease_is_tail=True)
     assert (reply.steps, reply.tokens) == (3, (2 * BATCH_ROWS + 3) * T)
-    assert reply.consumed == [[0, 0, 0, 2 * BATCH_ROWS + 3]] and reply.stopped_by == "lease used up"
+    assert lists(reply.consumed) == [[0, 0, 0, 2 * BATCH_ROWS + 3]]
+    assert reply.stopped_by == "lease used up"
 
 
 def test_lease_too_small_for_a_step_trains_nothing_but_tells_its_shards_sizes(site: Path) -> None:
@@ -117,7 +118,7 @@ def test_sizes_told_after_fixed_steps_depend_on_the_work_alone(site: Path, tmp_p
     config = site_config(site, round_steps=1)
     counts = sizes(config)  # now everything is packed: an eager client could tell both
     reply, _ = run(config, [[0, 1, 0, -1], [0, 0, 0, -1]])
-    assert reply.row_counts == [[1, counts[1]]]
+    assert reply.row_counts == {1: counts[1]}
     with pytest.MonkeyPatch.context() as patch:  # and here nothing is
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         fresh = site_config(site, round_steps=1, tokenizer=str(site / "bytes"))
@@ -142,7 +143,7 @@ def test_time_that_is_up_is_a_reply_without_training(site: Path) -> None:
 def test_time_ruled_round_trains_until_its_time_is_up(site: Path) -> None:
     reply, update = run(site_config(site, round_steps=0), ENDLESS, seconds_left=1.5)
     assert reply.stopped_by == "deadline" and reply.steps > 0 and update
-    rows = sum(end - first for _, _, first, end in reply.consumed)
+    rows = sum(segment.rows or 0 for segment in reply.consumed)
     assert rows * T == reply.tokens == reply.steps * BATCH_ROWS * T
 
 
@@ -321,7 +322,7 @@ def test_whether_a_round_compiles_follows_from_the_configuration_alone(
     monkeypatch.setattr(round_module, "accelerated_block", accelerated)
     config = site_config(site, **values, compile="on", round_max_duration=1e9, worker_idle=0.0)
     run(config, [[0, 0, 0, BATCH_ROWS]], seconds_left=0.5)
-    run(config, [], final=True)
+    run(config, [], run_is_over=True)
     (once,) = asked
     assert once["mode"] == "on"
     assert once["process_s"] / once["run_s"] == pytest.approx(round_tokens / 100_000)

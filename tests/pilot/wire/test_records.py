@@ -62,12 +62,11 @@ def test_metric_of_any_type_never_fails_a_reply(value: Any) -> None:
     assert isinstance(reply.loss_nats, float)
 
 
-def test_numbers_travel_as_metrics_and_strings_as_config() -> None:
-    records = through_flower(to_records({"loss": 1.5, "n": 3, "who": "x", "header": "mine"}, []))
-    metrics, config = records["metrics"], records["config"]
-    assert isinstance(metrics, MetricRecord) and dict(metrics) == {"loss": 1.5, "n": 3}
-    assert isinstance(config, ConfigRecord) and config["who"] == "x"
-    assert from_records(records)[0]["header"] == "mine"
+def test_a_header_travels_once_and_whole() -> None:
+    header = {"loss": 1.5, "n": 3, "who": "x", "header": "mine", "nested": {"a": [1]}}
+    records = through_flower(to_records(header, []))
+    assert set(records) == {"config", "parts"} and set(records["config"]) == {"header"}
+    assert from_records(records)[0] == header
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

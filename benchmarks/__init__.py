@@ -1,0 +1,1 @@
+"""Programs that print their figures as JSON, the result on the last line: `python -m benchmarks.NAME`."""
