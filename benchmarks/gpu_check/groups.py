@@ -35,7 +35,7 @@ def _rounds(setup: Setup, verdict: Verdict) -> None:
     state: dict[str, Tensor] = {}
     merged: dict[str, Fence] = {}
     bpb, starts = [], []
-    for number in range(1, _ROUNDS + 1):
+    for number in range(1, setup.size(_ROUNDS, 2) + 1):
         answers = _round(setup, config, number, weights, merged)
         for name, (reply, update, seconds) in answers.items():
             verdict.that(not reply.error, f"round {number} of {name}: {reply.error}")

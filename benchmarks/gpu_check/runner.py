@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.gpu_check.plan import Check
 from benchmarks.gpu_check.verdict import Setup
 
+CHILD = ["-m", "benchmarks.gpu_check.child"]
 _POLL_S = 0.1
 _LOG_TAIL = 12  # lines of a failed check's output that the report shows
 _SLOW_CPU = 4.0  # of a tiny run's limits: CI machines are slow and shared
@@ -108,7 +109,7 @@ class _Running:
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu_check.child", json.dumps(order)],
+                [sys.executable, *CHILD, json.dumps(order)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
