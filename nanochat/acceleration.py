@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import get_base_dir
+from nanochat.common import compile_cache
 from nanochat.gpt import GPT
 from nanochat.kernels.choices import (
     Choices,
@@ -66,7 +66,7 @@ def compiled_block(device: torch.device, *, backend: Any = "inductor") -> "Compi
     What was compiled is kept in `$NANOCHAT_BASE_DIR/compile_cache`, for all later processes. `backend` is
     torch.compile's, which compiles a graph.
     """
-    cache = get_base_dir() / "compile_cache"
+    cache = compile_cache()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
     # in this process: a pool of compilers would be processes to start and to end. For CUDA, where a block

@@ -40,6 +40,11 @@ def get_base_dir() -> Path:
     return base
 
 
+def compile_cache() -> Path:
+    """Where what was compiled is kept for all later processes."""
+    return get_base_dir() / "compile_cache"
+
+
 def get_dist_info() -> tuple[bool, int, int, int]:
     """(under a launcher?, rank, local rank, world size).
 
@@ -126,7 +131,7 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.dev
                 "start at most one process per GPU"
             )
         device = torch.device("cuda", local_rank)
-        prepare_device(device)
+        prepare_device(device, cache=compile_cache())
         torch.cuda.set_device(device)
     else:
         device = torch.device(device_type)

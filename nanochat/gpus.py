@@ -97,12 +97,13 @@ def driver_version(path: Path | None = None) -> str:
     return found.group() if found else "unknown"
 
 
-def prepare_device(device: "torch.device") -> None:
-    """What every process that computes on `device` sets first: TF32, and an allocator that grows.
+def prepare_device(device: "torch.device", *, cache: Path) -> None:
+    """What every process that computes on `device` sets first: TF32, an allocator that grows, compilers.
 
     TF32 is for fp32 matmuls only, which a run has with NANOCHAT_DTYPE=float32: eight times as fast on
     an A100. Segments that can grow leave no holes where batches and evaluations take turns; the
-    variable must be there before the process first takes memory, and a user's own wins.
+    variable must be there before the process first takes memory, and a user's own wins. `cache` keeps
+    what was compiled for later processes.
     """
     if device.type != "cuda":
         return
@@ -110,6 +111,8 @@ def prepare_device(device: "torch.device") -> None:
 
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    for name, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(name, str(cache / kind))
     threads = min(_COMPILE_THREADS, os.cpu_count() or 1)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     torch.set_float32_matmul_precision("high")

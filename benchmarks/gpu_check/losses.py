@@ -8,6 +8,7 @@ import torch
 from benchmarks.gpu_check import data
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from nanochat.acceleration import accelerated_block
+from nanochat.common import compile_cache
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.gpus import prepare_device
 from nanochat.kernels.choices import what_compiling_lacks
@@ -25,7 +26,7 @@ _LONG_RUN_S = 1e6
 def check(setup: Setup, verdict: Verdict) -> None:
     rows = _rows(setup)
     steps = setup.size(60, 6)
-    prepare_device(torch.device(setup.device))
+    prepare_device(torch.device(setup.device), cache=compile_cache())
     curves = {}
     compiled = "on" if setup.cuda and not what_compiling_lacks("cuda") else "off"
     for name, dtype, mode in (

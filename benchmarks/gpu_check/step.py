@@ -12,7 +12,7 @@ from benchmarks.gpu_check.variants import using
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from nanochat import gpt
 from nanochat.acceleration import accelerated_block
-from nanochat.common import get_base_dir
+from nanochat.common import compile_cache
 from nanochat.gpt import build_gpt, config_for_depth
 from nanochat.gpus import peak_flops, prepare_device
 from nanochat.kernels import head
@@ -88,7 +88,7 @@ def _check(setup: Setup, verdict: Verdict) -> None:
 def make_trainer(setup: Setup) -> tuple[Trainer, np.ndarray]:
     """The bench's model, ready to train, and rows of random tokens for one step."""
     options, device = setup.options, torch.device(setup.device)
-    prepare_device(device)
+    prepare_device(device, cache=compile_cache())
     length, vocab = setup.size(2048, 64), setup.size(65536, 300)
     depth, rows = (int(options["depth"]), int(options["rows"])) if not setup.tiny else (2, 2)
     arch = options.get("arch", "classic")
@@ -96,7 +96,7 @@ def make_trainer(setup: Setup) -> tuple[Trainer, np.ndarray]:
     model = build_gpt(config, device=device, seed=0)
     mode = options.get("compile", "on" if setup.cuda else "off")
     run, chosen = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)
-    print(chosen, "cache:", get_base_dir(), flush=True)
+    print(chosen, flush=True)
     step_tokens = setup.size(int(options.get("step_tokens", _STEP_TOKENS)), 4 * length)
     rates = learning_rates(arch).scaled(scale_lr_for_batch(step_tokens))
     trainer = Trainer(

@@ -115,7 +115,7 @@ def _by_kill(scene: _Scene) -> None:
 
 def memory(setup: Setup, verdict: Verdict) -> None:
     """More rows at once than the card has room for: it takes fewer, and the step is done."""
-    rows = setup.size(2048, 8)
+    rows = setup.size(1024, 8)
     config = site_kit.config(
         setup,
         run_name="gpu-check-memory",

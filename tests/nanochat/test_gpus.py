@@ -124,16 +124,17 @@ def test_a_cards_peak_is_found_by_its_name() -> None:
 
 def test_a_cpu_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    prepare_device(torch.device("cpu"))
+    prepare_device(torch.device("cpu"), cache=Path("unused"))
     assert "PYTORCH_ALLOC_CONF" not in common.os.environ
     assert capability_of(torch.device("cpu")) == (0, 0)
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_a_gpus_memory_grows_in_place_unless_the_user_says_otherwise(
-    own: str | None, monkeypatch: pytest.MonkeyPatch
+    own: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in (*names, "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, "own")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
@@ -142,13 +143,14 @@ def test_a_gpus_memory_grows_in_place_unless_the_user_says_otherwise(
     monkeypatch.setattr(gpus._Known, "capability", (9, 0))
     precision = torch.get_float32_matmul_precision()
     try:
-        prepare_device(torch.device("cuda", 0))
+        prepare_device(torch.device("cuda", 0), cache=tmp_path)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(precision)
-    told = [common.os.environ.get(n) for n in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    told = [common.os.environ.get(n) for n in names]
     assert ("expandable_segments:True" in told) is (own is None)
     assert common.os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
+    assert common.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
 def test_what_was_set_aside_is_looked_at_again() -> None:
