@@ -22,7 +22,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 _STEP = re.compile(r"step=(\d+)/\d+ loss=([\d.]+).*?tokens_per_s=([\d,]+)")
 _BPB = re.compile(r"val_bpb=([\d.]+)")
-_LIMIT_S = 100.0
+_LIMIT_S = 100.0  # of one command
 
 
 def check(setup: Setup, verdict: Verdict) -> None:

@@ -45,6 +45,8 @@ _CHECKS = (
     _step("d20-b32", depth="20", rows="32", step_tokens="524288", steps="2", cost_s=45),
     _step("d20-b8", depth="20", rows="8", profile="1"),
     _step("d12-b32", depth="12", rows="32", cost_s=15),
+    _step("d20-b8-eager", depth="20", rows="8", compile="off"),
+    _step("d20-b8-modern", depth="20", rows="8", arch="modern", cost_s=50),
     Check(name="optimizer-speed", function="optimizer:speed", limit_s=60, cost_s=15),
     # memory that a step has not, alone, since it takes all there is
     Check(name="memory", function="stops:memory", limit_s=60, cost_s=25),
@@ -55,9 +57,6 @@ _CHECKS = (
     Check(name="stops", function="stops:check", limit_s=150, cost_s=60, group="runs"),
     Check(name="scripts", function="command_lines:check", limit_s=150, cost_s=60, group="runs"),
     Check(name="federation", function="federation:check", limit_s=180, cost_s=60, group="runs"),
-    # what is not a default
-    _step("d20-b8-eager", depth="20", rows="8", compile="off"),
-    _step("d20-b8-modern", depth="20", rows="8", arch="modern", cost_s=50),
 )
 
 
