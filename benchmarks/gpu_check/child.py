@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks.gpu_check.verdict import Setup, Verdict
+from nanochat.files import atomic_path
 
 _H100 = "H100"
 
@@ -19,7 +20,9 @@ def main() -> None:
         directory=Path(order["directory"]),
         options=order["options"],
     )
-    verdict, raised = Verdict(on_h100=_on_h100(setup)), False
+    path, raised = Path(order["verdict"]), False
+    verdict = Verdict(on_h100=_on_h100(setup))
+    verdict.save = lambda: _write(path, verdict, raised=False, over=False)
     module, _, function = order["function"].partition(":")
     try:
         check = getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), function)
@@ -29,8 +32,19 @@ def main() -> None:
         raised = True
         first = str(error).splitlines()[0][:300] if str(error) else ""
         verdict.failures.append(f"{type(error).__name__}: {first}")
-    said = {"figures": verdict.figures, "failures": verdict.failures, "raised": raised}
-    Path(order["verdict"]).write_text(json.dumps(said), encoding="utf-8")
+    _write(path, verdict, raised=raised, over=True)
+
+
+def _write(path: Path, verdict: Verdict, *, raised: bool, over: bool) -> None:
+    """Whole or not at all: this process may be ended at any time."""
+    said = {
+        "figures": verdict.figures,
+        "failures": verdict.failures,
+        "raised": raised,
+        "over": over,
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(said), encoding="utf-8")
 
 
 def _on_h100(setup: Setup) -> bool:

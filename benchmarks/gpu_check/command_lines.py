@@ -22,21 +22,22 @@ from nanochat.tokenizer import RustBPETokenizer
 
 _STEP = re.compile(r"step=(\d+)/\d+ loss=([\d.]+).*?tokens_per_s=([\d,]+)")
 _BPB = re.compile(r"val_bpb=([\d.]+)")
-_LIMIT_S = 100.0  # of one command
+_LIMIT_S, _TINY_LIMIT_S = 100.0, 600.0  # of one command; on a CPU that is busy with other tests
 
 
 def check(setup: Setup, verdict: Verdict) -> None:
     data.make(setup)
-    whole = _finished(_start(setup, "whole"), verdict)
+    whole = _finished(setup, _start(setup, "whole"), verdict)
     stopped = _start(setup, "stopped")
     _stop_after(stopped, steps=3)
-    said = stopped.communicate(timeout=_LIMIT_S)[0]
+    said = stopped.communicate(timeout=_TINY_LIMIT_S if setup.tiny else _LIMIT_S)[0]
     verdict.that("--resume-from-step" in said, f"SIGTERM did not stop it: {said[-500:]}")
-    resumed = _finished(_start(setup, "stopped", "--resume-from-step", "latest"), verdict)
+    resumed = _finished(setup, _start(setup, "stopped", "--resume-from-step", "latest"), verdict)
     ours, theirs = (dict(_losses(text)) for text in (resumed, whole))
     verdict.that(bool(ours) and ours.keys() < theirs.keys(), "it did not go on in the middle")
     worst = max((abs(ours[step] - theirs[step]) for step in ours.keys() & theirs.keys()), default=9)
-    verdict.at_most("loss_after_resuming", worst, 1e-3 if setup.cuda else 1e-4)
+    # lines show four digits; on a GPU attention's backward pass adds in an order of its own
+    verdict.at_most("loss_after_resuming", worst, 5e-3 if setup.cuda else 1e-4)
     rates = _STEP.findall(whole)
     verdict.note("tokens_per_s", int(rates[-1][2].replace(",", "")) if rates else 0)
     verdict.note("last_line", next((x for x in reversed(whole.splitlines()) if "eta=" in x), ""))
@@ -66,8 +67,8 @@ def _start(setup: Setup, run: str, *more: str) -> "subprocess.Popen[str]":
     )
 
 
-def _finished(process: "subprocess.Popen[str]", verdict: Verdict) -> str:
-    said, _ = process.communicate(timeout=_LIMIT_S)
+def _finished(setup: Setup, process: "subprocess.Popen[str]", verdict: Verdict) -> str:
+    said, _ = process.communicate(timeout=_TINY_LIMIT_S if setup.tiny else _LIMIT_S)
     verdict.that(
         process.returncode == 0, f"base_train ended with {process.returncode}: {said[-500:]}"
     )
@@ -77,8 +78,7 @@ def _finished(process: "subprocess.Popen[str]", verdict: Verdict) -> str:
 def _stop_after(process: "subprocess.Popen[str]", *, steps: int) -> None:
     """SIGTERM once it has logged some steps."""
     assert process.stdout is not None
-    until = time.monotonic() + _LIMIT_S
-    while time.monotonic() < until:
+    while True:
         line = process.stdout.readline()
         found = _STEP.search(line)
         if not line or (found and int(found.group(1)) >= steps):
@@ -99,7 +99,7 @@ def _evaluate(setup: Setup, trained: str, verdict: Verdict) -> None:
         env=environment(setup.directory),
         capture_output=True,
         text=True,
-        timeout=_LIMIT_S,
+        timeout=_TINY_LIMIT_S if setup.tiny else _LIMIT_S,
         check=False,
     )
     verdict.that(

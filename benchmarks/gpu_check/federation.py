@@ -35,8 +35,9 @@ _NODES = ("site-a", "site-b")
 
 def check(setup: Setup, verdict: Verdict) -> None:
     """The same command resumes the run after its server was killed in round 2."""
-    home = setup.directory / "federation"
+    home, logs = setup.directory / "federation", setup.directory / "logs"
     home.mkdir()
+    logs.mkdir(exist_ok=True)
     config = site_kit.config(
         setup,
         run_name="gpu-check-federation",
@@ -53,19 +54,25 @@ def check(setup: Setup, verdict: Verdict) -> None:
     with contextlib.ExitStack() as stack:
         env = _deployment(stack, setup, home)
         began = time.monotonic()
-        first = _run(env, file, home / "first.log")
+        first = _run(env, file, logs / "federation-first.log")
         stack.callback(end_group, first)
         events = setup.directory / "base" / "runs" / config.run_name / "events.jsonl"
         limit = _TINY_WAIT_S if setup.tiny else _WAIT_S
-        _wait(lambda: bool(_events(events, "round_committed")), first, home / "first.log", limit)
+        _wait(
+            lambda: bool(_events(events, "round_committed")),
+            first,
+            logs / "federation-first.log",
+            limit,
+        )
+        verdict.note("first_round_s", time.monotonic() - began)
         _kill_server()
         with contextlib.suppress(subprocess.TimeoutExpired):
             first.wait(30)
         end_group(first)
-        second = _run(env, file, home / "second.log")
+        second = _run(env, file, logs / "federation-second.log")
         stack.callback(end_group, second)
         code = second.wait(limit)
-        said = (home / "second.log").read_text(encoding="utf-8", errors="replace")
+        said = (logs / "federation-second.log").read_text(encoding="utf-8", errors="replace")
         verdict.that(code == 0, f"pilot run ended with {code}: {said[-800:]}")
         verdict.note("seconds", time.monotonic() - began)
     committed = _events(events, "round_committed")
@@ -106,15 +113,17 @@ def _deployment(stack: contextlib.ExitStack, setup: Setup, home: Path) -> dict[s
     env = os.environ | own
     link = ["flower-superlink", "--insecure", "--port", str(port)]
     link += ["--disable-runtime-dependency-installation"]
-    _start(stack, link, env, home / "superlink.log")
+    _start(stack, link, env, home.parent / "logs" / "federation-superlink.log")
     until = time.monotonic() + _WAIT_S
     while not listening(port):
-        assert time.monotonic() < until, (home / "superlink.log").read_text(encoding="utf-8")[-500:]
+        assert time.monotonic() < until, (
+            home.parent / "logs" / "federation-superlink.log"
+        ).read_text(encoding="utf-8")[-500:]
         time.sleep(0.1)
     for name in _NODES:
         node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
         node += ["--port", str(free_port()), "--node-config", f'name="{name}"']
-        _start(stack, node, env, home / f"{name}.log")
+        _start(stack, node, env, home.parent / "logs" / f"federation-{name}.log")
     return env
 
 

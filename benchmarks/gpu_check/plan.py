@@ -41,7 +41,7 @@ _CHECKS = (
     Check(name="nccl", function="nccl:check", limit_s=60, cost_s=20, group="exact"),
     Check(name="data", function="data:check", limit_s=90, cost_s=30, group="exact"),
     # speed, alone
-    Check(name="kernels", function="kernels:check", limit_s=60, cost_s=15),
+    Check(name="kernels", function="kernels:check", limit_s=90, cost_s=45),
     _step("d20-b32", depth="20", rows="32", step_tokens="524288", steps="2", cost_s=45),
     _step("d20-b8", depth="20", rows="8", profile="1"),
     _step("d12-b32", depth="12", rows="32", cost_s=15),
@@ -52,11 +52,11 @@ _CHECKS = (
     Check(name="memory", function="stops:memory", limit_s=60, cost_s=25),
     # runs and their processes, all at once: what they measure are seconds, not milliseconds
     Check(name="blocks", function="blocks:check", limit_s=150, cost_s=60, group="runs"),
-    Check(name="losses", function="losses:check", limit_s=110, cost_s=60, group="runs"),
-    Check(name="groups", function="groups:check", limit_s=150, cost_s=60, group="runs"),
+    Check(name="losses", function="losses:check", limit_s=150, cost_s=60, group="runs"),
+    Check(name="groups", function="groups:check", limit_s=240, cost_s=60, group="runs"),
     Check(name="stops", function="stops:check", limit_s=150, cost_s=60, group="runs"),
     Check(name="scripts", function="command_lines:check", limit_s=150, cost_s=60, group="runs"),
-    Check(name="federation", function="federation:check", limit_s=180, cost_s=60, group="runs"),
+    Check(name="federation", function="federation:check", limit_s=240, cost_s=60, group="runs"),
 )
 
 

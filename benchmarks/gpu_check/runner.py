@@ -124,27 +124,28 @@ class _Running:
         if code is None and not late:
             return None
         self.end()
-        name = self._check.name
+        said = self._said()
+        failures = list(said["failures"])
         if late and code is None:
-            reason = f"it was ended after {self._limit_s:.0f} s"
-            return Outcome(
-                check=name, passed=False, seconds=seconds, failures=[reason, *self._tail()]
-            )
-        try:
-            said = json.loads(self._verdict.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            reason = f"it ended with code {code} and no verdict"
-            return Outcome(
-                check=name, passed=False, seconds=seconds, failures=[reason, *self._tail()]
-            )
-        failures = said["failures"] + (self._tail() if said["raised"] else [])
+            failures += [f"it was ended after {self._limit_s:.0f} s", *self._tail()]
+        elif not said["over"]:
+            failures += [f"it ended with code {code} and no verdict", *self._tail()]
+        elif said["raised"]:
+            failures += self._tail()
         return Outcome(
-            check=name,
+            check=self._check.name,
             passed=not failures,
             seconds=seconds,
             figures=said["figures"],
             failures=failures,
         )
+
+    def _said(self) -> dict[str, Any]:
+        """The verdict as far as it got."""
+        with contextlib.suppress(OSError, ValueError):
+            said: dict[str, Any] = json.loads(self._verdict.read_text(encoding="utf-8"))
+            return said
+        return {"figures": {}, "failures": [], "raised": False, "over": False}
 
     def end(self) -> None:
         """The check and all that it has left running in its session."""

@@ -26,10 +26,11 @@ def using(options: Mapping[str, str]) -> Iterator[None]:
     """What `options` say, in place of what choices.py would; keys that are no variants are left alone."""
     module: Any = head
     before, cudnn = module.choose_head_passes, torch.backends.cuda.cudnn_sdp_enabled()
-    if name := options.get("head"):
-        module.choose_head_passes = lambda **_: HEAD[name]
-    if name := options.get("sdpa"):
-        torch.backends.cuda.enable_cudnn_sdp(SDPA[name])
+    if "head" in options:
+        form = HEAD[options["head"]]
+        module.choose_head_passes = lambda **_: form
+    if "sdpa" in options:
+        torch.backends.cuda.enable_cudnn_sdp(SDPA[options["sdpa"]])
     try:
         yield
     finally:

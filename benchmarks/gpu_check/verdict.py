@@ -1,6 +1,7 @@
 """What a check is told, and what it says: figures, and each bound that was not kept."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ class Verdict:
     on_h100: bool = False
     figures: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    save: Callable[[], None] = lambda: (
+        None
+    )  # after each figure: one that is ended keeps what it has
 
     def note(self, name: str, value: Any) -> None:
         self.figures[name] = _rounded(value)
+        self.save()
 
     def at_most(self, name: str, value: float, bound: float) -> None:
         self.note(name, value)

