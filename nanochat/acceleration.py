@@ -44,7 +44,7 @@ def accelerated_block(
         mode, device_type=device.type, missing=missing, run_s=run_s, process_s=process_s
     )
     if missing and mode != "off" and device.type == "cuda":
-        _LOG.warning("%s, so nothing is compiled: steps take a third longer", missing)
+        _LOG.warning("%s, so nothing is compiled: steps take a quarter longer", missing)
     if choice.on:
         if (compiled := compiled_block(device)) is not None:
             run = compiled
@@ -130,7 +130,7 @@ class CompiledBlock:
                 raise
             _LOG.warning(
                 "the blocks cannot be compiled (%s) and run eagerly from here on: on a GPU steps take a "
-                "third longer, on a CPU a tenth",
+                "quarter longer, on a CPU a tenth",
                 _reason(error),
             )
             self._run = run_block

@@ -113,12 +113,11 @@ def _deployment(stack: contextlib.ExitStack, setup: Setup, home: Path) -> dict[s
     env = os.environ | own
     link = ["flower-superlink", "--insecure", "--port", str(port)]
     link += ["--disable-runtime-dependency-installation"]
-    _start(stack, link, env, home.parent / "logs" / "federation-superlink.log")
+    log = home.parent / "logs" / "federation-superlink.log"
+    _start(stack, link, env, log)
     until = time.monotonic() + _WAIT_S
     while not listening(port):
-        assert time.monotonic() < until, (
-            home.parent / "logs" / "federation-superlink.log"
-        ).read_text(encoding="utf-8")[-500:]
+        assert time.monotonic() < until, log.read_text(encoding="utf-8")[-500:]
         time.sleep(0.1)
     for name in _NODES:
         node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]

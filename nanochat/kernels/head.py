@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from nanochat.kernels.choices import HeadPasses, choose_head_passes, what_compiling_lacks
 
 _LOG = logging.getLogger(__name__)
-_PRICE = "on an H100 that is a fifth of a step of depth 20"
+_PRICE = "on an H100 that is a sixth of a step at depth 20"
 # what Triton raises where it cannot compile: its own errors are RuntimeErrors or plain Exceptions
 _COMPILE_FAILURES = (Exception,)
 
