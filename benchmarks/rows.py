@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.builtin import prepare_builtin
+from nanochat.builtin import open_source
 from nanochat.common import ArgumentParser, run_command_line
 from nanochat.files import sha256_file
 from nanochat.gpt import build_gpt, config_for_depth
@@ -39,7 +39,7 @@ from nanochat.rows.encoder import BatchEncoder
 from nanochat.rows.packer import PackJob, PackStats, pack
 from nanochat.rows.packing import BUFFER_DOCUMENTS, make_packer
 from nanochat.schedule import make_schedule
-from nanochat.source import Source, cropped, get_source, iter_texts
+from nanochat.source import Source, cropped, iter_texts
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.trainer import Trainer
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--no-step", action="store_true", help="leave the training step out")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    source = prepare_builtin() if args.text == "builtin" else get_source(args.text)
+    source = open_source(args.text)
     with tempfile.TemporaryDirectory(prefix="rows-") as name:
         directory = Path(name)
         tokenizer = train_tokenizer(source, args.vocab, directory / "tokenizer")

@@ -17,6 +17,11 @@ def prepare_builtin() -> Source:
     return source
 
 
+def open_source(name_or_dir: str) -> Source:
+    """The source of that name or directory; makes the built-in corpus if it is missing."""
+    return prepare_builtin() if name_or_dir == "builtin" else get_source(name_or_dir)
+
+
 def ensure_builtin_tokenizer(directory: str | Path, vocab_size: int) -> RustBPETokenizer:
     """The tokenizer in `directory`; if there is none, one trained on the built-in corpus.
 

@@ -165,7 +165,7 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """(cross entropy of the next token, the likeliest next token), (options, T-1) each.
 
-    Shorter rows are filled up at the end, which what comes before cannot see.
+    Shorter rows are padded at the end, which no earlier position can see.
     """
     length = max(len(tokens) for tokens, _ in options)
     filled = [tokens + [bos] * (length - len(tokens)) for tokens, _ in options]

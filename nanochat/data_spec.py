@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.builtin import prepare_builtin
+from nanochat.builtin import open_source
 from nanochat.errors import UserError
 from nanochat.rows.cache import RowCache
-from nanochat.source import Source, get_source
+from nanochat.source import Source
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 
@@ -56,11 +56,6 @@ class DataSpec:
             )
         cache = RowCache(source, tokenizer, sequence_len=self.sequence_len, packing=self.packing)
         return cache, tokenizer
-
-
-def open_source(name_or_dir: str) -> Source:
-    """The source of that name or directory; makes the built-in corpus if it is missing."""
-    return prepare_builtin() if name_or_dir == "builtin" else get_source(name_or_dir)
 
 
 def count_train_shards(source: Source, num_shards: int | None) -> int:

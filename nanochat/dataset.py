@@ -106,7 +106,7 @@ def _fetch_all(
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a shard is there with its footer, which stands at the end; a damaged one is named."""
+    """Whether a shard is there with its footer, which is written last; reports a damaged one."""
     if not path.exists():
         return False
     try:
@@ -158,11 +158,12 @@ def main() -> None:
     source = get_source(args.source)
     if source.name == "builtin":
         prepare_builtin()
+    wanted = args.num_files is not None or not args.prepare  # else: only pack what is here
     if source.name.startswith(PREFIX):
-        source = _make(args.source, args.num_files)
+        source = _make(args.source, args.num_files) if wanted else source
     elif source.repository is None:
         _check_directory(source)
-    elif args.num_files is not None or not args.prepare:
+    elif wanted:
         _fetch(source, args.num_files, workers=args.workers)
     if args.prepare:
         shards = source.present_train()

@@ -129,7 +129,7 @@ class Downloader:
 
 
 def _in_short(error: requests.RequestException, url: str) -> str:
-    """What the net said, without the four layers of libraries that it came through."""
+    """The network's error, without the four layers of libraries around it."""
     host = urlsplit(url).netloc
     if isinstance(error, requests.Timeout):
         return f"{host} did not answer in time"

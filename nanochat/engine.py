@@ -40,8 +40,8 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield a column at a time: the next token of each sample, and 1 where it was sampled.
 
-        A sample that has drawn a stop token is over: it gives BOS with a 0 while others go on. Ends
-        with the last sample, or after `max_tokens` (None: at the model's sequence length). A seed
+        A sample that has drawn a stop token is finished: it yields BOS with a 0 while others continue.
+        Ends with the last sample, or after `max_tokens` (None: at the model's sequence length). A seed
         makes the tokens a function of it. Raises UserError where the sequence would outgrow the
         model's positions.
         """

@@ -34,7 +34,7 @@ def fsync_dir(directory: Path) -> None:
 def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on a clean exit it is fsynced and takes its name.
 
-    On any exception the temporary file is removed and what stood at `path` is untouched.
+    On any exception the temporary file is removed and what was at `path` is untouched.
     Raises OSError when the disk is full or the directory is missing.
     """
     path = Path(path)

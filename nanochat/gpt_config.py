@@ -70,7 +70,7 @@ class GPTConfig:
         return self.is_modern and layer % 2 == (self.n_layer - 1) % 2
 
     def to_meta(self) -> dict[str, Any]:
-        """What stands in a checkpoint: upstream's seven keys, and `arch` only if it is classic."""
+        """What a checkpoint holds: upstream's seven keys, and `arch` only if it is classic."""
         values = asdict(self)
         if self.is_modern:
             del values["arch"]

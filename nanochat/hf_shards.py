@@ -1,12 +1,13 @@
 """A text dataset that the `datasets` library loads, as shards of our form.
 
-The dataset is streamed, with one row group and the validation documents in memory at most. How long it
-is shows only at its end, so validation comes from its beginning: of the first documents (`Sizes.head`)
-one tenth becomes the validation shard, whose number `hf_name.VAL_SHARD` is fixed; everything behind it
-is for training. So neither `-n` nor a later, larger `-n` changes what is validated on.
+The dataset is streamed; memory holds its first documents (`Sizes.head`), later one row group. Its length
+shows only at the end, so validation comes from the beginning: one tenth of the first documents becomes
+the validation shard, whose number `hf_name.VAL_SHARD` is fixed, and everything after them is for
+training. So neither `-n` nor a later, larger `-n` changes what a model is validated on.
 
 A shard is written whole or not at all, and the manifest then says where in the stream the next one
-begins: a killed command continues there, and the result has the same bits as if it had not been killed.
+begins: a killed command continues there, and the result has the same bits as if it had not been killed,
+as long as the dataset itself does not change in between.
 """
 
 import itertools
@@ -37,10 +38,11 @@ _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bounds, in documents and in characters of text; what passes one of them ends a part."""
+    """Where parts end: at the first of these bounds. `head_chars` must not exceed `shard_chars`."""
 
-    head: int = 30_000  # documents; one tenth of them, some 3 million tokens, is for validation
-    shard_chars: int = 250_000_000  # as FineWeb-EDU's shards have; bounds the head, too
+    head: int = 30_000  # documents, of which one tenth is for validation
+    head_chars: int = 100_000_000  # which the process holds; a tenth is some 2 million tokens
+    shard_chars: int = 250_000_000  # as FineWeb-EDU's shards have
     row_group: int = 1_000  # documents
 
 
@@ -49,7 +51,7 @@ _SIZES = Sizes()
 
 @dataclass
 class _Stream:
-    """The texts of a dataset, in order, and the place behind the last one that was read."""
+    """The texts of a dataset, in order, and the position after the last one that was read."""
 
     name: HfName
     dataset: Any  # datasets.IterableDataset
@@ -94,6 +96,8 @@ def make_shards(name: HfName, num_shards: int | None = None, *, sizes: Sizes = _
     try:
         name.directory.mkdir(parents=True, exist_ok=True)
         with file_lock(name.directory / ".lock"):
+            for unfinished in name.directory.glob(".shard_*.tmp"):  # of a killed command
+                unfinished.unlink()
             _Maker(name, sizes).make(num_shards)
     except OSError as error:
         raise UserError(
@@ -135,13 +139,13 @@ class _Maker:
                     break
 
     def _after_validation(self, stream: _Stream) -> Iterator[str]:
-        """Write the validation shard; the texts behind it."""
+        """Write the validation shard; returns the texts after it."""
         head, chars = [], 0
         texts = stream.texts()
         for text in texts:
             head.append(text)
             chars += len(text)
-            if len(head) >= self._sizes.head or chars >= self._sizes.shard_chars:
+            if len(head) >= self._sizes.head or chars >= self._sizes.head_chars:
                 break
         if not head:
             raise UserError(f"{self._name} has no text: name another split, or another column")

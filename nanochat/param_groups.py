@@ -14,7 +14,7 @@ _LR_REFERENCE_WIDTH = 768  # the rates of the vocabulary matrices were tuned at 
 
 
 class TrainableModel(Protocol):
-    """What an optimizer has to know of a `nanochat.gpt.GPT`, which may therefore import this module."""
+    """What an optimizer needs of a `nanochat.gpt.GPT`, which can therefore import this module."""
 
     config: GPTConfig
     compute_dtype: torch.dtype

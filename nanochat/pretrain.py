@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat.acceleration import accelerated_block
+from nanochat.builtin import open_source
 from nanochat.common import get_base_dir, print0
 from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
-from nanochat.data_spec import DataSpec, count_train_shards, open_source, validation_rows
+from nanochat.data_spec import DataSpec, count_train_shards, validation_rows
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt

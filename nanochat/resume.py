@@ -31,7 +31,7 @@ Meta = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Where a run stands after `step` steps, besides its weights and optimizer."""
+    """A run after `step` steps: position in the data and figures, besides weights and optimizer."""
 
     step: int = 0
     epoch: int = 0
@@ -162,7 +162,7 @@ def restore_run(
 ) -> TrainingState:
     """Put the weights and this rank's optimizer shard back; returns where the run stands.
 
-    same: what must stand in the checkpoint's meta data for this to be the same run, a value or a
+    same: what the checkpoint's meta data must hold for this to be the same run, a value or a
     mapping of values per key. Raises UserError, naming what differs, and for another number of ranks.
     """
     ranks = optimizer_ranks(directory, step)

@@ -8,8 +8,6 @@ ClientApps and the command line import this without torch.
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import re
 import tomllib
@@ -256,12 +254,8 @@ class RunConfig:
     def to_mapping(self) -> dict[str, Scalar]:
         return {_dashed(name): value for name, value in dataclasses.asdict(self).items()}
 
-    def training_hash(self) -> str:
-        """Hex SHA-256 of the keys that shape the training. Snapshots keep it; resuming compares the keys."""
-        text = json.dumps(self.training_keys(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def training_keys(self) -> dict[str, Scalar]:
+        """The keys with which another value would train another model: resuming compares them."""
         return {
             _dashed(f.name): getattr(self, f.name)
             for f in dataclasses.fields(self)

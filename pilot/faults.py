@@ -47,7 +47,7 @@ POINTS = (
     "spool.remove",  # after the commit
     "results.checkpoint",
     "results.final-model",
-    "results.written",  # the run is finished on disk, and nobody has been told
+    "results.written",  # the run is finished on disk, and not yet reported
 )
 
 

@@ -64,7 +64,7 @@ def _configuration(context: Context) -> RunConfig:
     values = dict(context.run_config)
     values["run-name"] = values.get("run-name") or generated_name()
     config = RunConfig.from_mapping(values)
-    plan.model_config(config)  # a shape that can't be is told now
+    plan.model_config(config)  # an impossible shape is reported now
     log.info("Run %s", config.run_name)
     changed = {k: v for k, v in config.to_mapping().items() if v != DEFAULTS[k]}
     log.info("Configuration: %s", " ".join(f"{key}={value}" for key, value in changed.items()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nanochat.builtin import open_source
 from nanochat.checkpoint_manager import checkpoint_tokenizer, load_any
 from nanochat.common import (
     ArgumentParser,
@@ -23,7 +24,7 @@ from nanochat.common import (
     run_command_line,
 )
 from nanochat.core_bundle import ensure_bundle, evaluate_core, load_tasks
-from nanochat.data_spec import DataSpec, open_source, validation_rows
+from nanochat.data_spec import DataSpec, validation_rows
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import requests
 import tiktoken
 
-from nanochat.builtin import prepare_builtin
+from nanochat.builtin import open_source
 from nanochat.common import ArgumentParser, run_command_line
 from nanochat.errors import UserError
-from nanochat.source import COLLECTIONS, DEFAULT_SOURCE, cropped, get_source, parquets_iter_batched
+from nanochat.source import COLLECTIONS, DEFAULT_SOURCE, cropped, parquets_iter_batched
 from nanochat.tokenizer import DEFAULT_DIRECTORY, get_tokenizer
 
 PUBLIC = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}  # tiktoken's name, and whose it is
@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = get_tokenizer(args.tokenizer)
-    source = prepare_builtin() if args.source == "builtin" else get_source(args.source)
+    source = open_source(args.source)
     batches = parquets_iter_batched("val", source=source)
     texts = list(cropped(batches, max_chars=args.max_chars, doc_cap=0))
     if not any(texts):

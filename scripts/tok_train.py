@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from nanochat import tokenizer as tokenizer_module
-from nanochat.builtin import prepare_builtin
+from nanochat.builtin import open_source
 from nanochat.common import ArgumentParser, run_command_line
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_json
@@ -32,7 +32,6 @@ from nanochat.source import (
     Source,
     check_shard,
     cropped,
-    get_source,
     iter_texts,
 )
 from nanochat.tokenizer import PICKLE_FILE, TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
@@ -209,7 +208,7 @@ def main() -> None:
     options = Options(args.max_chars, args.doc_cap, args.vocab_size, args.num_shards)
     if not 0 <= args.threads <= MOST_THREADS:
         raise UserError(f"--threads must be from 0 (all cores) to {MOST_THREADS}")
-    source = prepare_builtin() if args.source == "builtin" else get_source(args.source)
+    source = open_source(args.source)
     directory = tokenizer_dir(args.tokenizer)
     started = time.monotonic()
     tokenizer = train(source, options, directory, num_threads=args.threads or None)

@@ -5,13 +5,42 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadGroupScheduling
 
+from benchmarks.chaos.micro import TOKENIZER, VOCAB_SIZE
 from nanochat.builtin import ensure_builtin_tokenizer
 from nanochat.tokenizer import tokenizer_dir
 
-TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
+_TESTS = Path(__file__).parent
+# What these files say of seconds would not hold if they ran at the same time: one group.
+OF_SECONDS = (
+    "federation/test_membership.py",
+    "federation/test_round_loop.py",
+    "federation/test_left_out.py",
+    "pilot/coordination/test_redis_trouble.py",
+)
+# These begin first, in turn one that computes and one that mostly waits; the rest follows by name.
+LONGEST_FIRST = (
+    "chaos/test_tour.py",
+    "federation/test_crash.py",
+    "federation/test_runs.py",
+    *OF_SECONDS,
+    "federation/test_authenticated.py",
+    "federation/test_leaving.py",
+    "pilot/test_cli.py",
+    "readme/test_readme.py",
+    "pilot/site/test_resident_group.py",
+    "pilot/site/test_group.py",
+    "nanochat/test_base_train.py",
+    "pilot/launch/test_node.py",
+    "nanochat/test_resume.py",
+    "federation/test_equivalence.py",
+    "nanochat/rows/test_cache.py",
+    "nanochat/test_trainer.py",
+)
 
 # Whoever runs the tests in the background may ignore these, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,6 +51,31 @@ for _signum in (signal.SIGHUP, signal.SIGQUIT):
 
 # Tests share two cores with the processes that they start: more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; niced, it would hardly get any time
+
+
+class _ByFile(LoadGroupScheduling):
+    """The tests of a group go to one worker; those in no group go with their file, to share its fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        group = super()._split_scope(nodeid)
+        return nodeid.split("::")[0] if group == nodeid else group
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadGroupScheduling:
+    return _ByFile(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In an order that keeps both workers busy to the end."""
+    places = {path: place for place, path in enumerate(LONGEST_FIRST)}
+    files = [item.path.relative_to(_TESTS).as_posix() for item in items]
+    for item, file in zip(items, files, strict=True):
+        if file in OF_SECONDS:
+            item.add_marker(pytest.mark.xdist_group("seconds"))
+    order = sorted(range(len(items)), key=lambda i: places.get(files[i], len(places)))
+    items[:] = [items[i] for i in order]
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +92,11 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="session")
-def prepared_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory with the built-in corpus and a small tokenizer, made once for all tests."""
-    directory = tmp_path_factory.mktemp("prepared")
+def prepared_base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A base directory with the built-in corpus and a small tokenizer, made once for all workers."""
+    of_this_worker = tmp_path_factory.getbasetemp()
+    of_all = of_this_worker.parent if hasattr(request.config, "workerinput") else of_this_worker
+    directory = of_all / "prepared"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(directory))
         ensure_builtin_tokenizer(tokenizer_dir(TOKENIZER), VOCAB_SIZE)

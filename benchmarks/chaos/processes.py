@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,8 +39,21 @@ def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # or other tests' processes leave a simulation hardly any time
         **more,
     }
+
+
+def copy_app(directory: Path) -> Path:
+    """The Flower app alone, in `directory`: `flwr run` looks at every file below its directory, and a
+    checkout with its .venv has 40,000 (seconds of a processor for each submission)."""
+    directory.mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, directory)
+    for package in ("pilot", ".flwr"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, directory / package, ignore=ignored)
+    return directory
 
 
 def write_connection(flower_home: Path, port: int, certificates: Path | None = None) -> None:

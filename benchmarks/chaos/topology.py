@@ -26,6 +26,7 @@ from benchmarks.chaos.processes import (
     BIN,
     MARK,
     ROOT,
+    copy_app,
     end_group,
     environment,
     listening,
@@ -122,9 +123,17 @@ class Server:
     """The run: submitted, and submitted again with the same run-name whenever its process is gone."""
 
     def __init__(
-        self, mark: str, port: int, config: Path, run_dir: Path, env: Mapping[str, str], log: Path
+        self,
+        mark: str,
+        port: int,
+        app: Path,
+        config: Path,
+        run_dir: Path,
+        env: Mapping[str, str],
+        log: Path,
     ) -> None:
-        self._mark, self._port, self._config, self._env, self._log = mark, port, config, env, log
+        self._mark, self._port, self._app, self._config = mark, port, app, config
+        self._env, self._log = env, log
         self.run_dir = run_dir
         self._submission: subprocess.Popen[bytes] | None = None
         self._submitted_at = float("-inf")
@@ -162,7 +171,7 @@ class Server:
         command = [
             str(BIN / "flwr"),
             "run",
-            ".",
+            str(self._app),
             "local-deployment",
             "--run-config",
             str(self._config),
@@ -232,7 +241,8 @@ class Federation:
         config.write_text("".join(lines), encoding="utf-8")
         log = self.directory / "submissions.log"
         mark = self._mark("superlink")
-        self.server = Server(mark, self.port, config, self.run_dir, env, log)
+        app = copy_app(self.directory / "app")
+        self.server = Server(mark, self.port, app, config, self.run_dir, env, log)
         self._stack.callback(self.server.close)
         self.services = [self.redis, self.superlink, *(site.node for site in self.sites.values())]
 

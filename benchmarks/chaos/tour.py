@@ -17,42 +17,26 @@ from benchmarks.chaos import checker
 from benchmarks.chaos.checker import Books, Limits, Outage
 from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.injector import Injector
+from benchmarks.chaos.micro import MICRO, TOKENIZER, VOCAB_SIZE
 from benchmarks.chaos.processes import BIN, ROOT
 from benchmarks.chaos.topology import Federation
 from pilot.config import DEFAULTS
 from pilot.run.events import read_events
 
-TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
-
-# The smallest run that is a real one: one layer, 64 tokens a row, on the built-in corpus.
-CONFIG: dict[str, Any] = {
-    "depth": 1,
-    "vocab-size": VOCAB_SIZE,
-    "sequence-len": 64,
-    "source": "builtin",
-    "num-shards": 8,
+# What differs from MICRO: sites come and go, rounds are short, the checker reads every snapshot.
+CONFIG: dict[str, Any] = MICRO | {
     "epochs": 64,
-    "tokenizer": TOKENIZER,
-    "packing": "stream",
     "eval-rows": 512,
-    "total-batch-size": 1024,
-    "device-batch-size": 8,
-    "weight-decay": 0.0,
-    "lr": 0.1,
     "min-clients": 1,
     "quorum": 1,
-    "round-min-duration": 0.0,
     "round-max-duration": 60.0,
     "grace-max": 30.0,
     "clients-timeout": 180.0,
-    "outer-momentum": 0.5,
     "cooling-time": 15.0,
-    "device": "cpu",
     "client-processes": 1,
     "client-threads": 1,
     "heartbeat": 0.5,
-    "snapshot-keep": 100_000,  # the checker reads all of them
-    "wandb-mode": "disabled",
+    "snapshot-keep": 100_000,
 }
 RESTART_S = 60.0  # of a ServerApp on a busy machine: submit, import, hello, first orders
 

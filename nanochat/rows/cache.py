@@ -75,7 +75,7 @@ class RowCache:
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     def rows(self, shard: int) -> "ShardRows":
-        """The rows of `shard`; starts to pack them if they are not. UserError without the shard."""
+        """The rows of `shard`; starts packing them if they are not packed. UserError without the shard."""
         if shard not in self._shards:
             self.source.ensure([shard])
             path = self.source.shard_path(shard)

@@ -1,8 +1,8 @@
 """Many documents to arrays of ids: what packing spends most of its time on.
 
 The ids are those of `RustBPETokenizer.encode`, found by rustbpe instead of tiktoken: it has a scanner for
-our split pattern where tiktoken has a regex engine, remembers the words it has just seen, and hands
-arrays over, not lists of numbers (measured on English: 4-5 times the tokens per second of one core).
+our split pattern where tiktoken has a regex engine, remembers the words it has just seen, and returns
+arrays, not lists of numbers (measured on English: 4-5 times the tokens per second of one core).
 """
 
 from collections.abc import Sequence

@@ -23,13 +23,14 @@ import os
 import secrets
 import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from pilot.coordination import scripts
+from pilot.coordination.heartbeats import COUNTER, Ages, Heard
 from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
 from pilot.redis_url import redact_url
 from pilot.rules.rounds import Clock, MonotonicClock
@@ -41,51 +42,12 @@ SERVER_EXPIRY_S = 15.0
 FINISHED_EXPIRY_S = 24 * 3600
 STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
-# Redis forgets a heartbeat after so many intervals of it, but not within ten seconds.
-_EXPIRY_HEARTBEATS, _EXPIRY_MIN_S = 10.0, 10.0
-_COUNTER = "beat"  # the field of a heartbeat that every new one changes
 _ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
-
-
-def heartbeat_expiry_s(heartbeat_s: float) -> float:
-    """How long Redis keeps the last heartbeat of a client that sends one every `heartbeat_s`."""
-    return max(_EXPIRY_MIN_S, _EXPIRY_HEARTBEATS * heartbeat_s)
 
 
 def fence_text(fence: Fence) -> str:
     """A fence as it stands in an `ack:` key."""
     return json.dumps(asdict(fence), sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """A client's last heartbeat in this round, `age_s` seconds ago as this server saw it."""
-
-    heartbeat: Heartbeat
-    age_s: float
-
-
-@dataclass
-class _Ages:
-    """How old the heartbeats of one round are, by the server's own clock.
-
-    What counts is that the counter in the heartbeat has changed, not what a client's clock says. While Redis
-    fails nothing is known of any client, so none ages: `forget` lets all start again.
-    """
-
-    clock: Clock
-    _seen: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
-
-    def forget(self) -> None:
-        self._seen.clear()
-
-    def of(self, name: str, found: dict[str, str] | None) -> Heard | None:
-        """The last heartbeat of `name`; `found` is what Redis holds now, if anything."""
-        now_s = self.clock.now_s()
-        seen = self._seen.get(name)
-        if found and (seen is None or seen[0].get(_COUNTER) != found.get(_COUNTER)):
-            self._seen[name] = seen = (found, now_s)
-        return None if seen is None else Heard(Heartbeat.from_redis(seen[0]), now_s - seen[1])
 
 
 class ServerCoordinator:
@@ -109,7 +71,7 @@ class ServerCoordinator:
         self._round: dict[str, Any] = {"term": term, "round": 0, "phase": "ended", "reason": ""}
         self._state = "running"
         self._term = term
-        self._ages = _Ages(self._clock)
+        self._ages = Ages(self._clock)
         # key → (value, when it expires): written again when Redis has lost its keys
         self._notes: dict[str, tuple[str, float]] = {}
         try:
@@ -379,7 +341,7 @@ class ClientCoordinator:
         def write() -> None:
             key = self._link.key(f"client:{self._client}")
             # never the same twice, not even from another process or after Redis lost its keys
-            own[_COUNTER] = f"{self._nonce}-{next(self._sent)}"
+            own[COUNTER] = f"{self._nonce}-{next(self._sent)}"
             with self._link.redis.pipeline(transaction=True) as pipe:
                 pipe.hset(key, mapping=own | asdict(heartbeat))
                 pipe.pexpire(key, int(expiry_s * 1000))

@@ -1,4 +1,4 @@
-"""What may be merged, and who is left out for a while: pure rules over a reply and the run's books.
+"""What may be merged, and which client is left out for a while: pure rules over a reply and the run's books.
 
 A reply reaches the model only through `refusal`, `token_refusal` and `norm_refusal`. That it was trained
 from the model of this round needs no rule here: its fence names run, term and round, within a term a
@@ -19,7 +19,7 @@ from pilot.rules.rounds import Clock
 # Of fewer accepted updates the median says little: one outlier would be half of it.
 MIN_NORMS = 3
 MAX_NORM = 1e25  # times the tokens of a round it is still finite in fp32
-# Norms fall as a run goes on: the median shall be that of the last rounds, not of the run.
+# Norms fall during a run: the median is that of the last rounds, not of the whole run.
 MAX_NORMS = 100
 REFUSALS_IN_A_ROW = 3
 
@@ -93,7 +93,7 @@ def update_norm(update: Mapping[str, Tensor]) -> float:
 def norm_refusal(norm: float, earlier: Sequence[float], *, max_ratio: float) -> str | None:
     """Why an update of L2 norm `norm` may not be merged after updates of norms `earlier`, or None.
 
-    `earlier` are of rounds before this one, never of this one: who arrives first decides nothing. With
+    `earlier` are of rounds before this one, never of this one: the order of arrival decides nothing. With
     fewer than MIN_NORMS of them, or a `max_ratio` of 0, any norm up to MAX_NORM will do.
     """
     if norm > MAX_NORM:
@@ -112,9 +112,9 @@ def norm_refusal(norm: float, earlier: Sequence[float], *, max_ratio: float) -> 
 class Cooling:
     """Leaves out a client whose content was refused REFUSALS_IN_A_ROW times running, for a cooling time.
 
-    A client, not a run: if nobody else is there, the run waits until its time is over. What a site is not to
-    blame for (it died, its reply was lost, it was told to leave) never counts. After its time a
-    client begins anew; a server that resumes lets the time begin anew.
+    A client, not a run: if there is no other, the run waits until its time is over. What a client is not to
+    blame for (it died, its reply was lost, it had to leave) never counts. After its time a client starts
+    with a clean record; when a server resumes, the time starts over.
     """
 
     def __init__(self, books: AdmissionBooks, clock: Clock, cooling_time_s: float) -> None:

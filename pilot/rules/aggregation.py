@@ -1,13 +1,13 @@
 """What becomes of the pseudo-gradients of a round: their mean, or something that one outlier can't move.
 
 `mean` weights each reply by its tokens and folds them in the order given (lease order), one at a time:
-memory is one model, not one a client, and the result doesn't depend on who arrived first.
+memory is one model, not one per client, and the result does not depend on the order of arrival.
 
 `trimmed-mean` and `median` work coordinate by coordinate (Yin et al., arXiv 1803.01498) and tensor by
 tensor over the files on disk: memory is one tensor times clients. There every client has one vote,
 whatever its tokens: weights that a client reports itself would be a way to outvote the others. The
 replies of one client in one round are first folded into its vote, weighted by tokens. A single outlier
-can be told only where three vote: with fewer clients both are the mean.
+can be recognised only where three vote: with fewer clients both are the mean.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def aggregate(
     if method != "mean" and votes >= MIN_VOTES:
         return _robust(replies, _cut(votes, method, trim_fraction))
     if method != "mean" and replies:
-        log.info("%d clients are too few for a %s: their mean is taken", votes, method)
+        log.info("%d clients are too few for a %s: using their mean", votes, method)
     return weighted_mean((float(reply.tokens), load_file(reply.path)) for reply in replies)
 
 

@@ -14,7 +14,8 @@ from pilot.rules.intervals import UNKNOWN_END, Interval, Places, PlaceSet
 
 @dataclass
 class _ShardRows:
-    """`leased`: (first, end, client). `tenant`: who last committed rows here, and so has it packed.
+    """`leased`: (first, end, client). `last_committer`: the client that last
+    committed rows here, and so has the shard packed.
 
     `listed`: the clients in whose index this shard stands.
     """
@@ -22,7 +23,7 @@ class _ShardRows:
     free: list[Interval]
     leased: list[tuple[int, int, str]] = field(default_factory=list)
     committed: list[Interval] = field(default_factory=list)
-    tenant: str | None = None
+    last_committer: str | None = None
     listed: frozenset[str] = frozenset()
 
 
@@ -74,7 +75,7 @@ class EpochRows:
 
     # -- the states of rows ----------------------------------------------------------------------
 
-    def take(self, shard: int, max_rows: int, client: str) -> Interval:
+    def lease_rows(self, shard: int, max_rows: int, client: str) -> Interval:
         """Free → leased: up to `max_rows` off the front of the shard's free rows.
 
         Rows of an unknown end are taken whole.
@@ -103,10 +104,10 @@ class EpochRows:
         rows = self._shards[shard]
         rows.leased.remove((*lease, client))
         intervals.add(rows.committed, *lease)
-        rows.tenant = client
+        rows.last_committer = client
         self._index(shard, rows)
 
-    def restore(self, shard: int, committed: list[Interval], tenant: str) -> None:
+    def restore(self, shard: int, committed: list[Interval], last_committer: str) -> None:
         """The committed rows of a shard as a snapshot has them; raises ValueError if they can't be."""
         if shard not in self.place or shard in self._shards:
             raise ValueError(f"shard {shard} does not exist, or is there twice")
@@ -116,7 +117,7 @@ class EpochRows:
             intervals.add(checked, first, last)
         if not checked or checked[0][0] < 0 or checked[-1][1] > end:
             raise ValueError(f"{checked or 'no rows'} of shard {shard}, which has {end}")
-        rows = _ShardRows(intervals.gaps(checked, end), [], checked, tenant)
+        rows = _ShardRows(intervals.gaps(checked, end), [], checked, last_committer)
         self._shards[shard] = rows
         self._index(shard, rows)
 
@@ -142,10 +143,10 @@ class EpochRows:
         return max((end for end in ends if end != UNKNOWN_END), default=0)
 
     def committed(self) -> Iterator[tuple[int, str, list[Interval]]]:
-        """(shard, tenant, sorted intervals) of each shard with committed rows."""
+        """(shard, last_committer, sorted intervals) of each shard with committed rows."""
         for shard, rows in self._shards.items():
-            if rows.tenant is not None:
-                yield shard, rows.tenant, rows.committed
+            if rows.last_committer is not None:
+                yield shard, rows.last_committer, rows.committed
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -161,8 +162,8 @@ class EpochRows:
         """Bring the indexes up to date with what `rows` says."""
         place = self.place[shard]
         there = {client for _, _, client in rows.leased}
-        if rows.tenant is not None:
-            there.add(rows.tenant)
+        if rows.last_committer is not None:
+            there.add(rows.last_committer)
         _set(self._free, place, bool(rows.free))
         _set(self._new, place, bool(rows.free) and not there)
         listed = frozenset(there) if rows.free else _NOBODY

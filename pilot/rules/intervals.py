@@ -9,7 +9,7 @@ from typing import Protocol
 
 Interval = tuple[int, int]  # [first, end)
 
-# The end of rows whose number nobody has counted yet; behind any real end.
+# The end of rows that have not been counted yet; behind any real end.
 UNKNOWN_END = 1 << 62
 
 

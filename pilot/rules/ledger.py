@@ -1,4 +1,4 @@
-"""The books: who owns which rows, and which rows the model has seen.
+"""The books: which client holds which rows, and which rows the model has seen.
 
 Every row of every epoch is in exactly one state: free, leased (open) or committed. Leasing moves free
 rows to a client; committing moves a prefix of a lease to committed and returns the rest; giving back
@@ -20,8 +20,8 @@ from typing import Any
 
 from pilot.rules.epoch_rows import EpochRows
 from pilot.rules.intervals import UNKNOWN_END
-from pilot.rules.shard_sets import Disk, Disks
-from pilot.rules.sharing import Party, fair_shares
+from pilot.rules.shard_sets import ShardSet, ShardSets
+from pilot.rules.sharing import ClientGroup, fair_shares
 from pilot.segment import Segment
 
 
@@ -62,20 +62,20 @@ class Ledger:
                     f"shard_order({number}) is not a permutation of {num_shards} shards"
                 )
             self._epochs.append(EpochRows(order, self.row_counts))
-        self._disks = Disks(num_shards)
+        self._shard_sets = ShardSets(num_shards)
         self._known_rows = 0  # the sum of row_counts
         self._complete = 0  # shards, in each epoch, of which all rows are committed
         self.rows_leased = self.rows_committed = self.rows_returned = 0
 
     # -- leasing ---------------------------------------------------------------------------------
 
-    def register(self, client: str, shards: Collection[int], *, fetches: bool = False) -> None:
-        """`client` has `shards` on its disk (others than the training shards are passed over).
+    def register(self, client: str, shards: Collection[int]) -> None:
+        """`client` has `shards` on its disk (numbers that are no training shards are ignored).
 
-        From now on it is leased rows of these; if it `fetches` what it lacks, of others behind
-        them. A client that was never registered may be leased any shard. Said again when it changes.
+        From now on it is leased rows of these only. A client that was never registered may be leased any
+        shard. Called again when its shards change.
         """
-        self._disks.register(client, shards, fetches=fetches)
+        self._shard_sets.register(client, shards)
 
     def lease(self, client: str, rows_wanted: int) -> Lease | None:
         """Lease about `rows_wanted` free rows; None when nothing is free for this client.
@@ -90,30 +90,30 @@ class Ledger:
         """Lease to each client about the rows `wanted`, or its fair share where too few are free.
 
         Shares are those of `fair_shares`, in whole steps of `step_rows` rows. Clients with the
-        fewest shards choose first. Those for whom nothing is left are not in the result.
+        fewest shards choose first. Clients for which nothing is left are not in the result.
         """
-        sharing: dict[Disk, dict[str, int]] = {}
+        sharing: dict[ShardSet, dict[str, int]] = {}
         for client, rows in wanted.items():
             if rows < 1:
                 raise ValueError(f"rows_wanted must be positive, not {rows}")
-            sharing.setdefault(self._disks.of(client)[-1], {})[client] = rows
-        # half of what is wanted on average, in whole steps: so much does an unknown shard count
+            sharing.setdefault(self._shard_sets.of(client), {})[client] = rows
+        # an unknown shard counts as half of what is wanted on average, in whole steps
         guess = -(-sum(wanted.values()) // max(1, 2 * len(wanted) * step_rows)) * step_rows
-        parties = [
-            Party(rows, self._free_rows(disk, sum(rows.values()), guess))
-            for disk, rows in sorted(sharing.items(), key=lambda item: item[0].size)
+        groups = [
+            ClientGroup(rows, self._free_rows(shards, sum(rows.values()), guess))
+            for shards, rows in sorted(sharing.items(), key=lambda item: item[0].size)
         ]
-        usable = sum(party.usable for party in parties)
-        free_rows = self._free_rows(self._disks.everything, usable, guess)
-        shares = fair_shares(parties, free_rows, step_rows=step_rows)
+        usable = sum(group.usable for group in groups)
+        free_rows = self._free_rows(self._shard_sets.everything, usable, guess)
+        shares = fair_shares(groups, free_rows, step_rows=step_rows)
         leases = {client: self._lease(client, rows, guess) for client, rows in shares.items()}
         return {client: lease for client, lease in leases.items() if lease}
 
-    def _free_rows(self, disk: Disk, enough: int, guess: int) -> int:
-        """Free rows of the disk's shards; looks no further once it has seen `enough`."""
+    def _free_rows(self, shards: ShardSet, enough: int, guess: int) -> int:
+        """Free rows of `shards`; looks no further once it has seen `enough`."""
         rows = 0
         for epoch in (epoch for epoch in self._epochs if epoch.any_free):
-            for first, end in epoch.free_rows(disk.places(epoch)):
+            for first, end in epoch.free_rows(shards.places(epoch)):
                 if rows >= enough:
                     return rows
                 rows += self._size(first, end, guess)
@@ -121,16 +121,15 @@ class Ledger:
 
     def _lease(self, client: str, rows: int, guess: int) -> Lease | None:
         """Take about `rows` free rows; a shard counts as `guess` rows where nothing is known."""
-        disks = self._disks.of(client)
+        shards = self._shard_sets.of(client)
         segments: list[Segment] = []
         for number, epoch in enumerate(self._epochs):
-            for disk in disks if epoch.any_free and rows > 0 else ():
-                places = disk.places(epoch)
-                while rows > 0 and (shard := epoch.choose(client, places)) is not None:
-                    first, end = epoch.take(shard, rows, client)
-                    rows -= self._size(first, end, guess)
-                    end_row = None if end == UNKNOWN_END else end
-                    segments.append(Segment(number, shard, first, end_row))
+            places = shards.places(epoch) if epoch.any_free and rows > 0 else None
+            while places and rows > 0 and (shard := epoch.choose(client, places)) is not None:
+                first, end = epoch.lease_rows(shard, rows, client)
+                rows -= self._size(first, end, guess)
+                end_row = None if end == UNKNOWN_END else end
+                segments.append(Segment(number, shard, first, end_row))
         if not segments:
             return None
         lease = Lease(self._next_lease_id, client, tuple(segments), not self.free_for(client))
@@ -279,8 +278,8 @@ class Ledger:
 
     def free_for(self, client: str) -> bool:
         """Whether any row is free that `client` may be leased."""
-        disk = self._disks.of(client)[-1]
-        return any(e.any_free and e.has_free(disk.places(e)) for e in self._epochs)
+        shards = self._shard_sets.of(client)
+        return any(e.any_free and e.has_free(shards.places(e)) for e in self._epochs)
 
     @property
     def mean_shard_rows(self) -> int:
@@ -316,9 +315,9 @@ class Ledger:
             "next_lease_id": self._next_lease_id,
             "row_counts": sorted([s, n] for s, n in self.row_counts.items()),
             "committed": sorted(
-                [number, shard, tenant, [list(interval) for interval in intervals]]
+                [number, shard, last_committer, [list(interval) for interval in intervals]]
                 for number, epoch in enumerate(self._epochs)
-                for shard, tenant, intervals in epoch.committed()
+                for shard, last_committer, intervals in epoch.committed()
             ),
         }
 
@@ -334,19 +333,21 @@ class Ledger:
         for shard, count in state["row_counts"]:
             ledger._check_count(shard, count)
             ledger._learn_count(shard, count)
-        for number, shard, tenant, intervals in state["committed"]:
-            ledger._restore(number, shard, tenant, [(first, end) for first, end in intervals])
+        for number, shard, last_committer, intervals in state["committed"]:
+            ledger._restore(
+                number, shard, last_committer, [(first, end) for first, end in intervals]
+            )
         ledger.rows_leased = ledger.rows_committed
         return ledger
 
     def _restore(
-        self, number: int, shard: int, tenant: str, committed: list[tuple[int, int]]
+        self, number: int, shard: int, last_committer: str, committed: list[tuple[int, int]]
     ) -> None:
         if not 0 <= number < len(self._epochs):
             raise LedgerError(f"rows of epoch {number} are committed, but there is no such epoch")
         epoch = self._epochs[number]
         try:
-            epoch.restore(shard, committed, tenant)
+            epoch.restore(shard, committed, last_committer)
         except ValueError as error:
             raise LedgerError(f"the committed rows of epoch {number} can't be: {error}") from error
         rows = epoch.committed_rows(shard)

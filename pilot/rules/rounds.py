@@ -1,4 +1,4 @@
-"""When a round ends, who may still join it, and how long replies are waited for.
+"""When a round ends, whether a client may still join it, and how long to wait for replies.
 
 Pure functions of what the server knows, asked again at every tick. Time comes in as seconds since the round
 opened; the clock itself is the caller's.
@@ -13,13 +13,13 @@ from typing import Protocol
 
 from pilot.config import RunConfig
 
-# A client that is silent for so many heartbeats counts as dead until it is heard again.
+# A client that misses this many heartbeats counts as dead until it is heard again.
 MISSED_HEARTBEATS = 3
 # ... but not sooner than this: a worker that shares a busy machine may be late by itself.
 _SILENCE_MIN_S = 2.0
-# Replies are waited for so many times as long as the slowest upload measured so far ...
+# The wait for replies is this many times the slowest upload measured so far ...
 _GRACE_FACTOR = 3.0
-# ... and at least so long: what was measured may have been a quiet moment (seconds).
+# ... and at least this long: what was measured may have been a quiet moment (seconds).
 _GRACE_MIN_S = 10.0
 # What starting a worker group and moving a small model costs, until it has been measured (seconds).
 _FIXED_COST_S = 15.0
@@ -108,16 +108,16 @@ class RoundView:
 
 
 def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
-    """The reason why the round must end now, or None: it goes on.
+    """The reason why the round must end now, or None while it continues.
 
-    With fixed steps a client, neither tokens nor the minimum duration end a round: each client ends
+    With fixed steps per client, neither tokens nor the minimum duration end a round: each client ends
     its own, and what a round does cannot depend on anybody's speed.
     """
     if view.pending == 0 and not view.replied:
         return EndReason.NOBODY_LEFT
     if view.pending == view.silent and (view.replied or view.waiting):
-        # Who is only silent may be back, so a round of nobody else goes on, at no cost, until
-        # somebody comes who can do its work.
+        # A client that is only silent may be back, so a round of silent clients continues, at no cost, until
+        # another one comes that can do its work.
         if not view.replied:
             return EndReason.NOBODY_LEFT
         return EndReason.ALL_REPLIED if view.rows_left else EndReason.DATA_EXHAUSTED
@@ -152,9 +152,9 @@ def remaining_s(rules: RoundRules, view: RoundView) -> float:
 
 
 def join_min_remaining_s(configured_s: float, fixed_costs_s: Sequence[float]) -> float:
-    """Seconds that must be left of a round for a site to be sent work in it.
+    """Seconds that must be left of a round for a client to be sent work in it.
 
-    `configured_s` 0: twice the median of what a round costs a site besides training (`fixed_costs_s`).
+    `configured_s` 0: twice the median of what a round costs a client besides training (`fixed_costs_s`).
     """
     if configured_s > 0:
         return configured_s
@@ -164,7 +164,7 @@ def join_min_remaining_s(configured_s: float, fixed_costs_s: Sequence[float]) ->
 def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:
     """Seconds for which replies are waited for after the end of a round.
 
-    `uploads_s`: what the sites needed from the end of their last round to their reply's arrival.
+    `uploads_s`: what the clients needed from the end of their last round to their reply's arrival.
     """
     if not uploads_s:
         return grace_max_s

@@ -1,11 +1,11 @@
-"""Fair shares of rows that are too few for all who want them. Pure: standard library only."""
+"""Fair shares of rows that are too few for all clients that want them. Pure: standard library only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Party:
+class ClientGroup:
     """Clients that have the same shards: what each wants, and the free rows of those shards.
 
     `free_rows` need not be counted further than the sum of what is wanted.
@@ -24,23 +24,23 @@ class Party:
         return min(self.demand, self.free_rows)
 
 
-def fair_shares(parties: Sequence[Party], free_rows: int, *, step_rows: int) -> dict[str, int]:
-    """Rows that each client may take, in the order of `parties`: what it wants where there is enough.
+def fair_shares(groups: Sequence[ClientGroup], free_rows: int, *, step_rows: int) -> dict[str, int]:
+    """Rows that each client may take, in the order of `groups`: what it wants where there is enough.
 
-    Otherwise parties share `free_rows` in proportion to what each could use, and the clients of one
-    in proportion to what they want, in whole steps of `step_rows` rows, at least one. Whoever comes
-    last may take what rounding down has left over.
+    Otherwise groups share `free_rows` in proportion to what each could use, and the clients of one
+    in proportion to what they want, in whole steps of `step_rows` rows, at least one. The last client
+    may take what rounding down has left over.
     """
     shares: dict[str, int] = {}
-    usable = sum(party.usable for party in parties)
+    usable = sum(group.usable for group in groups)
     scarce = free_rows < usable
-    for party in parties:
-        budget = free_rows * party.usable // usable if scarce and usable else party.usable
-        free_rows, usable = free_rows - budget, usable - party.usable
-        shares |= _apportion(party.wanted, budget, step_rows)
-        if not scarce or party is parties[-1]:
-            last = list(party.wanted)[-1]
-            shares[last] = party.wanted[last]
+    for group in groups:
+        budget = free_rows * group.usable // usable if scarce and usable else group.usable
+        free_rows, usable = free_rows - budget, usable - group.usable
+        shares |= _apportion(group.wanted, budget, step_rows)
+        if not scarce or group is groups[-1]:
+            last = list(group.wanted)[-1]
+            shares[last] = group.wanted[last]
     return shares
 
 

@@ -77,7 +77,7 @@ def next_term(directory: Path) -> int:
     """Count this start of the server, durably, and return the count.
 
     Raises RunDirError if the count can't be read or written: without it, replies of an earlier start
-    could not be told from those of this one.
+    could not be distinguished from those of this one.
     """
     path = directory / "term"
     try:

@@ -20,7 +20,7 @@ class ResultsError(PilotError):
 def write_results(state: RunState, run_dir: Path) -> tuple[Path, Path]:
     """(final_model.pt, directory of the checkpoint). The former last: it marks the run as finished.
 
-    Raises ResultsError if the disk does not take them; a resumed run writes them anew.
+    Raises ResultsError if the disk does not take them; a resumed run writes them again.
     """
     meta = _meta(state)
     checkpoint = get_base_dir() / "base_checkpoints" / state.config.run_name
@@ -34,8 +34,8 @@ def write_results(state: RunState, run_dir: Path) -> tuple[Path, Path]:
         fault_point("results.written")
     except OSError as error:
         raise ResultsError(
-            f"cannot write the final model or {checkpoint}: {error}; once that is cured, the same "
-            "command writes them"
+            f"cannot write the final model or {checkpoint}: {error}; fix this and rerun the "
+            "same command to write them"
         ) from error
     return final, checkpoint
 

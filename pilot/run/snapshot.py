@@ -57,8 +57,8 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int, keep_every
     """Commit `snapshot` as `directory`/round-000007, then remove the old ones.
 
     Kept are the newest `keep` and every `keep_every`-th round (0: none). Snapshots of later rounds can only be
-    damaged ones that a resume passed over: they go before the new one is in place, since one that
-    should become readable again would shadow the round that was done anew.
+    damaged ones that a resume skipped: they go before the new one is in place, since one that became
+    readable again would shadow the round that was done again.
 
     Raises SnapshotError if the disk does not take it; older snapshots are intact then.
     """
@@ -81,8 +81,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int, keep_every
     except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SnapshotError(
-            f"cannot write snapshot {final}: {error}; once that is cured, the same command resumes "
-            "the run"
+            f"cannot write snapshot {final}: {error}; fix this and rerun the same command to resume"
         ) from error
     _prune(directory, keep=keep, keep_every=keep_every)
     return final
@@ -151,7 +150,7 @@ def remove_strays(directory: Path) -> list[str]:
 def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapshot | None:
     """The newest snapshot that is whole; None if there is none at all.
 
-    Damaged ones are reported, one sentence each, and passed over. Raises SnapshotError if there are
+    Damaged ones are reported, one sentence each, and skipped. Raises SnapshotError if there are
     snapshots and none of them can be read: starting from nothing would silently lose a run.
     """
     found = _snapshots(directory)
@@ -159,9 +158,11 @@ def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapsh
         try:
             return _read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            report(f"snapshot {path} is damaged and is passed over: {error}")
+            report(f"snapshot {path} is damaged; skipping it: {error}")
     if found:
-        raise SnapshotError(f"no snapshot in {directory} can be read; remove it to start anew")
+        raise SnapshotError(
+            f"no snapshot in {directory} can be read; remove it to start from scratch"
+        )
     return None
 
 

@@ -37,7 +37,7 @@ _LOST_CODES = {
 class Answer:
     """What became of one message; `error` is a sentence if there is no content.
 
-    `lost`: nobody has answered, so nothing is known of the site's work, neither good nor bad.
+    `lost`: there is no answer, so nothing is known of the client's work, neither good nor bad.
     """
 
     message_id: str

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from pilot.coordination.coordinator import Heard
+from pilot.coordination.heartbeats import Heard
 from pilot.rules.rounds import RoundView, silence_s
 from pilot.server.open_round import OpenRound, SentOrder
 from pilot.server.report import Report
@@ -151,6 +151,11 @@ class RoundMonitor:
             client.fixed_cost_s = max(0.0, now_s - order.sent_at_s - reply.train_s)
         if self.ended_at_s is not None:
             client.upload_s = now_s - self.ended_at_s
+
+    def note_slow_uploads(self, waited_s: float) -> None:
+        """Clients still awaited after `waited_s` take longer than they did: next time the wait is longer."""
+        for order in self.awaited:
+            order.client.upload_s = max(order.client.upload_s or 0.0, waited_s)
 
 
 def uploads_s(orders: Collection[SentOrder]) -> list[float]:

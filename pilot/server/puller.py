@@ -2,7 +2,8 @@
 
 A SuperNode that dies while it uploads leaves a reply whose tensors are announced and not there: pulling it
 blocks for about three minutes, up to two hours (Flower 1.41, `pull_objects`). So pulls are made in a thread,
-one message after another; one that takes longer than a moment is left to its thread, and another goes on.
+one message after another; one that takes longer than a moment is left to its thread, and a new thread pulls
+the others.
 """
 
 import queue
@@ -47,7 +48,7 @@ class Puller:
 
 
 class _Sweep:
-    """A thread that pulls each of `message_ids` in turn, until it is told to stop at the one it is at."""
+    """A thread that pulls each of `message_ids` in turn; once asked to stop, it finishes the current one."""
 
     def __init__(
         self,

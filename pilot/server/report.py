@@ -1,4 +1,4 @@
-"""All that people are told of a run: log lines, and the same facts as events and metrics.
+"""All that people see of a run: log lines, and the same facts as events and metrics.
 
 The other rooms of the server say what happened by calling a method here; they print and record nothing
 themselves. Arguments are plain values, so this module knows none of the rooms that use it.

@@ -46,7 +46,7 @@ _EVALUATION_ATTEMPTS = 3
 
 
 class RunFailed(PilotError):
-    """The run can't go on; what it has is on disk, and the same command resumes it."""
+    """The run cannot continue; what it has is on disk, and the same command resumes it."""
 
 
 class RunInterrupted(PilotError):
@@ -62,7 +62,7 @@ class RoundLoop:
         term: the number of this start of the server.
         mailbox: messages to and from Flower's nodes.
         coordinator: the server's half of Redis.
-        report: all that people are told.
+        report: all that people see.
         clock: the only source of time and of pauses.
         run_dir: where snapshots and the spool of the open round are kept.
         closed: no node will come that isn't there yet (a simulation).
@@ -143,9 +143,9 @@ class RoundLoop:
             if self._all_there(len(clients), wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return clients
-            why, cooling = self.roster.waiting_for(wanted), self._cooling_clients()
-            if cooling:
-                why += f"; left out for a while: {', '.join(client.name for client in cooling)}"
+            why = self.roster.waiting_for(wanted)
+            if cooling := [c.name for c in self._present() if not self.cooling.ready(c.name)]:
+                why += f"; left out for a while: {', '.join(cooling)}"
             timed_out = waited_s >= self.config.clients_timeout and not cooling
             if self.roster.hopeless(wanted) or timed_out:
                 raise RunFailed(f"not enough clients to continue: {why}")
@@ -166,18 +166,14 @@ class RoundLoop:
             self._incomplete_since_s = now_s
         return there >= wanted and now_s - self._incomplete_since_s >= RETURN_S
 
-    def _available(self, *, to_train: bool) -> list[Client]:
-        """Clients that can take work now: idle, not leaving, not cooling, and with rows left to train on."""
-        clients = [client for client in self.roster.ready() if client.name not in self._leaving]
-        if to_train:
-            clients = [c for c in clients if self.state.ledger.free_for(c.name)]
-            clients = [c for c in clients if self.cooling.ready(c.name)]
-        return clients
+    def _present(self) -> list[Client]:
+        """Clients that owe no answer and are not leaving."""
+        return [client for client in self.roster.ready() if client.name not in self._leaving]
 
-    def _cooling_clients(self) -> list[Client]:
-        """Clients that are there and will get work again, but not before their cooling time is over."""
-        clients = [client for client in self.roster.ready() if client.name not in self._leaving]
-        return [client for client in clients if not self.cooling.ready(client.name)]
+    def _available(self, *, to_train: bool) -> list[Client]:
+        """Clients that can take work now; to train, they need free rows and must not be cooling."""
+        free, cooled = self.state.ledger.free_for, self.cooling.ready
+        return [c for c in self._present() if not to_train or (free(c.name) and cooled(c.name))]
 
     # -- 1. open, 2. send ------------------------------------------------------------------------
 
@@ -326,9 +322,8 @@ class RoundLoop:
             self._raise_if_interrupted()
             if not monitor.awaited or self.clock.now_s() >= deadline_s:
                 break
-        for order in monitor.awaited if measured else ():
-            # it takes longer than it did: three times as long next time
-            order.client.upload_s = max(order.client.upload_s or 0.0, patience_s)
+        if measured:
+            monitor.note_slow_uploads(patience_s)
         for order in open_round.pending:
             self.mailbox.abandon(order.message_id)
         reason = f"no reply within the {patience_s:.0f} s of grace"

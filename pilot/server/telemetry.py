@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nanochat.files import write_all
@@ -86,7 +85,7 @@ class Telemetry:
             finite = {name: value for name, value in finite.items() if value is not None}
             try:
                 self._wandb.log(finite, step=step)
-            except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
+            except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run continues
                 self._without_wandb(error)
 
     def close(self, *, exit_code: int = 0) -> None:
@@ -106,12 +105,7 @@ class Telemetry:
     def __enter__(self) -> "Telemetry":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(exit_code=0 if kind is None else 1)
 
     def _close_torn_line(self) -> None:
@@ -156,14 +150,14 @@ class Telemetry:
             except Exception as error:
                 if mode == "offline":
                     raise
-                logger.warning("W&B cannot be reached, going on offline: %s", redact(str(error)))
+                logger.warning("W&B cannot be reached, continuing offline: %s", redact(str(error)))
                 self._wandb = wandb.init(mode="offline", settings=settings, **options)
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run continues
             self._without_wandb(error)
 
     def _without_wandb(self, error: Exception) -> None:
         self._wandb = None
-        logger.warning("W&B failed, going on without: %s", redact(str(error)))
+        logger.warning("W&B failed, continuing without it: %s", redact(str(error)))
 
     @staticmethod
     def _finish(run: Any, exit_code: int) -> None:

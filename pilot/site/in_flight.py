@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pilot.config import RunConfig
-from pilot.coordination.coordinator import ClientCoordinator, heartbeat_expiry_s, resolve_url
+from pilot.coordination.coordinator import ClientCoordinator, resolve_url
+from pilot.coordination.heartbeats import heartbeat_expiry_s
 from pilot.errors import PilotError
 from pilot.site.notice import NODE_VARIABLE
 from pilot.wire.messages import Fence, Heartbeat, TrainOrder

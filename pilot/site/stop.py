@@ -1,7 +1,7 @@
 """All stop sources → one decision.
 
 A round ends for a worker by the durable key in Redis (found at the start, on a wake-up, or by polling),
-by the seconds that its order gave it, or by its own work being done. A site *leaves*, whatever the round
+by the seconds that its order gave it, or by its own work being done. A client *leaves*, whatever the round
 does, by SIGTERM, by its own `stop:` key in Redis, or by a notice on its disk: its worker then stops as
 well, gives up the evaluation too, and has `drain-deadline` seconds until it has to be done. A thread
 watches all this and sends the heartbeats, so that the training loop only reads a flag.
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pilot.coordination.coordinator import ClientCoordinator, heartbeat_expiry_s
+from pilot.coordination.coordinator import ClientCoordinator
+from pilot.coordination.heartbeats import heartbeat_expiry_s
 from pilot.site.notice import noticed
 from pilot.wire.messages import Heartbeat, StopReason
 
@@ -31,7 +32,7 @@ class Progress:
     rows: int = 0
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the heartbeat, all at once for whoever reads it."""
+        """Change fields of the heartbeat, all at once for its readers."""
         self.heartbeat = replace(self.heartbeat, **changes)
 
     def step_done(self, *, rows: int, tokens: int) -> None:
@@ -45,8 +46,8 @@ class StopWatcher:
     """Decides when this worker stops; `reason` says why once it has. Use as a context manager.
 
     `coordinator` None (no Redis): the deadline, `notices` (files), `stop` and `drain` count. `watches`
-    False (a rank that is told by another): only the deadline, `stop` and `drain`, and no thread.
-    `overdue` is called with a sentence when the site was to leave and `drain_deadline_s` has passed.
+    False (a rank that follows another): only the deadline, `stop` and `drain`, and no thread.
+    `overdue` is called with a sentence when the client is leaving and `drain_deadline_s` has passed.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class StopWatcher:
 
     @property
     def leaving(self) -> str:
-        """Why this site is to leave; "" while it is not. It may come after another reason to stop."""
+        """Why this client is leaving; "" while it is not. It may come after another reason to stop."""
         return self._leaving[0][0] if self._leaving else ""
 
     def stop(self, reason: str) -> None:
@@ -100,7 +101,7 @@ class StopWatcher:
         self._reasons.append((reason, time.monotonic()))
 
     def drain(self, reason: str) -> None:
-        """Stop because this site is to leave; the drain deadline counts from the first call. As safe."""
+        """Stop because this client is leaving; the drain deadline counts from the first call. As safe."""
         self._leaving.append((reason, time.monotonic()))
         self.stop(reason)
 

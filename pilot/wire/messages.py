@@ -37,7 +37,7 @@ _INT64 = range(-(2**63), 2**63)  # Flower's integers
 
 
 def _metric(default: int | float) -> Any:
-    """A number that is only told to people: one that isn't a number is no reason to lose a reply."""
+    """A number that only people read: if it is not one, that is no reason to lose a reply."""
     return field(default=default, metadata={"metric": True})
 
 
@@ -99,9 +99,9 @@ class HelloOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloReply:
-    """A site's answer; `error` is a sentence when it cannot take part.
+    """A client's answer; `error` is a sentence when it cannot take part.
 
-    `fingerprints` maps what all sites must agree on (tokenizer, rows, validation rows, corpus, pilot)
+    `fingerprints` maps what all clients must agree on (tokenizer, rows, validation rows, corpus, pilot)
     to hex SHA-256; `shards` are the training shards on its disk; `devices` the processes it can run.
     """
 

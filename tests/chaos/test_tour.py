@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.chaos import faults, tour
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 # of each sort one: a site's process, what connects them, a bad reply, the keeper of the books
 KINDS = ["kill-worker", "kill-redis", "reply-nan", "kill-serverapp"]

@@ -5,15 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation.scripted import ScriptedSite, Server, scripted_config
 
+from benchmarks.chaos.processes import copy_app
 from pilot.processes.local_redis import LocalRedis
+
+from .scripted import ScriptedSite, Server, scripted_config
 
 
 @pytest.fixture(scope="module")
 def redis_url() -> Iterator[str]:
     with LocalRedis() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_app(tmp_path_factory.mktemp("app") / "pilot")
 
 
 @pytest.fixture

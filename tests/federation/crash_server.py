@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from federation.local_grid import LocalGrid
-from federation.scripted import FINGERPRINTS, FastClock, ScriptedSite, scripted_config
 from flwr.app import Message, RecordDict
 
 from pilot import server_app
@@ -31,6 +29,9 @@ from pilot.server.console import configure_logging
 from pilot.wire.codec import encode
 from pilot.wire.messages import TrainOrder, TrainReply, from_header, to_header
 from pilot.wire.records import from_records, to_records
+
+from .local_grid import LocalGrid
+from .scripted import FINGERPRINTS, FastClock, ScriptedSite, scripted_config
 
 NAMES = ("a", "bb")
 FAILED = 3  # exit code: a PilotError, told in a sentence

@@ -2,14 +2,11 @@
 
 import contextlib
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from federation.keys import Keys
-from federation.micro import as_toml
-
+from benchmarks.chaos.micro import as_toml
 from benchmarks.chaos.processes import (
     BIN,
     CONNECTION,
@@ -24,18 +21,18 @@ from pilot.processes.local_redis import LocalRedis
 from pilot.processes.scratch import free_port
 from pilot.run.events import read_events
 
+from ..waiting import until
+from .keys import Keys
 
-def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
-        time.sleep(0.1)
+# What a whole run may take to start, or to end: a minute, or ten beside other people's tests.
+RUN_S = 600.0
 
 
 def pilot_run(
-    connection: str, config: Path, *overrides: str, env: dict[str, str]
+    connection: str, config: Path, *, env: dict[str, str], app: Path | None = None
 ) -> "subprocess.Popen[str]":
-    command = [str(BIN / "pilot"), "run", connection, "--run-config", str(config), *overrides]
+    command = [str(BIN / "pilot"), "run", connection, "--run-config", str(config)]
+    command += [] if app is None else ["--app", str(app)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -73,7 +70,7 @@ class Deployment:
         command += ["--disable-runtime-dependency-installation"]
         command += self._keys.superlink_options() if self._keys else ["--insecure"]
         self._start(command, self.env, "superlink")
-        wait_until(lambda: listening(self.port), 60, "the SuperLink")
+        until(lambda: listening(self.port), 60, "the SuperLink")
         return self
 
     def start_node(self, name: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from federation.local_grid import LocalGrid
 from flwr.app import RecordDict
 
 from pilot.config import RunConfig
@@ -31,6 +30,8 @@ from pilot.wire.messages import (
     to_header,
 )
 from pilot.wire.records import from_records, to_records
+
+from .local_grid import LocalGrid
 
 SHARD_ROWS = 24
 ROW_TOKENS = 8

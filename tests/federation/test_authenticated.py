@@ -8,19 +8,21 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
-from federation.micro import MICRO
-from federation.processes import (
+
+from benchmarks.chaos.micro import MICRO
+from benchmarks.chaos.processes import CONNECTION, marked
+
+from ..waiting import until
+from .processes import (
+    RUN_S,
     Deployment,
     events,
     killed_at_end,
     pilot_run,
-    wait_until,
     write_config,
 )
 
-from benchmarks.chaos.processes import CONNECTION, marked
-
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 # Flower's least interval: a node that was killed is refused for up to 20 s instead of up to 60 s
 SHORT_WINDOW = """
@@ -38,7 +40,7 @@ def supernode(site: str) -> psutil.Process:
 
 
 def test_authenticated_node_that_was_killed_is_refused_for_a_while_and_then_trains_again(
-    builtin: Path, tmp_path: Path
+    builtin: Path, tmp_path: Path, app: Path
 ) -> None:
     values = MICRO | {
         "run-name": "authenticated",
@@ -57,11 +59,13 @@ def test_authenticated_node_that_was_killed_is_refused_for_a_while_and_then_trai
             redis.Redis.from_url(deployment.env["PILOT_REDIS_URL"], decode_responses=True)
         )
         deployment.start_pilot_node("site-a", PYTHONPATH=str(hooks))
-        run = stack.enter_context(killed_at_end(pilot_run(CONNECTION, config, env=deployment.env)))
+        run = stack.enter_context(
+            killed_at_end(pilot_run(CONNECTION, config, env=deployment.env, app=app))
+        )
         beat = "pilot:authenticated:client:site-a"
-        wait_until(lambda: int(keys.hget(beat, "tokens") or 0) > 0, 300, "site-a to train")
+        until(lambda: int(keys.hget(beat, "tokens") or 0) > 0, RUN_S, "site-a to train")
         supernode(deployment.mark("site-a")).kill()
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=RUN_S)
         assert run.returncode == 0, output[-5000:]
         node = deployment.nodes["site-a"]
         node.send_signal(signal.SIGTERM)

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from federation.crash_server import FAILED, NAMES, REFUSED_ROUND
-from federation.scripted import ROW_TOKENS
 
 from pilot.faults import POINTS
 from pilot.processes.local_redis import LocalRedis
 from pilot.run.snapshot import latest_snapshot
+
+from .crash_server import FAILED, NAMES, REFUSED_ROUND
+from .scripted import ROW_TOKENS
 
 TESTS = Path(__file__).resolve().parents[1]
 ROUNDS = 3

@@ -4,58 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation.local_grid import LocalGrid
-from federation.micro import MICRO
 
+from benchmarks.chaos.micro import MICRO
 from nanochat.checkpoint_manager import load_any, load_checkpoint
 from nanochat.pretrain import Settings, pretrain
-from pilot.client_app import answer
 from pilot.config import RunConfig
-from pilot.coordination.coordinator import ServerCoordinator
-from pilot.plan import initial_weights, total_tokens
-from pilot.processes.local_redis import LocalRedis
-from pilot.rules.ledger import Ledger
-from pilot.rules.rounds import MonotonicClock
-from pilot.run.directory import open_run_dir
-from pilot.run.results import write_results
-from pilot.run.state import RunState
-from pilot.server.mailbox import Mailbox
-from pilot.server.report import Report
-from pilot.server.round_loop import RoundLoop
-from pilot.server.telemetry import Telemetry
 
-from nanochat.rows.stream import shard_order  # isort: skip
+from .in_process import federate
 
 STEPS = 6
-
-
-def federate(config: RunConfig) -> tuple[RunState, Path]:
-    """Lead `config` over one site in this process, with a real worker group and a real Redis."""
-    grid = LocalGrid({1: lambda kind, content: answer(content, "only")})
-    ledger = Ledger(
-        num_shards=config.num_shards,
-        epochs=1,
-        shard_order=lambda epoch: shard_order(config.num_shards, epoch, config.seed),
-    )
-    state = RunState(config, initial_weights(config), ledger, total_tokens(config))
-    clock = MonotonicClock()
-    with LocalRedis() as redis, open_run_dir(config.run_name) as run_dir:
-        coordinator = ServerCoordinator(redis.url, config.run_name, term=1, run_dir=run_dir)
-        telemetry = Telemetry(
-            run_dir, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="x"
-        )
-        RoundLoop(
-            config,
-            state,
-            term=1,
-            mailbox=Mailbox(grid, clock),  # type: ignore[arg-type]  # what Grid is used for
-            coordinator=coordinator,
-            report=Report(telemetry),
-            clock=clock,
-            run_dir=run_dir,
-        ).run()
-        coordinator.finish()
-        return state, write_results(state, run_dir)[0]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +38,7 @@ def test_one_client_with_fedavg_gives_the_weights_of_plain_training(
             "outer-lr": 1.0,
         }
     )
-    state, final = federate(config)
+    state, final = federate(config, "only")
     settings = Settings(
         run=f"plain-{arch}-{dtype}",
         depth=config.depth,

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from federation.scripted import ScriptedSite
+from .scripted import ScriptedSite
 
 # Written by commit c0d6a09 after round 2 of a scripted run of clients a (4 rows a round) and b (3 rows).
 KEPT = Path(__file__).parents[1] / "golden" / "snapshot_round_000002"

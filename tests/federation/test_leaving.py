@@ -6,23 +6,25 @@ from pathlib import Path
 
 import pytest
 import redis
-from federation.micro import MICRO
-from federation.processes import (
+
+from benchmarks.chaos.micro import MICRO
+from benchmarks.chaos.processes import marked
+
+from ..waiting import until
+from .processes import (
+    RUN_S,
     Deployment,
     events,
     killed_at_end,
     pilot_run,
-    wait_until,
     write_config,
 )
 
-from benchmarks.chaos.processes import marked
-
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_reply(
-    builtin: Path, tmp_path: Path
+    builtin: Path, tmp_path: Path, app: Path
 ) -> None:
     values = MICRO | {"run-name": "leaving", "total-tokens": 10**8, "num-rounds": 1, "epochs": 9}
     config = write_config(
@@ -36,13 +38,13 @@ def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_re
         for name in ("site-a", "site-b"):
             deployment.start_pilot_node(name)
         process = stack.enter_context(
-            killed_at_end(pilot_run("local-deployment", config, env=deployment.env))
+            killed_at_end(pilot_run("local-deployment", config, env=deployment.env, app=app))
         )
 
         def trains(name: str) -> bool:
             return int(keys.hget(f"pilot:leaving:client:{name}", "tokens") or 0) > 0
 
-        wait_until(lambda: trains("site-a") and trains("site-b"), 300, "both to train")
+        until(lambda: trains("site-a") and trains("site-b"), RUN_S, "both to train")
         # one leaves by a signal to its node
         node = deployment.nodes["site-b"]
         node.send_signal(signal.SIGTERM)
@@ -52,9 +54,9 @@ def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_re
         assert "leaving: the server has our last reply on disk" in said
         # the other by a key that an operator sets; it is back when that is gone
         keys.set("pilot:leaving:stop:site-a", "maintenance", ex=600)
-        wait_until(lambda: len(events(builtin, "leaving", "reply")) == 2, 120, "both replies")
+        until(lambda: len(events(builtin, "leaving", "reply")) == 2, RUN_S, "both replies")
         keys.delete("pilot:leaving:stop:site-a")
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, output[-5000:]
     replies = {event["client"]: event for event in events(builtin, "leaving", "reply")[:2]}
     assert replies["site-a"]["stopped_by"] == "maintenance"

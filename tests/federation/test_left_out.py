@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from federation.scripted import FastClock, ScriptedSite, events, scripted_config
 
 from pilot.run.snapshot import latest_snapshot
+
+from .scripted import FastClock, ScriptedSite, events, scripted_config
 
 
 def until_round(last: int, spoil: Any) -> Any:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from federation.scripted import FastClock, ScriptedSite, Server, events
 
 from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
 from pilot.server import round_loop
 from pilot.server.open_round import MAX_FRUITLESS_ORDERS
 from pilot.wire.messages import Heartbeat, StopReason, TrainOrder
+
+from .scripted import FastClock, ScriptedSite, Server, events
 
 TIMED = {"round_steps": 0, "round_min_duration": 1.0, "round_max_duration": 60.0}
 REAL_TIME = 1.0

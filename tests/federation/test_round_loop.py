@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation.scripted import ROW_TOKENS, FastClock, ScriptedSite, events
 
 from pilot.run.snapshot import latest_snapshot
 from pilot.segment import Segment
 from pilot.server.round_loop import RunFailed
 from pilot.wire.messages import TrainOrder, to_header
+
+from .scripted import ROW_TOKENS, FastClock, ScriptedSite, events
 
 
 def in_round(number: int, react: Any) -> Any:

@@ -4,40 +4,50 @@ import contextlib
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from federation.micro import MICRO
-from federation.processes import (
+
+from benchmarks.chaos.micro import MICRO
+from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
+from nanochat.checkpoint_manager import load_checkpoint
+from pilot.config import RunConfig
+from pilot.run.snapshot import latest_snapshot
+from scripts import base_eval
+
+from ..waiting import until
+from .in_process import federate
+from .processes import (
+    RUN_S,
     Deployment,
     events,
     killed_at_end,
     pilot_run,
-    wait_until,
     write_config,
 )
 
-from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
-from nanochat.checkpoint_manager import load_checkpoint
-from pilot.run.snapshot import latest_snapshot
-
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=RUN_S)
     assert process.returncode == 0, output[-5000:]
     return output
 
 
 def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
-    builtin: Path, tmp_path: Path
+    builtin: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     values = MICRO | {
         "run-name": "simulated",
-        "total-tokens": 12 * 16384,  # a fast machine overshoots a round's target by half a second
+        "total-tokens": 6 * 16384,  # a fast machine overshoots a round's target by half a second
         "target-tokens": 16384,
         "epochs": 3,
     }
@@ -50,7 +60,7 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
     for line in (
         r"\[ROUND 2\]",
         r"Scaling weight decay from 0\.000000 to 0\.000000 for depth 1",
-        r"Round 2 schedule: Step \d+\.\d/192, LRM 1\.000, Momentum 0\.\d+",
+        r"Round 2 schedule: Step \d+\.\d/96, LRM 1\.000, Momentum 0\.\d+",
         r"Flower nodes: client_0 \(\d+\), client_1 \(\d+\)",
         r"configure_train: Training on all 2 Flower nodes",
         r"Shard progress: \d+\.\d% \(\d+/24 complete\)",
@@ -64,7 +74,7 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
         assert re.search(line, output), f"{line} is not in:\n{output}"
 
     committed = events(builtin, "simulated", "round_committed")
-    assert len(committed) >= 5
+    assert len(committed) >= 3
     ended = events(builtin, "simulated", "round_ended")
     assert {event["reason"] for event in ended} <= {"target-tokens", "run-tokens"}
     scored = events(builtin, "simulated", "validation")
@@ -73,8 +83,8 @@ def test_a_simulation_trains_in_rounds_that_redis_ends_and_leaves_a_model(
     assert bpbs == sorted(bpbs, reverse=True)
 
     check_books(builtin, "simulated")
-    check_evaluation(builtin, env, bpbs[-1])
-    wait_until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
+    check_evaluation(builtin, bpbs[-1], monkeypatch, capsys)
+    until(lambda: not marked(str(tmp_path)), what="the end of all processes")
     again = subprocess.run(
         [BIN / "pilot", "run", "local-simulation", "--run-config", config],
         cwd=ROOT,
@@ -105,41 +115,41 @@ def check_books(base: Path, run: str) -> None:
     assert rows * MICRO["sequence-len"] == snapshot.state["tokens"]
 
 
-def check_evaluation(base: Path, env: dict[str, str], last_bpb: float) -> None:
+def check_evaluation(
+    base: Path, last_bpb: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`base_eval` on the path and on the run's name gives the last bpb that the run logged."""
     final = base / "runs" / "simulated" / "final_model.pt"
     for checkpoint in (str(final), "simulated"):
-        done = subprocess.run(
-            [BIN / "python", "scripts/base_eval.py", "--checkpoint", checkpoint],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found = re.search(r"val_bpb=(\d+\.\d+)", done.stdout)
-        assert found, done.stdout
+        monkeypatch.setattr(sys, "argv", ["base_eval", "--checkpoint", checkpoint])
+        base_eval.main()
+        said = capsys.readouterr().out
+        found = re.search(r"val_bpb=(\d+\.\d+)", said)
+        assert found, said
         assert float(found[1]) == pytest.approx(
             last_bpb, abs=2e-6 + 0.5 * 10 ** -len(found[1].split(".")[1])
         )
 
 
 def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
-    builtin: Path, tmp_path: Path
+    builtin: Path, tmp_path: Path, app: Path
 ) -> None:
-    values = MICRO | {"round-steps": 3, "num-rounds": 3, "total-tokens": 10**6}
-    config = write_config(tmp_path, values)
+    """Nothing of the killed one survives; the other is led in this process, by the same rules."""
+    values = MICRO | {"round-steps": 3, "num-rounds": 3, "total-tokens": 10**6, "client-threads": 1}
+    federate(RunConfig.from_mapping(values | {"run-name": "whole"}), "client_0", "client_1")
+
+    config = write_config(tmp_path, values | {"run-name": "broken"})
     env = environment(builtin, tmp_path, **{MARK: str(tmp_path)})
-    whole, broken = 'run-name="whole"', 'run-name="broken"'
-    with killed_at_end(pilot_run("local-simulation", config, whole, env=env)) as process:
-        finished(process)
     snapshots = builtin / "runs" / "broken" / "snapshots"
-    with killed_at_end(pilot_run("local-simulation", config, broken, env=env)) as process:
-        wait_until((snapshots / "round-000001").exists, 300, "the first commit")
+    with killed_at_end(pilot_run("local-simulation", config, env=env, app=app)) as process:
+        until((snapshots / "round-000001").exists, RUN_S, "the first commit")
+        (scratch,) = scratch_directories(str(tmp_path))
         process.kill()
-    wait_until(lambda: not marked(str(tmp_path)), 10, "the end of all processes")
+        assert process.wait() == -signal.SIGKILL
+    until(lambda: not marked(str(tmp_path)), what="the end of all processes")
+    until(lambda: not scratch.exists(), what="the end of the scratch directory")
     assert not (builtin / "runs" / "broken" / "final_model.pt").exists()
-    with killed_at_end(pilot_run("local-simulation", config, broken, env=env)) as process:
+    with killed_at_end(pilot_run("local-simulation", config, env=env, app=app)) as process:
         output = finished(process)
     assert re.search(r"Resuming run broken after round [12]", output)
 
@@ -152,7 +162,18 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     check_books(builtin, "broken")
 
 
-def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path) -> None:
+def scratch_directories(mark: str) -> set[Path]:
+    """Of the marked processes, as `pilot run` names them to all that it starts."""
+    found = set()
+    for process in marked(mark):
+        with contextlib.suppress(psutil.Error):
+            found.add(process.environ().get("PILOT_SCRATCH_DIR", ""))
+    return {Path(directory) for directory in found if directory}
+
+
+def test_a_deployment_survives_the_death_of_a_site(
+    builtin: Path, tmp_path: Path, app: Path
+) -> None:
     values = MICRO | {
         "run-name": "deployed",
         "total-tokens": 4 * 32768,
@@ -166,7 +187,7 @@ def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path
         for name in ("site-a", "site-b"):
             deployment.start_node(name)
         # plain Flower, as users of the prototype know it; a mistyped value is named by the server
-        run = [BIN / "flwr", "run", ".", "local-deployment", "--stream", "--run-config", config]
+        run = [BIN / "flwr", "run", app, "local-deployment", "--stream", "--run-config", config]
         with killed_at_end(
             subprocess.Popen(
                 run,
@@ -177,11 +198,11 @@ def test_a_deployment_survives_the_death_of_a_site(builtin: Path, tmp_path: Path
                 stderr=subprocess.STDOUT,
             )
         ) as process:
-            wait_until(lambda: len(opened(builtin)) == 2, 300, "the second round")
+            until(lambda: len(opened(builtin)) == 2, RUN_S, "the second round")
             site = deployment.mark("site-b")
-            wait_until(lambda: workers(site), 120, "a worker of site-b")
+            until(lambda: workers(site), RUN_S, "a worker of site-b")
             deployment.nodes["site-b"].send_signal(signal.SIGKILL)
-            wait_until(lambda: not workers(site), 10, "the end of site-b's workers")
+            until(lambda: not workers(site), what="the end of site-b's workers")
             output = finished(process)
         listed = subprocess.run(
             [BIN / "flwr", "ls", "local-deployment", "--format", "json"],

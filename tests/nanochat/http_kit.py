@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from nanochat import dataset
+from nanochat.download import Downloader
+from nanochat.source import get_source
+
 Handler = http.server.BaseHTTPRequestHandler
 
 
@@ -109,3 +113,9 @@ def stall_half_way(until: threading.Event) -> Callable[[Handler, bytes], None]:
 
 def redirect(location: str) -> Callable[[Handler, bytes], None]:
     return lambda handler, data: answer(handler, 302, {"Location": location})
+
+
+def download(num_train_shards: int, **options: float) -> list[str]:
+    """Fetch shards as the command does, impatiently; what failed."""
+    downloader = Downloader(backoff_s=0.01, **options)
+    return dataset.download(get_source(), num_train_shards, workers=2, downloader=downloader)

@@ -19,8 +19,8 @@ from nanochat.prompts import PROMPTS
 from nanochat.settings import Settings
 from scripts import base_eval, base_train
 
+from .bundle_kit import make_bundle
 from .data_kit import assert_equal, byte_tokenizer, texts, write_shard
-from .test_core_eval import make_bundle
 
 TINY = [
     *("--depth", "1", "--max-seq-len", "32", "--batch-size", "2", "--total-batch-size", "160"),

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from nanochat import builtin_corpus, dataset
-from nanochat.download import Downloader
 from nanochat.errors import UserError
 from nanochat.source import get_source, iter_texts
 
 from . import http_kit
 from .data_kit import texts, write_shard
+from .http_kit import download
 
 VAL = 1822  # of FineWeb-EDU
 
@@ -32,11 +32,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http_kit.Fi
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server
-
-
-def download(num_train_shards: int, **options: float) -> list[str]:
-    downloader = Downloader(backoff_s=0.01, **options)
-    return dataset.download(get_source(), num_train_shards, workers=2, downloader=downloader)
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,7 @@ from nanochat.source import Source, get_source, iter_texts
 from .data_kit import texts
 
 DOCUMENTS = texts(600, seed=4)
-SIZES = Sizes(head=50, shard_chars=20_000, row_group=10)
+SIZES = Sizes(head=50, head_chars=20_000, shard_chars=20_000, row_group=10)
 # The dataset's own loop, slowed down where a test wants to kill it between two documents
 _MAKE = """
 import sys, time
@@ -38,7 +38,7 @@ def slowly(self, shard, texts):
             yield text
     write(self, shard, slowed())
 hf_shards._Maker._write = slowly
-sizes = hf_shards.Sizes(head=50, shard_chars=20_000, row_group=10)
+sizes = hf_shards.Sizes(head=50, head_chars=20_000, shard_chars=20_000, row_group=10)
 hf_shards.make_shards(HfName(sys.argv[1]), sizes=sizes)
 """
 
@@ -109,6 +109,7 @@ def test_a_killed_command_continues_to_the_same_bits(
     whole = make_shards(name, sizes=SIZES)
     assert resumed.directory != whole.directory
     assert content(resumed.directory) == content(whole.directory)
+    assert not list(resumed.directory.glob(".shard_*")), "the killed command's file is left"
     assert resumed.num_train_shards == whole.num_train_shards
 
 

@@ -22,8 +22,8 @@ from nanochat.kernels.choices import what_compiling_lacks
 from nanochat.resume import TrainingState
 from scripts import base_train
 
+from .bundle_kit import make_bundle
 from .data_kit import assert_equal, byte_tokenizer, texts, write_shard
-from .test_core_eval import make_bundle
 
 STEPS = 20
 COMMON = [

@@ -31,7 +31,7 @@ from nanochat.tokenizer import get_tokenizer
 
 from . import http_kit
 from .data_kit import byte_tokenizer, full_disk, texts, write_shard
-from .test_dataset import download
+from .http_kit import download
 
 CPU = torch.device("cpu")
 

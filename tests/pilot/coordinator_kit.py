@@ -1,22 +1,12 @@
-"""Both halves of a coordinator, and waiting for what they do."""
+"""Both halves of a coordinator."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import redis
 
 from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
-
-LIMIT_S = 30.0
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def server(url: str, run_dir: Path, *, run: str = "r", term: int = 1) -> ServerCoordinator:

@@ -8,9 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from pilot.launch.connection import Connection, flower_environment, flower_progr
 from pilot.launch.flower_run import FlowerRun
 from pilot.processes.scratch import free_port
 
+from ..waiting import until
 from .flower_app import write_app
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def superlink() -> Iterator[int]:
     )
     there = Connection("dep", {"address": f"127.0.0.1:{port}"}, Path())
     try:
-        assert wait_for(lambda: reachable(there), timeout_s=90)
+        until(lambda: reachable(there), 300)
         yield port
     finally:
         process.terminate()
@@ -64,15 +64,6 @@ def make_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, port: int) -> P
     directory = write_app(tmp_path / "app", port=port)
     monkeypatch.chdir(directory)
     return directory
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return bool(condition())
 
 
 def reachable(there: Connection) -> bool:
@@ -331,18 +322,15 @@ def test_a_simulation_needs_nothing_and_leaves_nothing(app: Path, tmp_path: Path
     assert status.stdout == b""
 
 
-@pytest.mark.parametrize(("end", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_nothing_survives_the_end_of_pilot_run(
-    app: Path, tmp_path: Path, end: signal.Signals, code: int
-) -> None:
+def test_nothing_survives_the_interrupt_of_pilot_run(app: Path, tmp_path: Path) -> None:
+    """Nor SIGKILL: tests/federation/test_runs.py."""
     report_path = tmp_path / "report.json"
     process = start("sim", "--run-config", f'mode="wait" report="{report_path}"')
     try:
-        assert wait_for(report_path.exists, timeout_s=120)
-        process.send_signal(end)
-        assert finish(process)[0] == code
-        ended = wait_for(lambda: all_gone(json.loads(report_path.read_text())), timeout_s=10)
-        assert ended
+        until(report_path.exists, 300)
+        process.send_signal(signal.SIGINT)
+        assert finish(process)[0] == 130
+        until(lambda: all_gone(json.loads(report_path.read_text())))
     finally:
         process.kill()
 
@@ -351,7 +339,7 @@ def test_a_killed_server_fails_the_run_at_once(app: Path, tmp_path: Path) -> Non
     report_path = tmp_path / "report.json"
     process = start("sim", "--run-config", f'mode="wait" report="{report_path}"')
     try:
-        assert wait_for(report_path.exists, timeout_s=120)
+        until(report_path.exists, 300)
         report = json.loads(report_path.read_text())
         os.kill(report["pids"][0], signal.SIGKILL)
         code, _, err = finish(process)
@@ -381,7 +369,7 @@ def test_sigterm_stops_a_deployed_run(deployed_app: Path, tmp_path: Path) -> Non
     report_path = tmp_path / "report.json"
     process = start("dep", "--run-config", f'mode="wait" report="{report_path}"')
     try:
-        assert wait_for(report_path.exists, timeout_s=60)
+        until(report_path.exists, 300)
         process.terminate()
         code, lines, _ = finish(process)
     finally:
@@ -390,5 +378,4 @@ def test_sigterm_stops_a_deployed_run(deployed_app: Path, tmp_path: Path) -> Non
     os.kill(child, signal.SIGKILL)  # the app's own business in a deployment
     assert code == 143
     assert "Stopping the run" in lines
-    ended = wait_for(lambda: not running(server), timeout_s=30)
-    assert ended
+    until(lambda: not running(server))

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,26 +32,10 @@ from pilot.wire.messages import (
 )
 from pilot.wire.records import from_records, to_records
 
-from .redis_fixture import redis_url
-from .worker_kit import ENDLESS, first_weights, site, site_config, site_dir, train_order
+from ..waiting import LIMIT_S, until
+from .worker_kit import ENDLESS, first_weights, site_config, train_order
 
-__all__ = ["redis_url", "site", "site_dir"]  # fixtures
-LIMIT_S = 60.0
 UPDATE = [Part("w", "float32", (1,), b"\0\0\0\0")]
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def leader(redis_url: str, tmp_path: Path) -> ServerCoordinator:
-    server = ServerCoordinator(redis_url, "r", term=1, run_dir=tmp_path)
-    server.open_round(1)
-    return server
 
 
 class FakeWorker:

@@ -95,7 +95,7 @@ def test_number_that_is_not_finite_is_refused(value: float) -> None:
 
 def test_whole_number_is_taken_for_a_float_and_becomes_one() -> None:
     assert type(config(round_min_duration=5).round_min_duration) is float
-    assert config(lr=1).training_hash() == config(lr=1.0).training_hash()
+    assert config(lr=1).training_keys() == config(lr=1.0).training_keys()
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_keys_that_contradict_each_other_are_refused(values: dict[str, Any], wor
         config(**values)
 
 
-def test_training_hash_ignores_what_does_not_shape_the_model() -> None:
+def test_training_keys_leave_out_what_does_not_shape_the_model() -> None:
     same = config(run_name="x", redis_url="redis://h", client_processes=2, wandb_mode="disabled")
-    assert same.training_hash() == RunConfig().training_hash()
-    assert config(seed=1).training_hash() != RunConfig().training_hash()
-    assert config(quorum=1).training_hash() != RunConfig().training_hash()
+    assert same.training_keys() == RunConfig().training_keys()
+    assert config(seed=1).training_keys() != RunConfig().training_keys()
+    assert config(quorum=1).training_keys() != RunConfig().training_keys()
 
 
 # -- files and overrides -------------------------------------------------------------------------

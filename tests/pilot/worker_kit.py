@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from pilot import plan
@@ -13,27 +12,9 @@ from pilot.site.handle import WorkerHandle
 from pilot.wire.codec import decode, encode
 from pilot.wire.messages import Fence, TrainOrder, TrainReply, from_header, to_header
 
-from ..nanochat.data_kit import byte_tokenizer, texts, write_shard
-
+ROOT = Path(__file__).resolve().parents[2]
 T, BATCH_ROWS, VAL_SHARD = 16, 7, 2
 VOCAB_SIZE = 256 + 35 + 9
-
-
-@pytest.fixture(scope="session")
-def site_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory with shards and a tokenizer, made once; rows are packed by who needs them."""
-    base = tmp_path_factory.mktemp("site")
-    for shard in range(VAL_SHARD + 1):
-        write_shard(base / "shards", shard, texts(12 + 5 * shard, seed=shard, words=12))
-    byte_tokenizer(base / "bytes", num_pairs=35)
-    return base
-
-
-@pytest.fixture
-def site(site_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(site_dir))
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    return site_dir
 
 
 def site_config(site: Path, **values: Any) -> RunConfig:

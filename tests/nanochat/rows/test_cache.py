@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from nanochat.rows.stream import RowStream, Segment, shard_order
 from nanochat.source import get_source
 from nanochat.tokenizer import RustBPETokenizer
 
+from ...waiting import until
 from ..data_kit import byte_tokenizer, texts, write_shard
 
 T = 31
@@ -96,12 +97,6 @@ def reference(
     ids = [np.array(tokenizer.encode(text or ""), dtype=dtype) for text in documents]
     rows = list(packer.rows(enumerate(ids)))
     return np.array(rows, dtype=dtype).reshape(len(rows), sequence_len + 1)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """The test's own time limit is the bound."""
-    while not condition():
-        time.sleep(0.005)
 
 
 def packer_of(rows: cache_module.ShardRows) -> psutil.Process:
@@ -273,7 +268,7 @@ def test_a_killed_packer_is_taken_over_where_it_stopped(make_cache, mine, tokeni
     rows = make_cache(packing=packing).rows(0)
     packer = packer_of(rows)
     state = rows.job.path("state")
-    wait_for(state.exists)
+    until(state.exists, every_s=0.005)
     packer.send_signal(signal.SIGKILL)
     packer.wait()
     assert rows.num_rows is None, "the packer was done before it could be killed"
@@ -297,12 +292,12 @@ def test_a_packer_of_another_process_is_waited_for_and_taken_over(make_cache, la
     )
     assert other.stdout is not None
     packer = psutil.Process(int(other.stdout.readline()))
-    wait_for((rows := make_cache(large).rows(0)).job.partial_rows)
+    until((rows := make_cache(large).rows(0)).job.partial_rows)
     rows.read(0, 50)
     assert psutil.pid_exists(packer.pid)
     other.kill()
     other.communicate()
-    wait_for(lambda: not packer.is_running())  # a packer dies with its parent
+    until(lambda: not packer.is_running())  # a packer dies with its parent
     assert rows.num_rows is None
     beyond = rows.job.partial_rows() + 1000
     assert len(rows.read(beyond - 1, beyond)) == 1  # ours continued
@@ -360,6 +355,24 @@ def test_a_tokenizer_replaced_while_in_use_is_noticed(make_cache, base_dir):
 
 
 # --- leases
+
+
+@dataclass(frozen=True, order=True)
+class OwnSegment:
+    """A segment as another package declares it, with a field more."""
+
+    epoch: int
+    shard: int
+    first_row: int
+    end_row: int | None
+    client: str
+
+
+def test_a_stream_takes_and_returns_segments_of_any_dataclass(make_cache):
+    segments = [OwnSegment(0, 1, 2, 4, "a"), OwnSegment(0, 0, 0, None, "b")]
+    stream = RowStream(make_cache(), segments)
+    assert len(stream.read(5)) == 5
+    assert stream.consumed(5) == [segments[0], OwnSegment(0, 0, 0, 3, "b")]
 
 
 def test_a_stream_gives_its_segments_in_order(make_cache, tokenizer):

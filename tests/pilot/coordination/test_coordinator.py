@@ -13,14 +13,13 @@ import pytest
 import redis
 
 from pilot.coordination import coordinator as module
-from pilot.coordination.coordinator import CoordinatorError, Heard, ServerCoordinator
+from pilot.coordination.coordinator import CoordinatorError, ServerCoordinator
+from pilot.coordination.heartbeats import Heard
 from pilot.processes.local_redis import LocalRedis
 from pilot.wire.messages import Fence, Heartbeat
 
-from ..coordinator_kit import LIMIT_S, client, keys, server, until
-from ..redis_fixture import redis_url, tcp_redis
-
-__all__ = ["redis_url", "tcp_redis"]  # fixtures
+from ...waiting import LIMIT_S, until
+from ..coordinator_kit import client, keys, server
 
 ROOT = Path(__file__).resolve().parents[3]
 

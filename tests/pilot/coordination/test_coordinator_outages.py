@@ -13,11 +13,8 @@ from pilot.processes.scratch import free_port
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import Fence, Heartbeat
 
-from ..coordinator_kit import client, keys, server, until
-from ..redis_fixture import redis_url, tcp_redis
-
-__all__ = ["redis_url", "tcp_redis"]  # fixtures
-
+from ...waiting import until
+from ..coordinator_kit import client, keys, server
 
 # -- outages -------------------------------------------------------------------------------------
 

@@ -17,10 +17,7 @@ from pilot.processes.scratch import free_port
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import Fence
 
-from ..coordinator_kit import until
-from ..redis_fixture import tcp_redis
-
-__all__ = ["tcp_redis"]  # a fixture
+from ...waiting import until
 
 HEARTBEAT_S = 0.1
 FENCE = Fence("r", 1, 3, 9)

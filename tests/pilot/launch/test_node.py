@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,7 @@ from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
 from pilot.wire.messages import Fence
 
-from ..redis_fixture import redis_url
-
-__all__ = ["redis_url"]  # a fixture
-LIMIT_S = 30.0
+from ...waiting import LIMIT_S, gone, until
 
 # It writes its arguments and its end to $FAKE_LOG, and fails at its first $FAKE_FAILS starts.
 SUPERNODE = """#!{python}
@@ -55,13 +52,6 @@ node.flower_program = lambda name: sys.argv[1]
 node.FIRST_DELAY_S, node.BLIND_UPLOAD_S, node.MAX_RESTARTS = 0.05, 0.3, 3
 sys.exit(cli.main(["node", "--name", "a", *sys.argv[2:]]))
 """
-
-
-def until(holds: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 class Site:
@@ -114,13 +104,6 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def leader(redis_url: str, tmp_path: Path) -> ServerCoordinator:
-    server = ServerCoordinator(redis_url, "r", term=1, run_dir=tmp_path)
-    server.open_round(1)
-    return server
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -225,7 +208,7 @@ def test_supernode_ends_with_its_node_however_that_ends(site: Site) -> None:
     with site.node() as process:
         supernode = psutil.Process(site.logged("pid")[0])
         process.kill()
-    until(lambda: not supernode.is_running() or supernode.status() == psutil.STATUS_ZOMBIE, 10.0)
+    until(lambda: gone([supernode]))
 
 
 # -- leaving -------------------------------------------------------------------------------------

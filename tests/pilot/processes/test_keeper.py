@@ -2,8 +2,6 @@
 
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -11,25 +9,14 @@ import pytest
 
 from pilot.processes import keeper
 
+from ...waiting import gone, until
+
 # a child and a grandchild in sessions of their own, the child gone already: what Ray leaves behind
 ORPHANS = """
 python3 -c 'import subprocess as s; s.Popen(["sleep", "600"], start_new_session=True)'
 sleep 600 & echo started > {mark}
 trap "" TERM; wait
 """
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 15.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
-
-
-def living(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize(("command", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 137)])
@@ -47,7 +34,7 @@ def test_orphans_in_sessions_of_their_own_end_too(end: str, tmp_path: Path) -> N
     removed.mkdir()
     command = ["sh", "-c", ORPHANS.format(mark=mark)]
     process = keeper.start(command, remove=removed, grace_s=0.2)
-    assert wait_for(mark.exists)
+    until(mark.exists)
     family = psutil.Process(process.pid).children(recursive=True)
     assert sum("sleep" in p.name() for p in family) == 2
     if end == "stop":
@@ -55,7 +42,7 @@ def test_orphans_in_sessions_of_their_own_end_too(end: str, tmp_path: Path) -> N
     else:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
-    assert living(family) == []
+    assert gone(family)
     assert not removed.exists()
 
 
@@ -71,7 +58,7 @@ def test_a_command_may_end_in_its_own_way_within_the_grace(tmp_path: Path) -> No
     mark, ended = tmp_path / "mark", tmp_path / "ended"
     script = f"trap 'echo bye > {ended}; exit 5' TERM; echo > {mark}; while :; do sleep 0.05; done"
     process = keeper.start(["sh", "-c", script], grace_s=20)
-    assert wait_for(mark.exists)
+    until(mark.exists)
     assert keeper.stop(process) == 5
     assert ended.read_text() == "bye\n"
 

@@ -6,8 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,7 +17,7 @@ from pilot.errors import PilotError
 from pilot.processes import local_redis
 from pilot.processes.local_redis import LocalRedis
 
-from ..redis_fixture import redis_url, tcp_redis  # noqa: F401 - fixtures
+from ...waiting import gone, until
 
 PARENT = """
 import sys, time
@@ -28,15 +26,6 @@ server = LocalRedis().start()
 print(server.url, server._keeper.pid, flush=True)
 {then}
 """
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 def socket_of(url: str) -> Path:
@@ -55,7 +44,7 @@ def start_parent(then: str) -> tuple["subprocess.Popen[str]", Path, list[psutil.
     return parent, socket_of(url), processes
 
 
-def test_serves_on_a_socket_that_only_the_user_reaches(redis_url: str) -> None:  # noqa: F811
+def test_serves_on_a_socket_that_only_the_user_reaches(redis_url: str) -> None:
     path = socket_of(redis_url)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
@@ -86,23 +75,23 @@ def test_two_servers_share_nothing() -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_ends_with_its_parent_however_that_ends(end: signal.Signals) -> None:
-    parent, path, processes = start_parent("time.sleep(60)")
+    parent, path, processes = start_parent("time.sleep(600)")
     parent.send_signal(end)
     parent.wait()
-    assert wait_for(lambda: not any(p.is_running() for p in processes))
-    assert wait_for(lambda: not path.parent.exists())
+    until(lambda: gone(processes))
+    until(lambda: not path.parent.exists())
 
 
 def test_ends_with_a_parent_whose_fork_lives_on() -> None:
     # one of the two speaks: lines of both could mix
-    fork = "import os; pid = os.fork(); pid and print(pid, flush=True); time.sleep(60)"
+    fork = "import os; pid = os.fork(); pid and print(pid, flush=True); time.sleep(600)"
     parent, path, processes = start_parent(fork)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     try:
         parent.kill()
         parent.wait()
-        assert wait_for(lambda: not any(p.is_running() for p in processes))
+        until(lambda: gone(processes))
         assert not path.parent.exists()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -123,10 +112,10 @@ print(redis.Redis.from_url(made[0].url).ping(), flush=True)
 
 
 def test_server_dies_with_its_keeper() -> None:
-    parent, path, (keeper, server) = start_parent("time.sleep(60)")
+    parent, path, (keeper, server) = start_parent("time.sleep(600)")
     try:
         keeper.kill()
-        assert wait_for(lambda: not server.is_running() or server.status() == "zombie")
+        until(lambda: gone([server]))
     finally:
         parent.kill()
         parent.wait()
@@ -147,7 +136,7 @@ def test_its_directory_is_in_the_scratch_directory(
     assert list(deep.iterdir()) == []
 
 
-def test_over_tcp_it_asks_for_the_password(tcp_redis: LocalRedis) -> None:  # noqa: F811
+def test_over_tcp_it_asks_for_the_password(tcp_redis: LocalRedis) -> None:
     with redis.Redis.from_url(tcp_redis.url) as client:
         assert client.ping()
     address = tcp_redis.url.rpartition("@")[2]
@@ -156,7 +145,7 @@ def test_over_tcp_it_asks_for_the_password(tcp_redis: LocalRedis) -> None:  # no
             client.ping()
 
 
-def test_a_taken_port_is_said_in_one_sentence(tcp_redis: LocalRedis) -> None:  # noqa: F811
+def test_a_taken_port_is_said_in_one_sentence(tcp_redis: LocalRedis) -> None:
     port = urlsplit(tcp_redis.url).port
     with pytest.raises(PilotError, match="did not start") as caught:
         LocalRedis(port=port, password="other").start()

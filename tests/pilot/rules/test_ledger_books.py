@@ -42,7 +42,7 @@ class BooksMachine(RuleBasedStateMachine):
         self.ledger = Ledger(
             num_shards=len(sizes), epochs=epochs, shard_order=lambda e: order(len(sizes), e)
         )
-        self.disks: dict[str, tuple[set[int], bool]] = {}
+        self.disks: dict[str, set[int]] = {}
         self.rows: dict[Row, str | int] = {
             (epoch, shard, row): FREE
             for epoch in range(epochs)
@@ -50,10 +50,10 @@ class BooksMachine(RuleBasedStateMachine):
             for row in range(size)
         }
 
-    @rule(client=st.sampled_from(CLIENTS), shards=SHARDS, fetches=st.booleans())
-    def join(self, client: str, shards: set[int], fetches: bool) -> None:
-        self.ledger.register(client, shards, fetches=fetches)
-        self.disks[client] = (shards, fetches)
+    @rule(client=st.sampled_from(CLIENTS), shards=SHARDS)
+    def join(self, client: str, shards: set[int]) -> None:
+        self.ledger.register(client, shards)
+        self.disks[client] = shards
 
     @rule(client=st.sampled_from(CLIENTS))
     def leave(self, client: str) -> None:
@@ -150,8 +150,8 @@ class BooksMachine(RuleBasedStateMachine):
         self.ledger = Ledger.from_state(state, shard_order=lambda e: order(len(self.sizes), e))
         assert self.ledger.to_state() == state
         assert self.ledger.progress() == uninterrupted.progress()
-        for client, (shards, fetches) in self.disks.items():
-            self.ledger.register(client, shards, fetches=fetches)
+        for client, shards in self.disks.items():
+            self.ledger.register(client, shards)
         self.rows = {r: COMMITTED if s == COMMITTED else FREE for r, s in self.rows.items()}
         # and goes on exactly as if nothing had happened
         resumed = copy.deepcopy(self.ledger)
@@ -162,8 +162,7 @@ class BooksMachine(RuleBasedStateMachine):
         assert uninterrupted.open == resumed.open
 
     def allowed(self, client: str) -> Collection[int]:
-        shards, fetches = self.disks.get(client, (set(), True))
-        return range(len(self.sizes)) if fetches else shards
+        return self.disks.get(client, range(len(self.sizes)))
 
     def free(self, shards: Collection[int]) -> list[Row]:
         return [row for row, state in self.rows.items() if state == FREE and row[1] in shards]

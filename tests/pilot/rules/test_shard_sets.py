@@ -1,4 +1,4 @@
-"""Which shards a client has, in the order of an epoch, for disks of any size."""
+"""Which shards a client has, in the order of an epoch, for sets of any size."""
 
 from random import Random
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from pilot.rules.epoch_rows import EpochRows
 from pilot.rules.intervals import WORD, PlaceSet
-from pilot.rules.shard_sets import Disk, Disks
+from pilot.rules.shard_sets import ShardSet, ShardSets
 
 SHARDS = 10_000
 
@@ -28,18 +28,18 @@ def epoch() -> EpochRows:
     return EpochRows(CountingOrder(Random(0).sample(range(SHARDS), SHARDS)), {})
 
 
-def disk_of(*shards: int) -> Disk:
-    disks = Disks(SHARDS)
-    disks.register("a", shards, fetches=False)
-    return disks.of("a")[0]
+def set_of(*shards: int) -> ShardSet:
+    sets = ShardSets(SHARDS)
+    sets.register("a", shards)
+    return sets.of("a")
 
 
 @pytest.mark.parametrize("size", [0, 1, WORD - 1, WORD, WORD + 1, SHARDS // 2, SHARDS])
-def test_disk_of_any_size_has_its_shards_where_the_epoch_has_them(
+def test_a_set_of_any_size_has_its_shards_where_the_epoch_has_them(
     epoch: EpochRows, size: int
 ) -> None:
     shards = Random(size).sample(range(SHARDS), size)
-    places = disk_of(*shards).places(epoch)
+    places = set_of(*shards).places(epoch)
     everywhere = PlaceSet.from_flags(b"1" * SHARDS)
     assert [epoch.order[place] for place in everywhere.common(places)] == sorted(
         shards, key=epoch.place.__getitem__
@@ -48,8 +48,8 @@ def test_disk_of_any_size_has_its_shards_where_the_epoch_has_them(
 
 @pytest.mark.parametrize("size", [10, SHARDS // 20, SHARDS // 2, SHARDS])
 def test_first_choice_of_an_epoch_looks_at_few_of_its_shards(epoch: EpochRows, size: int) -> None:
-    disk = disk_of(*Random(size).sample(range(SHARDS), size))
-    shard = epoch.choose("a", disk.places(epoch))
-    assert shard is not None and disk.flags[shard] == ord("1")
+    shards_here = set_of(*Random(size).sample(range(SHARDS), size))
+    shard = epoch.choose("a", shards_here.places(epoch))
+    assert shard is not None and shards_here.flags[shard] == ord("1")
     assert isinstance(epoch.order, CountingOrder)
     assert epoch.order.looked_at <= 2 * WORD

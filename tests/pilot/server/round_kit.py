@@ -1,11 +1,9 @@
 """A round of three clients, and answers to it."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from pilot.config import RunConfig
@@ -86,11 +84,3 @@ class Round:
     @property
     def rows_open(self) -> set[int]:
         return set(self.state.ledger.open)
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> Iterator[Round]:
-    round_ = Round(tmp_path)
-    yield round_
-    books = round_.state.ledger
-    assert books.rows_leased == books.rows_committed + books.rows_returned + books.rows_open

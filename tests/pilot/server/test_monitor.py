@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pilot.config import RunConfig
-from pilot.coordination.coordinator import Heard
+from pilot.coordination.heartbeats import Heard
 from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
 from pilot.run.state import RunState

@@ -12,9 +12,7 @@ from pilot.segment import Segment
 from pilot.server import open_round as module
 from pilot.server.mailbox import Answer
 
-from .round_kit import CONFIG, ROW_TOKENS, Round, one
-
-__all__ = ["one"]  # a fixture
+from .round_kit import CONFIG, ROW_TOKENS, Round
 
 
 def test_replies_are_folded_in_lease_order_weighted_by_tokens(one: Round) -> None:

@@ -16,9 +16,7 @@ from pilot.server.mailbox import Answer
 from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, Part, to_header
 
-from .round_kit import CONFIG, ROW_TOKENS, Round, one
-
-__all__ = ["one"]  # a fixture
+from .round_kit import CONFIG, ROW_TOKENS, Round
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from pilot.site.ranks import Ranks
 from pilot.site.round import Round
 from pilot.wire.messages import Fence
 
-from ..worker_kit import BATCH_ROWS, first_weights, site, site_config, site_dir, train_order
+from ..worker_kit import BATCH_ROWS, first_weights, site_config, train_order
 
-__all__ = ["site", "site_dir"]  # fixtures
 SHARD_ROWS = 20  # of shard 0
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 

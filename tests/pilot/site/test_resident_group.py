@@ -24,11 +24,8 @@ from pilot.site.handle import SOCKET_NAME, WorkerHandle
 from pilot.wire.frames import receive_frame, send_frame
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
 
-from ..redis_fixture import redis_url
-from ..worker_kit import ENDLESS, ask, first_weights, site, site_config, site_dir, train_order
-from .test_group import ROOT, family, gone, leader, until
-
-__all__ = ["leader", "redis_url", "site", "site_dir"]  # fixtures
+from ...waiting import family, gone, until
+from ..worker_kit import ENDLESS, ROOT, ask, first_weights, site_config, train_order
 
 # A ClientApp, which lives for one message as Flower's do; `--parent-pid` names its SuperNode.
 CLIENTAPP = """
@@ -84,7 +81,7 @@ class SuperNode:
         order: HelloOrder | TrainOrder,
         weights: dict[str, torch.Tensor] | None = None,
         *,
-        idle_s: float = 60.0,
+        idle_s: float = 600.0,
     ) -> ClientApp:
         directory = self._directory / f"message-{len(self._apps)}"
         directory.mkdir()
@@ -109,7 +106,7 @@ class SuperNode:
         for app in self._apps:
             with contextlib.suppress(psutil.NoSuchProcess):
                 members = family(app.pid)
-                until(lambda members=members: gone(members), limit_s=10.0)  # type: ignore[misc]
+                until(lambda members=members: gone(members))  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -135,17 +132,16 @@ def test_next_order_goes_to_the_same_group_and_gives_what_a_new_group_would(
         train_order(config, [[0, 0, 4, -1]], processes=processes, eval_end_row=12),
         train_order(config, [[0, 1, 0, -1]], processes=processes, fence=Fence("r", 1, 2, 2)),
     ]
-    kept = []
-    for order in orders:
-        app = supernode.send(order, weights)
-        kept.append((app, app.answer(), load_file(app.directory / "update")))
-    assert kept[0][0].pid == kept[1][0].pid
-    for order, (_, answer, update) in zip(orders, kept, strict=True):
-        with WorkerHandle(processes=processes, device="cpu") as worker:
-            reply, expected = ask(worker, order, weights)
-        assert answer["consumed"] == reply.consumed and answer["loss_nats"] == reply.loss_nats
-        assert update.keys() == expected.keys()
-        assert all(torch.equal(update[name], expected[name]) for name in expected)
+    first = supernode.send(orders[0], weights)
+    first.answer()
+    second = supernode.send(orders[1], weights)
+    answer, update = second.answer(), load_file(second.directory / "update")
+    assert first.pid == second.pid
+    with WorkerHandle(processes=processes, device="cpu") as worker:
+        reply, expected = ask(worker, orders[1], weights)
+    assert answer["consumed"] == reply.consumed and answer["loss_nats"] == reply.loss_nats
+    assert update.keys() == expected.keys()
+    assert all(torch.equal(update[name], expected[name]) for name in expected)
 
 
 def test_group_without_a_next_order_ends_and_leaves_no_directory(
@@ -154,31 +150,27 @@ def test_group_without_a_next_order_ends_and_leaves_no_directory(
     app = supernode.send(hello(site), idle_s=0.3)
     members = family(app.pid)
     app.answer()
-    until(lambda: gone(members), limit_s=10.0)
-    until(lambda: not app.group_dir.exists(), limit_s=10.0)
+    until(lambda: gone(members))
+    until(lambda: not app.group_dir.exists())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_group_that_died_between_two_orders_is_replaced(
+def test_group_that_died_between_two_orders_is_replaced_and_supernodes_death_ends_the_new_one(
     site: Path, supernode: SuperNode, number: signal.Signals
 ) -> None:
     first = supernode.send(hello(site))
     first.answer()
     members = family(first.pid)
     members[1].send_signal(number)  # rank 0, which waits for an order
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
     second = supernode.send(hello(site))
     assert second.answer()["error"] == "" and second.pid != first.pid
-
-
-def test_supernodes_death_ends_a_group_that_waits(site: Path, supernode: SuperNode) -> None:
-    app = supernode.send(hello(site))
-    app.answer()
-    members = family(app.pid)
+    # the one that waits now ends with the SuperNode
+    members = family(second.pid)
     supernode.process.kill()
     supernode.process.wait()
-    until(lambda: gone(members), limit_s=10.0)
-    until(lambda: not app.group_dir.exists(), limit_s=10.0)
+    until(lambda: gone(members))
+    until(lambda: not second.group_dir.exists())
 
 
 @pytest.mark.parametrize("orders_before", [0, 1])
@@ -197,7 +189,7 @@ def test_clientapps_death_in_mid_round_ends_the_group(
     until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
     members = family(app.pid)
     app.process.kill()
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> None:
@@ -207,7 +199,7 @@ def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> Non
     )
     members = family(app.pid)
     assert app.answer()["eval_rows"] == 12
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 def test_group_that_is_drained_ends_with_its_reply(
@@ -220,7 +212,7 @@ def test_group_that_is_drained_ends_with_its_reply(
     members = family(app.pid)
     os.kill(app.pid, signal.SIGTERM)
     assert app.answer()["stopped_by"] == "SIGTERM"
-    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: gone(members))
 
 
 def test_group_of_another_version_is_replaced(site: Path, supernode: SuperNode) -> None:

@@ -37,13 +37,10 @@ from ..worker_kit import (
     T,
     first_weights,
     lists,
-    site,
     site_config,
-    site_dir,
     train_order,
 )
 
-__all__ = ["site", "site_dir"]  # fixtures
 ROOT = Path(__file__).resolve().parents[3]
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 

@@ -16,10 +16,7 @@ from pilot.site.notice import notice_files, noticed
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import Heartbeat
 
-from ..coordinator_kit import until
-from ..redis_fixture import redis_url
-
-__all__ = ["redis_url"]  # a fixture
+from ...waiting import until
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 30.0
@@ -33,13 +30,6 @@ def watched(url: str, progress: Progress | None = None, **values: Any) -> StopWa
     half = ClientCoordinator(url, "r", client="c", term=1, round_number=1)
     options = {"seconds_left": 600.0, "heartbeat_s": 0.05} | values
     return StopWatcher(half, progress or Progress(), **options)
-
-
-@pytest.fixture
-def leader(redis_url: str, tmp_path: Path) -> ServerCoordinator:
-    server = ServerCoordinator(redis_url, "r", term=1, run_dir=tmp_path)
-    server.open_round(1)
-    return server
 
 
 def test_nothing_stops_a_worker_without_a_reason() -> None:

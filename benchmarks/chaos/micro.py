@@ -1,9 +1,12 @@
-"""The smallest run that is a real one: one layer, 64 tokens a row, on the built-in corpus."""
+"""The smallest run that is a real one: one layer, 64 tokens a row, on the built-in corpus.
+
+The chaos tours and tests/federation train it.
+"""
 
 import json
 from typing import Any
 
-from conftest import TOKENIZER, VOCAB_SIZE
+TOKENIZER, VOCAB_SIZE = "tokenizer_512", 512
 
 MICRO: dict[str, Any] = {
     "depth": 1,
