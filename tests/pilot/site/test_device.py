@@ -12,9 +12,7 @@ from pilot.site import device as device_module
 from pilot.site.device import ROWS_VARIABLE, agree_on_device, given_rows
 from pilot.site.ranks import Ranks
 
-from ..worker_kit import BATCH_ROWS, site, site_config, site_dir
-
-__all__ = ["site", "site_dir"]
+from ..worker_kit import BATCH_ROWS, site_config
 
 
 class _Follower(Ranks):
