@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanochat.errors import UserError
+from nanochat.gpus import prepare_device, unusable_gpus
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,11 @@ def get_base_dir() -> Path:
             "set NANOCHAT_BASE_DIR to a directory that you may write to"
         ) from error
     return base
+
+
+def compile_cache() -> Path:
+    """Where what was compiled is kept for all later processes."""
+    return get_base_dir() / "compile_cache"
 
 
 def get_dist_info() -> tuple[bool, int, int, int]:
@@ -74,11 +80,17 @@ def print0(*values: object, **options: Any) -> None:
 
 
 def autodetect_device_type() -> str:
-    """The best device there is: "cuda", else "mps", else "cpu"."""
+    """The best device there is: "cuda", else "mps", else "cpu".
+
+    Raises UserError for GPUs that torch cannot use: nobody wants to train on the CPUs beside them
+    without knowing.
+    """
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
+    if reason := unusable_gpus():
+        raise UserError(reason)
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -93,7 +105,7 @@ def check_device_type(device_type: str) -> str:
             f"unknown device type {device_type!r}: choose one of {', '.join(DEVICE_TYPES)}"
         )
     if device_type == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is usable here: choose the device type cpu")
+        raise UserError(unusable_gpus() or "there is no GPU here: choose the device type cpu")
     if device_type == "mps" and not torch.backends.mps.is_available():
         raise UserError("no MPS device is usable here: choose the device type cpu")
     return device_type
@@ -119,8 +131,8 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, "torch.dev
                 "start at most one process per GPU"
             )
         device = torch.device("cuda", local_rank)
+        prepare_device(device, cache=compile_cache())
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     else:
         device = torch.device(device_type)
     if device_type == "mps" and world_size > 1:

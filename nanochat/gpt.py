@@ -23,7 +23,7 @@ from nanochat.kernels.choices import default_compute_dtype
 from nanochat.kernels.cpu import norm
 from nanochat.kernels.head import head_loss, softcap
 from nanochat.kv_cache import KVCache
-from nanochat.layers import Block, Embedding, Linear, RunBlock, run_block
+from nanochat.layers import Block, Embedding, Linear, Mix, RunBlock, run_block
 from nanochat.optim import MuonAdamW
 from nanochat.param_groups import make_optimizer
 from nanochat.sampling import sample_next_token
@@ -183,12 +183,12 @@ class GPT(nn.Module):
             x = self._smear(x, cache)
         x0 = x
         for i, block in enumerate(self._blocks()):
-            ve = None
+            ve, mix = None, None
             if config.is_modern:
-                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+                mix = Mix(self.resid_lambdas[i], self.x0_lambdas[i], x0)
                 if config.has_value_embedding(i):
                     ve = self._value_embed(i)(idx).to(self.compute_dtype)
-            x = run_block(block, x, cos, sin, ve, cache)
+            x = run_block(block, x, cos, sin, ve, cache, mix)
             if config.is_modern and i == config.n_layer // 2:
                 middle = x
         if cache is not None:

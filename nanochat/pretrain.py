@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from nanochat.acceleration import accelerated_block
 from nanochat.builtin import open_source
@@ -19,6 +20,7 @@ from nanochat.data_spec import DataSpec, count_train_shards, validation_rows
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt
+from nanochat.gpus import device_rows, peak_flops, settle_garbage
 from nanochat.interrupt import stop_on_signals
 from nanochat.kernels.choices import training_seconds
 from nanochat.layers import RunBlock
@@ -125,6 +127,8 @@ def pretrain(
         rank=rank,
         done=state.step,
         training_time_s=state.training_time_s,
+        token_flops=setup.model.estimate_flops(),
+        peak_flops=world_size * (peak_flops(device) or 0.0),
     )
     state, stopped = _train(setup, state, stream, _Watch(setup, val_rows, logger), logger)
     logger.close()
@@ -145,6 +149,7 @@ def prepare(settings: Settings, place: Place) -> Setup:
         total_batch_size=batch_tokens(settings, params),
         eval_rows=inputs.spec.eval_rows,
     )
+    settings = replace(settings, batch_size=_device_rows(settings, place))
     num_steps = step_count(settings, params)
     schedule = run_schedule(settings, params, num_steps)
     print0(
@@ -223,6 +228,8 @@ def _train(
             hyper = setup.schedule.at(step)
             nats = setup.trainer.step(rows, hyper=hyper)
             assert nats is not None
+            if step == state.step:
+                settle_garbage()
             done, last = step + 1, step + 1 == setup.num_steps
             logger.step(done, nats, hyper.lr_multiplier, stream.position)
             state = state.moved(done, stream.position, logger.loss, logger.training_time_s)
@@ -258,6 +265,22 @@ def _run_block(settings: Settings, model: GPT, num_steps: int, world_size: int) 
     run_block, choices = accelerated_block(settings.compile, model=model, run_s=seconds)
     print0(choices)
     return run_block
+
+
+def _device_rows(settings: Settings, place: Place) -> int:
+    """Rows that each device takes at once: the least of what the ranks have room for."""
+    step_rows = settings.total_batch_size // settings.max_seq_len
+    rows = device_rows(
+        settings.batch_size,
+        device=place.device,
+        sequence_len=settings.max_seq_len,
+        rank_rows=-(-step_rows // place.world_size),
+    )
+    if place.world_size > 1:
+        least = torch.tensor(rows, device=place.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        rows = int(least)
+    return rows
 
 
 def _due(every: int, done: int, last: bool) -> bool:

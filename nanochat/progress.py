@@ -30,8 +30,13 @@ class ProgressLog:
         rank: int,
         done: int = 0,
         training_time_s: float = 0.0,
+        token_flops: float = 0.0,
+        peak_flops: float = 0.0,
     ) -> None:
-        """For a run of `num_steps` of which `done` are done, after `training_time_s` of training."""
+        """For a run of `num_steps` of which `done` are done, after `training_time_s` of training.
+
+        `token_flops`: of training on one token; `peak_flops`: FLOP/s of all devices, 0 if unknown.
+        """
         self.loss: float | None = None  # the last one that was read
         self.training_time_s = training_time_s  # without evaluations and checkpoints
         self._num_steps, self._step_tokens = num_steps, settings.total_batch_size
@@ -41,6 +46,7 @@ class ProgressLog:
         self._bar = tqdm(total=num_steps, initial=done, unit="step", disable=quiet)
         self._wandb = _open_wandb(settings) if rank == 0 else None
         self._pending: list[Tensor] = []
+        self._token_flops, self._peak_flops = token_flops, peak_flops
         self._since = time.monotonic()
 
     def step(
@@ -77,11 +83,23 @@ class ProgressLog:
         self._bar.set_postfix_str(f"loss={loss:.4f} shard={shard} shard_progress={progress}")
         self.say(
             f"step={done}/{self._num_steps} loss={loss:.4f} lrm={lr_multiplier:.3f} "
-            f"tokens_per_s={rate:,.0f} epoch={epoch} shard={shard} shard_progress={progress}"
+            f"tokens_per_s={rate:,.0f} {self._speed(done, rate)}"
+            f"epoch={epoch} shard={shard} shard_progress={progress}"
         )
-        self._record(
-            {"step": done, "train/loss": loss, "train/lrm": lr_multiplier, "train/tok_per_s": rate}
-        )
+        values = {"step": done, "train/loss": loss, "train/lrm": lr_multiplier}
+        values["train/tok_per_s"] = rate
+        if self._peak_flops:
+            values["train/mfu"] = self._mfu(rate)
+        self._record(values)
+
+    def _speed(self, done: int, rate: float) -> str:
+        """What share of the devices' arithmetic is used, where that is known, and the time left."""
+        left_s = (self._num_steps - done) * self._step_tokens / rate
+        mfu = f"mfu={self._mfu(rate):.1%} " if self._peak_flops else ""
+        return f"{mfu}eta={_clock(left_s)} "
+
+    def _mfu(self, rate: float) -> float:
+        return rate * self._token_flops / self._peak_flops
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -115,6 +133,13 @@ class ProgressLog:
     def _record(self, values: dict[str, Any]) -> None:
         if self._wandb is not None:
             self._wandb.log(values)
+
+
+def _clock(seconds: float) -> str:
+    """As 1:05:00 or 5:00."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def _open_wandb(settings: Settings) -> Any:

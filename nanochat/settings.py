@@ -9,7 +9,7 @@ from nanochat.schedule import SCHEDULE_KINDS
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 _AT_LEAST_1 = (
-    *("aspect_ratio", "head_dim", "max_seq_len", "batch_size"),
+    *("aspect_ratio", "head_dim", "max_seq_len"),
     *("eval_rows", "core_max_per_task", "log_every"),
 )
 
@@ -29,7 +29,7 @@ class Settings:
     tokenizer: str = "tokenizer"
     packing: str | None = None
     max_seq_len: int = 2048
-    batch_size: int = 8  # rows per device and micro-step
+    batch_size: int = 0  # rows per device and micro-step; 0: what its memory has room for
     total_batch_size: int = 524288  # tokens of an optimizer step; -1: what fits the run's length
     num_iterations: int | None = None
     target_flops: float | None = None
@@ -65,6 +65,8 @@ class Settings:
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
+        if self.batch_size < 0:
+            raise UserError(f"--batch-size is {self.batch_size}: it must not be negative")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}: it must not be negative")
         if self.total_batch_size < 1 and self.total_batch_size != -1:

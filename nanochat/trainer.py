@@ -1,5 +1,6 @@
 """The training step: from an array of rows to new weights, the same on one process and on many."""
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,9 @@ from nanochat.gpt import GPT
 from nanochat.layers import RunBlock, run_block
 from nanochat.optim import MuonAdamW
 from nanochat.schedule import Hyper
+
+_LOG = logging.getLogger(__name__)
+_ADAMW_STATE_BYTES, _MUON_STATE_BYTES = 8, 4  # of a parameter: two fp32 moments, or one
 
 
 def rank_slice(num_rows: int, *, rank: int, world_size: int) -> slice:
@@ -26,6 +30,9 @@ class Trainer:
     `world_size` consecutive rows (fewer at the end), of which each rank takes its slice: the rows
     consumed are always a prefix of what was passed, for any number of ranks. `run_block` is
     used for micro-batches of the usual size; a short one is not worth compiling for.
+
+    A rank whose device has no memory for its slice takes it in smaller pieces: the ranks meet in the
+    optimizer only, so each finds out for itself, in its first micro-batch, and no other one is told.
     """
 
     def __init__(
@@ -49,9 +56,9 @@ class Trainer:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = device_batch_rows * world_size
+        self.piece_rows = 0  # that this device takes at once; 0: not known before the first step
         self.micro_steps = 0  # begun so far, those of a step that was dropped included
         self._run_block = run_block
-        self._usual_rows = 0  # of the first micro-batch: only those of its size are compiled for
         self._batches: Batches | None = None
 
     def step(
@@ -66,34 +73,94 @@ class Trainer:
         The gradient is that of the mean over all n * T targets, for any number of ranks and for a
         short step too. `should_stop` is asked before every micro-step on every rank, so it may be a
         collective; when it says True the gradients are dropped and None is returned: weights and
-        optimizer are as before.
+        optimizer are as before. Raises UserError if the device has no memory for it.
         """
         num_rows, num_targets = rows.shape[0], rows.shape[0] * (rows.shape[1] - 1)
         assert num_targets > 0, "a step needs at least one target"
         # The optimizer takes the mean over the ranks, but the loss is a sum over them.
         scale = self.world_size / num_targets
         nats = torch.zeros((), device=self.device)
-        for first in range(0, num_rows, self.micro_batch_rows):
-            if should_stop is not None and should_stop():
-                self.optimizer.zero_grad(set_to_none=True)
-                return None
-            self.micro_steps += 1
-            micro = rows[first : first + self.micro_batch_rows]
-            mine = micro[rank_slice(len(micro), rank=self.rank, world_size=self.world_size)]
-            if len(mine):
-                nats += self._backward(mine, scale)
-        self._apply(hyper)
-        self.optimizer.step()
+        try:
+            for first in range(0, num_rows, self.micro_batch_rows):
+                if should_stop is not None and should_stop():
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return None
+                self.micro_steps += 1
+                micro = rows[first : first + self.micro_batch_rows]
+                mine = micro[rank_slice(len(micro), rank=self.rank, world_size=self.world_size)]
+                if len(mine):
+                    nats += self._micro_step(mine, scale)
+            self._apply(hyper)
+            self.optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise UserError(self._no_memory(rows.shape[1] - 1)) from error
         self.optimizer.zero_grad(set_to_none=True)
         return nats
+
+    def _micro_step(self, rows: np.ndarray, scale: float) -> Tensor:
+        """The gradients of one micro-batch's slice, in pieces that this device has memory for."""
+        if not self.piece_rows:
+            return self._first_micro_step(rows, scale)
+        nats = torch.zeros((), device=self.device)
+        for first in range(0, len(rows), self.piece_rows):
+            nats += self._backward(rows[first : first + self.piece_rows], scale)
+        return nats
+
+    def _first_micro_step(self, rows: np.ndarray, scale: float) -> Tensor:
+        """Find out how many rows fit: no gradients are there yet, so a failure can be dropped whole.
+
+        Beside it the memory is taken that later micro-steps will lack: that of the gradients, which
+        these find there, and of the optimizer's state, which its first step makes.
+        """
+        self.piece_rows = len(rows)
+        while True:
+            try:
+                reserve: Tensor | None = self._reserve()
+                nats = self._micro_step(rows, scale)
+                del reserve
+                return nats
+            except torch.OutOfMemoryError:
+                reserve = None  # freed before the next try
+                if self.piece_rows == 1:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            self._batches = None
+            torch.cuda.empty_cache()
+            fewer = -(-self.piece_rows // 2)
+            _LOG.warning(
+                "%d rows of %d tokens at once are more than %s has memory for: it takes %d",
+                *(self.piece_rows, rows.shape[1] - 1, self.device, fewer),
+            )
+            self.piece_rows = fewer
+
+    def _reserve(self) -> Tensor:
+        """Memory of gradients and optimizer state that are still to come; none on a CPU, which has no
+        such limit."""
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if not self.optimizer.state:
+            state = sum(
+                p.numel() * (_MUON_STATE_BYTES if group["kind"] == "muon" else _ADAMW_STATE_BYTES)
+                for group in self.optimizer.param_groups
+                for p in group["params"]
+            )
+            size += state // self.world_size
+        if self.device.type == "cpu":
+            size = 0
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _no_memory(self, length: int) -> str:
+        at_once = f"{self.piece_rows or 1} x {length:,} tokens"
+        return (
+            f"the memory of {self.device} is too small to train this model with {at_once} at once: "
+            "set a smaller device-batch-size, end what else uses the device, or train a smaller model"
+        )
 
     def _backward(self, rows: np.ndarray, scale: float) -> Tensor:
         """Add the gradient of scale * the sum of nats of `rows`; returns that sum."""
         if self._batches is None:
             self._batches = Batches(len(rows), rows.shape[1], device=self.device)
-            self._usual_rows = len(rows)
         ids = self._batches.load(rows)
-        run = self._run_block if len(rows) == self._usual_rows else run_block
+        run = self._run_block if len(rows) == self.piece_rows else run_block
         loss: Tensor = self.model(ids[:, :-1], ids[:, 1:], loss_reduction="sum", run_block=run)
         (loss * scale).backward()
         return loss.detach()

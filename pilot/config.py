@@ -101,7 +101,12 @@ class RunConfig:
         0.4, "final fraction of the run over which learning rates fall", low=0, high=1
     )
     total_batch_size: int = _key(524288, "tokens per optimizer step of one client", low=1)
-    device_batch_size: int = _key(8, "rows per device and forward pass", low=1)
+    device_batch_size: int = _key(
+        0,
+        "rows per device and forward pass; 0: what its memory has room for",
+        low=0,
+        shapes_training=False,
+    )
     # rounds
     min_clients: int = _key(2, "clients to wait for before the first round", low=1)
     quorum: int = _key(

@@ -89,7 +89,7 @@ def _add_length_options(add: Add) -> None:
 
 
 def _add_optimizer_options(add: Add) -> None:
-    add("--batch-size", "--device-batch-size", help="rows per device and micro-step")
+    add("--batch-size", "--device-batch-size", help="rows per device and micro-step; 0: what fits")
     add("--total-batch-size", help="tokens of an optimizer step; -1: from the run's length")
     add("--lr", type=float, help="Muon's learning rate; the others follow it")
     add("--matrix-lr", type=float, help="Muon's learning rate alone, instead of --lr")

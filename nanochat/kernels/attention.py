@@ -4,8 +4,8 @@ choices.py says which kernel. `scaled_dot_product_attention` has a fused causal 
 and takes an explicit T x T mask for a window shorter than the sequence: exact everywhere, but twice the
 work of a windowed kernel at T = 2048. On CPUs windows have a kernel of their own (2.3-2.9 times as fast as
 the mask at windows of a quarter), on Hopper GPUs FlashAttention-3 takes all of them, on other CUDA GPUs
-FlexAttention where blocks are compiled. There is no fp8: matmuls are in bf16 at the least, as the weights'
-updates were tuned for.
+FlexAttention where blocks are compiled.
+There is no fp8: matmuls are in bf16 at the least, as the weights' updates were tuned for.
 """
 
 from functools import lru_cache
@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.kernels.blocked import banded_attention, blocked_attention
 from nanochat.kernels.choices import Kernel, choose_kernel
@@ -21,6 +22,13 @@ from nanochat.kernels.flex import flex_attention_of_window
 
 _WINDOW_MULTIPLE = 128  # the tile of windowed CUDA kernels; S windows are rounded up to it
 _SHORT_WINDOW_DIVISOR = 4
+# torch's kernels for sequences that grow: without cuDNN's, for which the host plans each new length (88 ms
+# per token at depth 12 on an H100: 10 tokens/s instead of 83). Rows of training have one length.
+_OF_ANY_LENGTH = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def rotary_tables(
@@ -109,6 +117,16 @@ def cached_attention(
     end = pos + T
     keys[:, pos:end] = k
     values[:, pos:end] = v
+    if q.device.type == "cuda":
+        with sdpa_kernel(_OF_ANY_LENGTH):
+            return _after(q, k, v, keys[:, :end], values[:, :end], window=window)
+    return _after(q, k, v, keys[:, :end], values[:, :end], window=window)
+
+
+def _after(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, window: int) -> Tensor:
+    """Attention of the last T of `keys`' positions, whose own keys and values are k and v."""
+    T, end = q.size(1), keys.size(1)
+    pos = end - T
     if pos == 0:
         return causal_attention(q, k, v, window=window)
     first = max(0, pos - window)  # the oldest key that the first new position sees
@@ -119,8 +137,8 @@ def cached_attention(
         visible = (distance >= 0) & (distance <= window)  # (T, end - first)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
-        keys[:, first:end].transpose(1, 2),
-        values[:, first:end].transpose(1, 2),
+        keys[:, first:].transpose(1, 2),
+        values[:, first:].transpose(1, 2),
         attn_mask=visible,
         enable_gqa=q.size(2) != k.size(2),
     )

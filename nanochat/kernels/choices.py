@@ -37,6 +37,13 @@ class Kernel(Enum):
     MASK = "torch's attention with a mask"
 
 
+class HeadPasses(Enum):
+    """Who goes over a chunk of logits, from which loss and gradient are made (head.py)."""
+
+    EAGER = "torch's functions one after the other"
+    FUSED = "one Triton kernel"
+
+
 @dataclass(frozen=True)
 class CompileChoice:
     """`reason` says why."""
@@ -136,7 +143,8 @@ def choose_kernel(
     """What computes attention of `length` positions to `window` positions before each.
 
     FlexAttention skips what a window hides where it is compiled for CUDA; uncompiled it would compute
-    all scores, and hold them.
+    all scores, and hold them. Full windows are left to torch, which on Hopper (and from cuDNN 9.15 on)
+    takes cuDNN's kernel, elsewhere FlashAttention-2 (docs/performance.md).
     """
     if has_flash3 and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return Kernel.FLASH3
@@ -145,6 +153,14 @@ def choose_kernel(
     if device_type == "cpu" and dtype != torch.float16:  # its exp(score) overflows fp16
         return Kernel.BLOCKED
     return Kernel.FLEX if device_type == "cuda" and compiled else Kernel.MASK
+
+
+# -- head ---------------------------------------------------------------------------------------
+
+
+def choose_head_passes(*, device_type: str, missing: str) -> HeadPasses:
+    """Triton's kernel on CUDA, where nothing is `missing` that it is compiled with."""
+    return HeadPasses.FUSED if device_type == "cuda" and not missing else HeadPasses.EAGER
 
 
 # -- compiling ----------------------------------------------------------------------------------

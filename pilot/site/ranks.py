@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import autodetect_device_type
+from nanochat.common import autodetect_device_type, compile_cache
+from nanochat.gpus import prepare_device
 
 # The other ranks wait while rank 0 packs rows, or for the next order. torch's default of 30 minutes may be too
 # short for that, and is not needed: when a rank fails, the supervisor ends them all at once.
@@ -41,6 +42,7 @@ class Ranks:
         rank, world_size = int(os.environ["PILOT_RANK"]), int(os.environ["PILOT_WORLD_SIZE"])
         kind = autodetect_device_type() if device_type == "auto" else device_type
         device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+        prepare_device(device, cache=compile_cache())
         if kind == "cuda":
             torch.cuda.set_device(device)
         control: dist.ProcessGroup | None = None

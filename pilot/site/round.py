@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from nanochat.acceleration import accelerated_block
 from nanochat.gpt import GPT
-from nanochat.kernels.choices import default_compute_dtype, training_seconds
+from nanochat.gpus import settle_garbage
+from nanochat.kernels.choices import training_seconds
 from nanochat.layers import RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.memory import keep_freed_memory
@@ -32,6 +33,7 @@ from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.segment import Segment
 from pilot.site.data import SiteData, open_data
+from pilot.site.device import agree_on_device
 from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
 from pilot.site.notice import notice_files
@@ -55,6 +57,7 @@ class Round:
         self._resident = resident  # whether these processes may have further rounds
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
+        self._device_rows = 1  # per device and forward pass, once all ranks know it
         self.leaving = False  # after `run`: whether this client is leaving
         fence = order.fence
         self.inner = InnerState(inner_state_dir(fence.run, order.client), ranks)
@@ -68,7 +71,7 @@ class Round:
                 keep_freed_memory()
             self._limit_threads()
             data = open_data(self.config)
-            compute_dtype = default_compute_dtype(self.ranks.device.type)
+            compute_dtype, self._device_rows = agree_on_device(self.config, self.ranks)
             model = plan.build_model(
                 self.config, device=self.ranks.device, compute_dtype=compute_dtype
             )
@@ -142,7 +145,7 @@ class Round:
     def _batches(self, rows: np.ndarray, longest: int, stop: StopWatcher) -> Iterator[np.ndarray]:
         """Batches of this rank's rows, as many steps as the rank with the most (`longest`) takes: all
         ranks end together, early when the client is leaving."""
-        size = self.config.device_batch_size
+        size = self._device_rows
         for i in range(0, longest, size):
             if self.ranks.agree(bool(stop.leaving)):
                 return
@@ -160,7 +163,7 @@ class Round:
             model,
             optimizer,
             device=self.ranks.device,
-            device_batch_rows=config.device_batch_size,
+            device_batch_rows=self._device_rows,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             run_block=self._run_block(model) if self.order.segments else run_block,
@@ -212,6 +215,8 @@ class Round:
             if step_nats is None:
                 return
             tokens = len(rows) * config.sequence_len
+            if progress.heartbeat.step == 0:
+                settle_garbage()
             progress.step_done(rows=len(rows), tokens=tokens)
             meter.add(step_nats, tokens, stream.position)
 

@@ -1,17 +1,23 @@
 """What is compiled computes what the plain block does."""
 
+import logging
+
 import pytest
 import torch
+from functorch.compile import nop
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 
 from nanochat import acceleration
-from nanochat.gpt import GPTConfig, build_gpt
+from nanochat.acceleration import CompiledBlock
+from nanochat.gpt import GPT, GPTConfig, build_gpt, config_for_depth
 from nanochat.kernels import attention
 from nanochat.kernels.attention import _window_mask
 from nanochat.kernels.blocked import banded_attention
 from nanochat.kernels.choices import Kernel
 from nanochat.kernels.flex import prepare_flex
-from nanochat.layers import run_block
+from nanochat.layers import RunBlock, run_block
 
 
 def test_a_toolchain_that_is_broken_means_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +29,51 @@ def test_a_toolchain_that_is_broken_means_eager(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(acceleration.torch, "compile", broken)
     assert acceleration.compiled_block(torch.device("cpu")) is None
+
+
+def _tiny(arch: str = "modern", *, layers: int = 2, seed: int = 0) -> GPT:
+    config = config_for_depth(layers, vocab_size=64, sequence_len=64, arch=arch, head_dim=32)
+    device = torch.device("cpu")
+    return build_gpt(config, device=device, seed=seed, compute_dtype=torch.float32)
+
+
+def _gradients(model: GPT, run: RunBlock) -> list[Tensor]:
+    ids = torch.randint(64, (2, 65), generator=torch.Generator().manual_seed(2))
+    model.zero_grad(set_to_none=True)
+    model(ids[:, :-1], ids[:, 1:], run_block=run).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("where", ["fw_compiler", "bw_compiler"])
+def test_a_graph_that_cannot_be_compiled_means_eager_and_one_warning(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Backward graphs too: they are compiled while there still is a choice."""
+
+    def broken(*_: object) -> object:
+        raise RuntimeError("ptxas: out of registers")
+
+    compilers = {"fw_compiler": nop, "bw_compiler": nop, where: broken}
+    run = CompiledBlock(torch.device("cpu"), aot_autograd(**compilers))
+    model = _tiny("classic")
+    with caplog.at_level(logging.WARNING):
+        ours = _gradients(model, run)
+    for mine, plain in zip(ours, _gradients(model, run_block), strict=True):
+        assert torch.equal(mine, plain)
+    (record,) = caplog.records
+    assert "ptxas: out of registers" in record.getMessage()
+    assert "eagerly" in record.getMessage()
+
+
+def test_a_second_model_finds_the_first_ones_graphs() -> None:
+    """A resident group compiles nothing in its later rounds."""
+    torch._dynamo.reset()
+    counters.clear()
+    for seed in range(2):
+        run = CompiledBlock(torch.device("cpu"), "aot_eager")
+        _gradients(_tiny("classic", seed=seed), run)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -223,7 +223,7 @@ def test_matrix_lr_is_a_setting_of_its_own() -> None:
     ("arguments", "said"),
     [
         (["--total-batch-size", "100"], "multiple of --max-seq-len"),
-        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--batch-size", "-1"], "--batch-size is -1"),
         (["--num-iterations", "0"], "--num-iterations is 0"),
         (["--total-batch-size", "0"], "--total-batch-size is 0"),
         (["--eval-tokens", "31"], "--eval-tokens is 31"),

@@ -144,3 +144,59 @@ def test_device_batch_of_no_rows_is_refused() -> None:
     model, optimizer = step_worker.make("classic")
     with pytest.raises(ValueError, match="at least 1"):
         Trainer(model, optimizer, device=torch.device("cpu"), device_batch_rows=0)
+
+
+class _SmallDevice:
+    """A model's forward that has memory for `most` rows at once; `tried` are the sizes it was given."""
+
+    def __init__(self, trainer: Trainer, most: int) -> None:
+        self._forward, self._most = trainer.model.forward, most
+        self.tried: list[int] = []
+
+    def __call__(self, ids: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        self.tried.append(len(ids))
+        if len(ids) > self._most:
+            # in the backward pass, as it often is: some gradients are there by then
+            loss: torch.Tensor = self._forward(ids, *args, **options)
+            loss.backward()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._forward(ids, *args, **options)
+
+
+def _trainer_of(rows_at_once: int) -> tuple[Trainer, np.ndarray]:
+    model, optimizer = step_worker.make("classic")
+    trainer = Trainer(model, optimizer, device=torch.device("cpu"), device_batch_rows=rows_at_once)
+    length = model.config.sequence_len
+    rows = np.random.default_rng(3).integers(0, model.config.vocab_size, (16, length + 1))
+    return trainer, rows.astype(np.uint16)
+
+
+_HYPER = Hyper(lr_multiplier=1.0, momentum=0.9, weight_decay=0.1)
+
+
+def test_more_rows_than_memory_are_taken_in_halves_to_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = []
+    for rows_at_once in (2, 8):
+        trainer, rows = _trainer_of(rows_at_once)
+        small = _SmallDevice(trainer, most=3)
+        monkeypatch.setattr(trainer.model, "forward", small)
+        for _ in range(2):
+            assert trainer.step(rows, hyper=_HYPER) is not None
+        weights.append(trainer.model.state_dict())
+    assert small.tried[:4] == [8, 4, 2, 2], "what does not fit is tried once"
+    assert set(small.tried[3:]) == {2}
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+    assert "8 rows" in caplog.text
+    assert "it takes 2" in caplog.text
+
+
+def test_a_model_that_does_not_fit_at_all_is_named_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, rows = _trainer_of(4)
+    monkeypatch.setattr(trainer.model, "forward", _SmallDevice(trainer, most=0))
+    with pytest.raises(UserError, match=r"memory of cpu is too small .* device-batch-size"):
+        trainer.step(rows, hyper=_HYPER)

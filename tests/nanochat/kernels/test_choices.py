@@ -8,8 +8,10 @@ from nanochat.errors import UserError
 from nanochat.kernels import choices
 from nanochat.kernels.choices import (
     CompileChoice,
+    HeadPasses,
     Kernel,
     choose_compile,
+    choose_head_passes,
     choose_kernel,
     default_compute_dtype,
     make_choices,
@@ -117,6 +119,12 @@ def test_the_kernel_follows_from_device_dtype_and_window(
         compiled=compiled,
     )
     assert chosen is kernel
+
+
+def test_the_heads_passes_are_fused_on_gpus_that_can_compile() -> None:
+    assert choose_head_passes(device_type="cuda", missing="") is HeadPasses.FUSED
+    assert choose_head_passes(device_type="cuda", missing="no triton") is HeadPasses.EAGER
+    assert choose_head_passes(device_type="cpu", missing="") is HeadPasses.EAGER
 
 
 def test_one_sentence_says_what_was_chosen() -> None:

@@ -1,11 +1,19 @@
 """The head's loss and gradients, against the plain chain of full logits in float64."""
 
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels import head
+from nanochat.kernels.choices import HeadPasses
 from nanochat.kernels.head import head_loss, softcap
 
 VOCAB, PADDED, WIDTH = 70, 128, 24
@@ -93,3 +101,44 @@ def test_the_softcap_bounds_any_logit() -> None:
 def test_an_unknown_reduction_is_refused() -> None:
     with pytest.raises(ValueError, match="choose sum, mean or none"):
         head_loss(*_inputs(), vocab_size=VOCAB, reduction="max")
+
+
+def test_the_gpus_kernel_computes_what_the_passes_do() -> None:
+    """Interpreted, so its rounding to bf16 is coarser than a GPU's."""
+    pytest.importorskip("triton")
+    worker, root = Path(__file__).with_name("fused_head_worker.py"), Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, str(worker)],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, (nats, gradient) in json.loads(done.stdout).items():
+        assert nats < 1e-5, name
+        assert gradient < (1e-2 if "bfloat16" in name else 1e-6), name
+
+
+def test_a_kernel_that_cannot_be_compiled_means_plain_passes_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused = pytest.importorskip("nanochat.kernels.fused_head")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("ptxas: out of registers")
+
+    def choose(*, device_type: str, missing: str) -> HeadPasses:
+        return HeadPasses.EAGER if missing or head._Fused.reason else HeadPasses.FUSED
+
+    monkeypatch.setattr(head._Fused, "reason", None)
+    monkeypatch.setattr(head, "choose_head_passes", choose)
+    monkeypatch.setattr(fused, "fused_passes", broken)
+    x, weight, targets = _inputs()
+    with caplog.at_level(logging.WARNING):
+        ours = _ours(x, weight, targets, "sum")
+    for mine, exact in zip(ours, _reference(x, weight, targets, "sum"), strict=True):
+        bound = 3e-6 * float(exact.detach().abs().max())
+        torch.testing.assert_close(mine.double(), exact, atol=bound, rtol=3e-6)
+    (record,) = caplog.records
+    assert "ptxas" in record.getMessage()

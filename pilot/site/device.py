@@ -1,0 +1,57 @@
+"""What all ranks of a group compute with: the dtype of matmuls, and the rows that a device takes at once."""
+
+import os
+
+import torch
+
+from nanochat.gpus import capability_of, device_rows
+from nanochat.kernels.choices import default_compute_dtype, dtype_from_name
+from pilot.config import RunConfig
+from pilot.errors import PilotError
+from pilot.site.ranks import Ranks
+
+ROWS_VARIABLE = "PILOT_DEVICE_BATCH_SIZE"  # of a machine; wins over the run's `device-batch-size`
+
+
+def agree_on_device(config: RunConfig, ranks: Ranks) -> tuple[torch.dtype, int]:
+    """(dtype of matmuls, rows of a device): rank 0's, on all ranks.
+
+    Raises PilotError on a rank whose GPU is of another kind than rank 0's: by itself it would choose
+    other kernels, and perhaps tables of another dtype, which no collective can fill.
+    """
+    device = ranks.device
+    capability = list(capability_of(device))
+    own = {
+        "dtype": str(default_compute_dtype(device.type)).removeprefix("torch."),
+        "capability": capability,
+        "rows": _rows(config, ranks),
+    }
+    agreed = ranks.broadcast_json(own)
+    if agreed["capability"] != capability:
+        first, mine = (f"{major}.{minor}" for major, minor in (agreed["capability"], capability))
+        raise PilotError(
+            f"the GPUs of this site differ: rank 0 has compute capability {first}, rank {ranks.rank} "
+            f"has {mine}. Set CUDA_VISIBLE_DEVICES to cards of one kind, and start a node for the others"
+        )
+    return dtype_from_name(agreed["dtype"]), int(agreed["rows"])
+
+
+def _rows(config: RunConfig, ranks: Ranks) -> int:
+    return device_rows(
+        given_rows(config.device_batch_size),
+        device=ranks.device,
+        sequence_len=config.sequence_len,
+        rank_rows=-(-config.batch_rows // ranks.world_size),
+    )
+
+
+def given_rows(configured: int) -> int:
+    """What this machine says, else what the run does. Raises PilotError for what is no number."""
+    text = os.environ.get(ROWS_VARIABLE, "")
+    if not text:
+        return configured
+    if not text.isdecimal():
+        raise PilotError(
+            f"{ROWS_VARIABLE} is {text!r}: set it to a number of rows, or to 0 for what fits"
+        )
+    return int(text)

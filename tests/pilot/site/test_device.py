@@ -1,0 +1,60 @@
+"""What the ranks of one group agree to compute with, on machines of any kind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import gpus
+from pilot.errors import PilotError
+from pilot.site import device as device_module
+from pilot.site.device import ROWS_VARIABLE, agree_on_device, given_rows
+from pilot.site.ranks import Ranks
+
+from ..worker_kit import BATCH_ROWS, site_config
+
+
+class _Follower(Ranks):
+    """The second of two ranks, to whom rank 0 has said `told`."""
+
+    told: dict[str, Any]
+
+    def broadcast_json(self, value: Any) -> Any:
+        return {**value, **self.told}
+
+
+def _follower(**told: Any) -> Ranks:
+    ranks = _Follower(1, 2, torch.device("cpu"), None)
+    object.__setattr__(ranks, "told", told)
+    return ranks
+
+
+def test_every_rank_takes_rank_0s_dtype_and_rows(site: Path) -> None:
+    ranks = _follower(dtype="bfloat16", rows=3)
+    assert agree_on_device(site_config(site), ranks) == (torch.bfloat16, 3)
+
+
+def test_ranks_with_gpus_of_two_kinds_are_refused(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "capability_of", lambda _: (7, 5))
+    with pytest.raises(PilotError, match=r"capability 8\.0, rank 1 has 7\.5"):
+        agree_on_device(site_config(site), _follower(capability=[8, 0]))
+
+
+def test_one_rank_alone_takes_what_its_device_has_room_for(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    dtype, rows = agree_on_device(site_config(site, device_batch_size=0), ranks)
+    assert (dtype, rows) == (torch.float32, min(BATCH_ROWS, gpus.DEFAULT_ROWS))
+    monkeypatch.setenv(ROWS_VARIABLE, "4")
+    assert agree_on_device(site_config(site), ranks)[1] == 4, "the machine's own word wins"
+
+
+def test_rows_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert given_rows(6) == 6
+    monkeypatch.setenv(ROWS_VARIABLE, "many")
+    with pytest.raises(PilotError, match=ROWS_VARIABLE):
+        given_rows(6)
