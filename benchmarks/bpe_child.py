@@ -1,6 +1,6 @@
 """One training by one trainer in this process; `bpe.py` starts it. The last line on stdout is JSON.
 
-python benchmarks/bpe_child.py TRAINER DOCUMENTS VOCAB THREADS TOKENS_OUT
+python -m benchmarks.bpe_child TRAINER DOCUMENTS VOCAB THREADS TOKENS_OUT
 
 DOCUMENTS holds 8 bytes of length and UTF-8 text for each document, so that nothing but the standard
 library is in the process beside the trainer: what a parquet reader holds is not the trainer's.

@@ -64,7 +64,9 @@ class RunConfig:
         "", "attention windows of successive layers, such as SSSL; empty: the architecture's own"
     )
     # the data
-    source: str = _key("fineweb-edu", "fineweb-edu, climbmix, builtin, or a directory of shards")
+    source: str = _key(
+        "fineweb-edu", "fineweb-edu, climbmix, builtin, hf:NAME, or a directory of shards"
+    )
     num_shards: int = _key(240, "number of the source's training shards to use", low=1)
     epochs: int = _key(1, "passes over the shards before the data is exhausted", low=1)
     tokenizer: str = _key(
