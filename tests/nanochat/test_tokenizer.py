@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import builtin_corpus
+from nanochat import builtin, builtin_corpus
 from nanochat import tokenizer as module
 from nanochat.builtin import ensure_builtin_tokenizer
 from nanochat.errors import UserError
@@ -204,7 +204,7 @@ def test_the_builtin_tokenizer_is_trained_once(small_corpus, base_dir, monkeypat
 def test_the_builtin_tokenizer_never_sees_the_validation_shard(small_corpus, monkeypatch):
     seen: list[str] = []
     monkeypatch.setattr(
-        module,
+        builtin,
         "train_and_save",
         lambda iterator, size, path: seen.extend(iterator) or byte_tokenizer(path),
     )
