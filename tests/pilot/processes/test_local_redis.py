@@ -23,7 +23,6 @@ from ...waiting import gone, until
 PARENT = """
 import sys, time
 from pilot.processes.local_redis import LocalRedis
-from pilot.processes.scratch import MAX_SOCKET_PATH_BYTES
 server = LocalRedis().start()
 print(server.url, server._keeper.pid, flush=True)
 {then}

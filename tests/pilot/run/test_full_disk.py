@@ -47,7 +47,9 @@ def test_snapshot_that_does_not_fit_is_a_sentence_and_the_one_before_is_whole(
         "state": {"text": "x" * (1 << 20)},
         "merged": ["x" * 1024] * 1024,
     }
-    with pytest.raises(SnapshotError, match=r"round-000002: .*No space left.*same command to resume"):
+    with pytest.raises(
+        SnapshotError, match=r"round-000002: .*No space left.*same command to resume"
+    ):
         write_snapshot(small_disk, replace(second, **{large: too_much[large]}), keep=3)
     assert names(small_disk) == ["round-000001"], "the room of what was begun is free again"
     found = latest_snapshot(small_disk, report=pytest.fail)
