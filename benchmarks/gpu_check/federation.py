@@ -79,7 +79,7 @@ def check(setup: Setup, verdict: Verdict) -> None:
     verdict.note("rounds", len(committed))
     verdict.that(len(committed) == _ROUNDS, f"{len(committed)} rounds were committed")
     verdict.that(not _events(events, "client_silent"), "a client fell silent")
-    verdict.note("bpb", [event.get("val_bpb") for event in committed])
+    verdict.note("bpb", [event["val_bpb"] for event in _events(events, "validation")])
     time.sleep(3.0)
     left = [process for process in psutil.process_iter() if _is_of(process, home)]
     verdict.that(not left, f"{len(left)} processes have outlived the run")
