@@ -32,7 +32,7 @@ class Trainer:
     used for micro-batches of the usual size; a short one is not worth compiling for.
 
     A rank whose device has no memory for its slice takes it in smaller pieces: the ranks meet in the
-    optimizer only, so each finds out for itself, in its first micro-batch, and no other one is told.
+    optimizer only, so each finds out for itself, in its first micro-batch, without a word to the others.
     """
 
     def __init__(

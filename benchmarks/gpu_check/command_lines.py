@@ -1,4 +1,4 @@
-"""The scripts as a person runs them: a run that is stopped and goes on, its evaluation, its text."""
+"""The scripts as a person runs them: a run that is stopped and continues, its evaluation, its text."""
 
 import json
 import re

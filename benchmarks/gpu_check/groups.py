@@ -80,7 +80,7 @@ def _round(
             what = site_kit.order(config, name, number, seconds=100.0, **more)
             try:
                 answers[name] = site_kit.ask(workers[name], what, weights)
-            except Exception as error:  # noqa: BLE001 - told below, by the thread that can
+            except Exception as error:  # noqa: BLE001 - raised below, in the thread that can
                 failures.append(error)
 
         threads = [threading.Thread(target=work, args=(name,)) for name in _CLIENTS]

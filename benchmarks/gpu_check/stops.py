@@ -18,7 +18,7 @@ from pilot.processes.local_redis import LocalRedis
 from pilot.site.handle import WorkerError, WorkerHandle
 from pilot.wire.messages import TrainOrder
 
-_START_S = 60.0  # until a group trains, at the most
+_START_S = 60.0  # at most, until a group trains
 
 
 @dataclass(frozen=True)

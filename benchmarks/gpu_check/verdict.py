@@ -1,4 +1,4 @@
-"""What a check is told, and what it says: figures, and each bound that was not kept."""
+"""What a check is given, and what it reports: figures, and each bound that was not kept."""
 
 import math
 from collections.abc import Callable

@@ -6,7 +6,7 @@ from pilot.rules.rounds import Clock
 from pilot.wire.messages import Heartbeat
 
 COUNTER = "beat"  # the field of a heartbeat that every new one changes
-# Redis forgets a heartbeat after so many intervals of it, but not within ten seconds.
+# Redis keeps a heartbeat for this many intervals, and at least for this many seconds.
 _EXPIRY_HEARTBEATS, _EXPIRY_MIN_S = 10.0, 10.0
 
 
