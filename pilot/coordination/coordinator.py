@@ -335,6 +335,13 @@ class ClientCoordinator:
 
     def send_heartbeat(self, heartbeat: Heartbeat, *, expiry_s: float) -> None:
         """Tell the server how far this client is; Redis forgets it after `expiry_s`."""
+        self._send(asdict(heartbeat), expiry_s)
+
+    def send_state(self, state: str, *, expiry_s: float) -> None:
+        """A heartbeat of a process that knows only the state: how far the client is stays as it was said."""
+        self._send({"state": state}, expiry_s)
+
+    def _send(self, values: dict[Any, Any], expiry_s: float) -> None:
         term, round_number = self._mine
         own: dict[Any, Any] = {"client": self._client, "term": term, "round": round_number}
 
@@ -343,7 +350,7 @@ class ClientCoordinator:
             # never the same twice, not even from another process or after Redis lost its keys
             own[COUNTER] = f"{self._nonce}-{next(self._sent)}"
             with self._link.redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping=own | asdict(heartbeat))
+                pipe.hset(key, mapping=own | values)
                 pipe.pexpire(key, int(expiry_s * 1000))
                 pipe.execute()
 

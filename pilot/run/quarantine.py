@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat.files import atomic_path, atomic_write_json
 from pilot.faults import fault_point
 from pilot.wire.jsonable import jsonable
-from pilot.wire.messages import TrainReply, to_header
+from pilot.wire.messages import TrainReply, to_json
 
 log = logging.getLogger("pilot")
 
@@ -27,7 +27,7 @@ def keep_refused(
     fence = reply.fence
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:80]
     name = f"round-{fence.round_number:06d}-{safe}-lease-{fence.lease_id:08d}"
-    facts = {"client": client, "reason": reason, "reply": to_header(reply), "tensors": len(update)}
+    facts = {"client": client, "reason": reason, "reply": to_json(reply), "tensors": len(update)}
     try:
         fault_point("quarantine.write")
         directory.mkdir(exist_ok=True)

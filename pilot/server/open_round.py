@@ -33,7 +33,7 @@ from pilot.server.mailbox import Answer
 from pilot.server.report import Report
 from pilot.server.roster import Client
 from pilot.wire.codec import CodecError, decode
-from pilot.wire.messages import Fence, Part, StopReason, TrainReply, from_header
+from pilot.wire.messages import ContentError, Fence, Part, StopReason, TrainReply, from_header
 
 # Orders to one client in one round of which none came to anything, before it has to wait for the next one.
 MAX_FRUITLESS_ORDERS = 3
@@ -188,6 +188,9 @@ class OpenRound:
             return Settled(order, None)
         try:
             reply = _reply(answer, order.fence)
+        except ContentError as error:
+            self._reject(order, None, answer.parts, str(error))
+            return Settled(order, None)
         except ValueError as error:
             self._refuse(order, str(error))
             return Settled(order, None)
@@ -272,14 +275,17 @@ class OpenRound:
         self._give_back(order, reason)
 
     def _reject(
-        self, order: SentOrder, reply: TrainReply, parts: Sequence[Part], reason: str
+        self, order: SentOrder, reply: TrainReply | None, parts: Sequence[Part], reason: str
     ) -> None:
-        """The client has answered in form, and its content may not be merged: that is counted."""
+        """The client has answered in form, and its content may not be merged: that is counted.
+
+        `reply` None: not even a message could be made of it, so there is nothing to keep.
+        """
         name, admission = order.client.name, self._state.admission
         self.rejected += 1
         admission.refused(name)
         self.clients[name].fruitless = MAX_FRUITLESS_ORDERS
-        if self._state.config.quarantine:
+        if self._state.config.quarantine and reply is not None:
             directory = self._spool.parent / "quarantine"
             keep_refused(directory, reply, name, _tensors_if_any(parts), reason)
         self._refuse(order, reason)

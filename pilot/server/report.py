@@ -15,7 +15,7 @@ from nanochat.schedule import Schedule
 from pilot.rules.rounds import EndReason
 from pilot.run.state import RoundRecord, RunState
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_header
+from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_json
 
 log = logging.getLogger("pilot")
 
@@ -154,8 +154,7 @@ class Report:
         self, name: str, reply: TrainReply, state: RunState, *, trained: bool, elapsed_s: float
     ) -> None:
         """A reply came and is not refused; `trained` is False where only an evaluation was asked for."""
-        values = to_header(reply) | {"round": reply.fence.round_number, "client": name}
-        del values["kind"]
+        values = to_json(reply) | {"round": reply.fence.round_number, "client": name}
         number = name.removeprefix("client_")
         self.telemetry.event(
             "reply",

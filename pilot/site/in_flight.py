@@ -19,7 +19,7 @@ from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.coordination.heartbeats import heartbeat_expiry_s
 from pilot.errors import PilotError
 from pilot.site.notice import NODE_VARIABLE
-from pilot.wire.messages import Fence, Heartbeat, TrainOrder
+from pilot.wire.messages import Fence, TrainOrder
 
 FILE_NAME = "order.json"
 WORKING, SENDING, DONE = "working", "sending", "done"
@@ -119,7 +119,7 @@ def _send_heartbeats(coordinator: ClientCoordinator, fence: Fence, heartbeat_s: 
     expiry_s = heartbeat_expiry_s(heartbeat_s)
     with contextlib.closing(coordinator):
         while time.monotonic() < until:
-            coordinator.send_heartbeat(Heartbeat(state=SENDING), expiry_s=expiry_s)
+            coordinator.send_state(SENDING, expiry_s=expiry_s)
             coordinator.wait(heartbeat_s)
             if coordinator.acknowledged(fence) or coordinator.superseded():
                 return

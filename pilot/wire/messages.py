@@ -5,6 +5,7 @@ A message is a header (JSON) and parts (tensors as bytes). The same pair goes th
 moves it. Standard library only.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -19,6 +20,10 @@ from pilot.config import Scalar
 from pilot.segment import Segment
 
 Header = dict[str, Any]
+
+
+class ContentError(ValueError):
+    """A message in form, whose content cannot be what it says: that counts against its sender."""
 
 
 class StopReason(StrEnum):
@@ -79,12 +84,10 @@ class Heartbeat:
         """What Redis holds, which may be anything: a value that is no finite number keeps its default."""
         known: dict[str, Any] = {}
         for declared in dataclasses.fields(Heartbeat):
-            try:
+            with contextlib.suppress(KeyError, ValueError, OverflowError):
                 value = declared.type(values[declared.name])  # type: ignore[operator]
-            except (KeyError, ValueError):
-                continue
-            if isinstance(value, str) or math.isfinite(value):
-                known[declared.name] = value
+                if isinstance(value, str) or math.isfinite(value):
+                    known[declared.name] = value
         return Heartbeat(**known)
 
 
@@ -172,20 +175,24 @@ AnyMessage = HelloOrder | HelloReply | TrainOrder | TrainReply
 
 def to_header(message: AnyMessage) -> Header:
     """`message` as JSON values, with its type's name under "kind"."""
-    values = {f.name: _jsoned(getattr(message, f.name)) for f in dataclasses.fields(message)}
-    return {"kind": type(message).__name__, **values}
+    return {"kind": type(message).__name__, **to_json(message)}
+
+
+def to_json(message: AnyMessage) -> dict[str, Any]:
+    """The fields of `message` as JSON values: a segment is a list of four integers, a map of integers a
+    list of pairs."""
+    pairs = [f.name for f in _fields(type(message)) if f.type == dict[int, int]]
+    values = {f.name: _jsoned(getattr(message, f.name)) for f in _fields(type(message))}
+    return values | {name: [list(pair) for pair in sorted(values[name].items())] for name in pairs}
 
 
 def _jsoned(value: Any) -> Any:
-    """`value` in JSON's types: a segment is a list of four integers, a map of integers a list of pairs."""
     if isinstance(value, Segment):
         return value.to_list()
     if isinstance(value, Fence):
         return dataclasses.asdict(value)
     if isinstance(value, list):
         return [_jsoned(item) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, int) for key in value) and value:
-        return [[key, _jsoned(item)] for key, item in sorted(value.items())]
     return value
 
 
@@ -216,7 +223,7 @@ def _field(declared: "dataclasses.Field[Any]", value: Any) -> Any:
     except ValueError as error:
         if declared.metadata.get("metric"):
             return math.nan if declared.type is float else 0
-        raise ValueError(f"not a Pilot message: {declared.name} {error}") from error
+        raise type(error)(f"not a Pilot message: {declared.name} {error}") from error
 
 
 def _conform(value: Any, kind: Any) -> Any:
@@ -228,7 +235,7 @@ def _conform(value: Any, kind: Any) -> Any:
     if kind is Segment:
         return Segment.from_list(_integers(value, 4))
     if kind == dict[int, int]:
-        if not isinstance(value, list) and value != {}:
+        if not isinstance(value, list):
             raise ValueError(f"is a {type(value).__name__}")
         pairs = [_integers(pair, 2) for pair in value]
         return {key: number for key, number in pairs}  # noqa: C416 - dict() wants tuples
@@ -248,7 +255,7 @@ def _conform(value: Any, kind: Any) -> Any:
 def _integers(value: Any, count: int) -> list[int]:
     values: list[int] = _conform(value, list[int])
     if len(values) != count:
-        raise ValueError(f"has {len(values)} numbers in a place of {count}")
+        raise ContentError(f"has {len(values)} numbers in a place of {count}")
     return values
 
 

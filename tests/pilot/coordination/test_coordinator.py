@@ -99,6 +99,18 @@ def test_heartbeats_are_those_of_this_round_of_the_clients_asked_for(
     assert leader.heartbeats([]) == {}
 
 
+def test_a_process_that_knows_only_the_state_leaves_how_far_the_client_is(
+    redis_url: str, tmp_path: Path
+) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with client(redis_url) as worker, client(redis_url) as app:
+        worker.send_heartbeat(Heartbeat("training", step=2, tokens=5), expiry_s=60)
+        app.send_state("sending", expiry_s=60)
+    heard = leader.heartbeats(["c"])["c"]
+    assert heard.heartbeat == Heartbeat("sending", step=2, tokens=5)
+
+
 def age(leader: ServerCoordinator) -> float:
     return leader.heartbeats(["c"])["c"].age_s
 

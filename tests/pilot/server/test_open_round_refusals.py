@@ -31,9 +31,8 @@ from .round_kit import CONFIG, ROW_TOKENS, Round
         ({"consumed": []}, "tokens for 0 rows"),
         ({"consumed": [[0, 1, 0, 4]]}, "before it|start"),
         ({"consumed": [[0, 0, 0]]}, "3 numbers in a place of 4"),
-        ({"row_counts": [[0, 3]]}, "goes beyond"),
-        ({"row_counts": [[77, 3]]}, "shard 77"),
-        ({"row_counts": [[0, 3, 1]]}, "3 numbers in a place of 2"),
+        ({"row_counts": {0: 3}}, "goes beyond"),
+        ({"row_counts": {77: 3}}, "shard 77"),
     ],
     ids=str,
 )
@@ -85,6 +84,19 @@ def test_refused_content_is_counted_and_what_a_site_is_not_to_blame_for_is_not(o
     one.open.handle_answer(Answer("m-c", 0, {}, [], "its node is gone", lost=True))
     assert one.open.rejected == 1
     assert one.state.admission.in_a_row == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"consumed": [[0, 0, 0]]}, {"row_counts": [[0, 3, 1]]}], ids=str
+)
+def test_content_of_which_no_reply_can_be_made_counts_against_its_sender(
+    one: Round, changes: dict[str, Any]
+) -> None:
+    one.state.config = replace(CONFIG, quarantine=True)
+    header = to_header(one.reply("a")) | changes
+    one.open.handle_answer(Answer("m-a", 0, header, []))
+    assert (one.open.rejected, one.state.admission.in_a_row) == (1, {"a": 1})
+    assert not one.open.may_have_order("a")
 
 
 def test_reply_of_another_fence_is_no_mark_against_its_content(one: Round) -> None:
