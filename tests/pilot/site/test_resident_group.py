@@ -150,8 +150,8 @@ def test_group_without_a_next_order_ends_and_leaves_no_directory(
     app = supernode.send(hello(site), idle_s=0.3)
     members = family(app.pid)
     app.answer()
-    until(lambda: gone(members))
-    until(lambda: not app.group_dir.exists())
+    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: not app.group_dir.exists(), limit_s=10.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -162,15 +162,15 @@ def test_group_that_died_between_two_orders_is_replaced_and_supernodes_death_end
     first.answer()
     members = family(first.pid)
     members[1].send_signal(number)  # rank 0, which waits for an order
-    until(lambda: gone(members))
+    until(lambda: gone(members), limit_s=10.0)
     second = supernode.send(hello(site))
     assert second.answer()["error"] == "" and second.pid != first.pid
     # the one that waits now ends with the SuperNode
     members = family(second.pid)
     supernode.process.kill()
     supernode.process.wait()
-    until(lambda: gone(members))
-    until(lambda: not second.group_dir.exists())
+    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: not second.group_dir.exists(), limit_s=10.0)
 
 
 @pytest.mark.parametrize("orders_before", [0, 1])
@@ -189,7 +189,7 @@ def test_clientapps_death_in_mid_round_ends_the_group(
     until(lambda: any(h.heartbeat.tokens for h in leader.heartbeats(["c"]).values()))
     members = family(app.pid)
     app.process.kill()
-    until(lambda: gone(members))
+    until(lambda: gone(members), limit_s=10.0)
 
 
 def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> None:
@@ -199,7 +199,7 @@ def test_runs_last_order_ends_the_group(site: Path, supernode: SuperNode) -> Non
     )
     members = family(app.pid)
     assert app.answer()["eval_rows"] == 12
-    until(lambda: gone(members))
+    until(lambda: gone(members), limit_s=10.0)
 
 
 def test_group_that_is_drained_ends_with_its_reply(
@@ -212,7 +212,7 @@ def test_group_that_is_drained_ends_with_its_reply(
     members = family(app.pid)
     os.kill(app.pid, signal.SIGTERM)
     assert app.answer()["stopped_by"] == "SIGTERM"
-    until(lambda: gone(members))
+    until(lambda: gone(members), limit_s=10.0)
 
 
 def test_group_of_another_version_is_replaced(site: Path, supernode: SuperNode) -> None:
