@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pilot.config import RunConfig, load_run_config
 from pilot.errors import PilotError
 from pilot.launch import connection as connections
+from pilot.launch.bundle import stage
 from pilot.launch.connection import Connection
 from pilot.launch.flower_run import FlowerRun, Outcome
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
@@ -76,10 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.closing(console):
         if connection.is_local:
             connections.check_resources(connection, connections.count_gpus())
-            outcome = _run_locally(connection, app, overrides, console)
+            outcome = _run_locally(connection, app, project, overrides, console)
         else:
             connections.check_reachable(connection)
-            outcome = _run_remotely(connection, app, overrides, console)
+            outcome = _run_remotely(connection, app, project, overrides, console)
     if outcome.succeeded:
         return 0
     reason = f": {outcome.details}" if outcome.details else ""
@@ -100,7 +101,11 @@ def node(arguments: argparse.Namespace) -> int:
 
 
 def _run_locally(
-    connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
+    connection: Connection,
+    app: Path,
+    project: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    console: "Console",
 ) -> Outcome:
     """A simulation on a private SuperLink, which ends with it."""
     if any(character.isspace() for character in sys.executable):
@@ -111,7 +116,8 @@ def _run_locally(
     console.show(f"Starting Flower for {connection.clients} simulated clients")
     with SuperLink(connection, app) as superlink:
         config = _write_overrides(superlink.scratch, overrides)
-        flower = FlowerRun(connection.name, app, superlink.env)
+        bundle = stage(app, project, superlink.scratch)
+        flower = FlowerRun(connection.name, bundle, superlink.env)
         try:
             flower.submit(config)
             return flower.follow(console.show, superlink.failure)
@@ -123,12 +129,16 @@ def _run_locally(
 
 
 def _run_remotely(
-    connection: Connection, app: Path, overrides: Mapping[str, Any], console: "Console"
+    connection: Connection,
+    app: Path,
+    project: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    console: "Console",
 ) -> Outcome:
     """A run on the SuperLink of a deployment."""
     scratch = Path(tempfile.mkdtemp(prefix="pilot-"))
     env = {**connections.flower_environment(), "FLWR_HOME": str(connection.flwr_home)}
-    flower = FlowerRun(connection.name, app, env)
+    flower = FlowerRun(connection.name, stage(app, project, scratch), env)
     try:
         flower.submit(_write_overrides(scratch, overrides))
         console.show(f"Run {flower.run_id} at {redact_url(connection.address)}")

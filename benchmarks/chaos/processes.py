@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from pilot.launch.bundle import stage
 from pilot.processes.ancestry import alive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,15 +47,13 @@ def environment(base: Path, home: Path, **more: str) -> dict[str, str]:
 
 
 def copy_app(directory: Path) -> Path:
-    """The Flower app alone, in `directory`: `flwr run` looks at every file below its directory, and a
-    checkout with its .venv has 40,000 (seconds of a processor for each submission)."""
+    """The Flower app alone with its connections, below `directory`, for `flwr run` (which would look at every
+    file of a checkout and its .venv)."""
     directory.mkdir(parents=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, directory)
-    for package in ("pilot", ".flwr"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, directory / package, ignore=ignored)
-    return directory
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    app = stage(ROOT, project, directory)
+    shutil.copytree(ROOT / ".flwr", app / ".flwr")
+    return app
 
 
 def write_connection(flower_home: Path, port: int, certificates: Path | None = None) -> None:
