@@ -2,6 +2,8 @@
 
 When a SuperNode is killed, its SuperExec and the ClientApp live on, busy with reaching it (docs/flower.md). A
 group that must not outlive the SuperNode therefore watches all three, not only its own parent.
+
+In a simulation one process, an actor of Ray, runs the ClientApp for one message after the other.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import contextlib
 import psutil
 
 _PARENT_OPTION = "--parent-pid"  # by which Flower's programs name the process that they depend on
+_ACTOR_TITLE = "ray::"  # with which Ray's processes show up instead of their command
 
 
 def ancestors(clientapp: int) -> list[psutil.Process] | None:
@@ -27,6 +30,17 @@ def ancestors(clientapp: int) -> list[psutil.Process] | None:
             process = psutil.Process(int(words[words.index(_PARENT_OPTION) + 1]))
     except psutil.Error:
         return None
+
+
+def owner_of(processes: list[psutil.Process]) -> psutil.Process | None:
+    """Of a ClientApp's `ancestors`, the process that has further messages for the same group, if there is one.
+
+    That is the SuperNode, or the actor of a simulation. Raises psutil.Error if the process is gone.
+    """
+    if len(processes) > 1:
+        return processes[-1]
+    (alone,) = processes
+    return alone if alone.cmdline()[:1] and alone.cmdline()[0].startswith(_ACTOR_TITLE) else None
 
 
 def alive(process: psutil.Process | int) -> bool:

@@ -6,8 +6,8 @@ ends, and with it every rank, as soon as
 - any other rank exits with an error, or is killed;
 - the ClientApp that started the group goes: the pipe on standard input closes without having carried STAY;
 - a process that the group depends on is gone: the ClientApp (until STAY was read), its SuperExec, its
-  SuperNode. These are watched one by one since a SuperExec and a ClientApp live on when their SuperNode is
-  killed;
+  SuperNode; in a simulation, the actor. These are watched one by one since a SuperExec and a ClientApp live
+  on when their SuperNode is killed;
 - the supervisor dies: the ranks asked the kernel to be killed with it.
 
 Without `--idle` the group is temporary: rank 0 serves one connection and exits. With `--idle` it is resident:
@@ -119,7 +119,11 @@ def _watch(ranks: list[subprocess.Popen[bytes]], directory: Path) -> int:
         elif select.select([sys.stdin.buffer], [], [], _POLL_S)[0]:
             if os.read(sys.stdin.fileno(), 1) != STAY:
                 return _PARENT_GONE
-            watched, resident = (watched or [])[1:], True  # all but the ClientApp, which may go now
+            resident = True
+            if (
+                watched and len(watched) > 1
+            ):  # a simulation's ClientApp runs in the group's owner itself
+                watched = watched[1:]  # all but the ClientApp, which may go now
         if not watched or not all(map(alive, watched)):
             return _PARENT_GONE
 

@@ -2,8 +2,8 @@
 
 A temporary group gets a new directory, which its ClientApp removes. A resident group lives in a directory
 with a name that the next ClientApp of the same client computes again, and the lock on it admits one ClientApp
-at a time. The name depends on the SuperNode's process, so a new SuperNode never finds the group of the one
-before it.
+at a time. The name depends on the process of its owner (a SuperNode, or a simulation's actor), so a new
+SuperNode never finds the group of the one before it.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ class GroupDirectory:
         self.directory, self._lock = directory, lock
 
     @staticmethod
-    def acquire(supernode: psutil.Process, *facts: str | int) -> "GroupDirectory | None":
-        """Lock the directory of the group that belongs to `supernode` and has these `facts`; made if missing.
+    def acquire(owner: psutil.Process, *facts: str | int) -> "GroupDirectory | None":
+        """Lock the directory of the group that belongs to `owner` and has these `facts`; made if missing.
 
         None if another process holds it, or if others may enter the directory.
         """
-        text = json.dumps([supernode.pid, supernode.create_time(), sys.executable, *facts])
+        text = json.dumps([owner.pid, owner.create_time(), sys.executable, *facts])
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         name = f"pilot-{os.getuid()}-{name}"
         directory = scratch_parent(f"{name}/worker.sock") / name

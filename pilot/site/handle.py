@@ -4,7 +4,8 @@ A worker group (`group.py`) is a supervisor process and one rank per device. It 
 
 - A *temporary* group serves one ClientApp: it is started on enter and has ended on exit.
 - A *resident* group outlives the ClientApp that started it, and the next ClientApp of the same SuperNode
-  finds it by the name of its directory (`group_directory.py`). Only one ClientApp at a time may use it.
+  finds it by the name of its directory (`group_directory.py`). Only one ClientApp at a time may use it. In a
+  simulation it belongs to the actor that runs one ClientApp after the other, of whichever client.
 
 No group may outlive the ClientApp while it works, nor the SuperNode at all: it would wait for ever and keep
 the GPUs (docs/flower.md). Therefore
@@ -25,7 +26,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from pilot.processes.ancestry import alive, ancestors
+import psutil
+
+from pilot.processes.ancestry import alive, ancestors, owner_of
 from pilot.processes.waiting import wait_until
 from pilot.site.group_directory import GroupDirectory, new_directory
 from pilot.wire.frames import WireError, receive_frame, send_frame
@@ -45,10 +48,10 @@ class WorkerHandle:
     """A worker group of `processes` ranks, which belongs to us between enter and exit.
 
     `idle_s` 0 makes it temporary. Otherwise it is resident: after our exit it waits for `idle_s` seconds for
-    the next ClientApp that the same SuperNode starts with the same `name`, `processes` and `device`. It is
-    temporary all the same if there is no SuperNode (a simulation), or if another ClientApp is using the
-    resident group. Raises WorkerError from `ask` if one of its processes dies; the exit then stops the rest
-    as usual.
+    the next ClientApp that the same SuperNode starts with the same `name`, `processes` and `device` (in a
+    simulation: the same actor, whatever the name). It is temporary all the same if there is neither, or if
+    another ClientApp is using the resident group. Raises WorkerError from `ask` if one of its processes
+    dies; the exit then stops the rest as usual.
     """
 
     def __init__(
@@ -64,10 +67,7 @@ class WorkerHandle:
 
     def __enter__(self) -> "WorkerHandle":
         if self._idle_s:
-            processes = ancestors(os.getpid()) or []
-            if len(processes) > 1:
-                supernode, facts = processes[-1], (self._name, self._processes, self._device)
-                self._resident = GroupDirectory.acquire(supernode, *facts)
+            self._resident = self._acquire()
         if self._resident is None:
             self._dir = new_directory()
             self._start()
@@ -78,6 +78,16 @@ class WorkerHandle:
             (self._dir / SOCKET_NAME).unlink(missing_ok=True)
             self._start()
         return self
+
+    def _acquire(self) -> GroupDirectory | None:
+        """The locked directory of our resident group, if we may have one."""
+        processes = ancestors(os.getpid())
+        with contextlib.suppress(psutil.Error):
+            if processes and (owner := owner_of(processes)):
+                # an actor works on one message at a time: one group is enough, however many clients it plays
+                name = self._name if len(processes) > 1 else ""
+                return GroupDirectory.acquire(owner, name, self._processes, self._device)
+        return None
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "pilot.site"]

@@ -254,6 +254,37 @@ def test_second_clientapp_at_a_time_gets_a_group_of_its_own(
     assert busy.answer()["error"] == ""
 
 
+ACTOR = """
+import os, sys, time
+import ray._raylet
+from pilot.site.handle import WorkerHandle
+ray._raylet.setproctitle("ray::ClientAppActor.run")
+for name in ("client_0", "client_1"):
+    with WorkerHandle(device="cpu", idle_s=600.0, name=name) as worker:
+        print(worker._pid, worker._dir, flush=True)
+        assert not worker.ask(%s)[0]["error"]
+time.sleep(600)
+"""
+
+
+def test_in_a_simulation_an_actor_keeps_one_group_for_its_clients_until_it_ends(
+    site: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", ACTOR % repr(to_header(hello(site)))]
+    env = {**os.environ, "PILOT_SCRATCH_DIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as actor:
+        try:
+            assert actor.stdout is not None
+            first = actor.stdout.readline().split()
+            members = family(int(first[0]))
+            assert actor.stdout.readline().split() == first
+            assert not gone(members)
+        finally:
+            actor.kill()
+    until(lambda: gone(members), limit_s=10.0)
+    until(lambda: not Path(first[1]).exists(), limit_s=10.0)
+
+
 def test_without_a_supernode_no_group_is_resident(site: Path) -> None:
     with WorkerHandle(device="cpu", idle_s=60.0) as worker:
         worker.ask(to_header(hello(site)))
