@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadGroupScheduling
+from zygote import Zygote
 
 from benchmarks.chaos.micro import TOKENIZER, VOCAB_SIZE
 from nanochat.builtin import ensure_builtin_tokenizer
@@ -89,6 +90,12 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.delenv("PILOT_REDIS_URL", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     return directory
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

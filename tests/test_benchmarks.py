@@ -2,11 +2,10 @@
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from zygote import Zygote
 
 ROOT = Path(__file__).parents[1]
 # what `bpe` starts for each trainer, and the package's docstring
@@ -15,14 +14,8 @@ NAMES = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - _NO_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_starts_as_a_module_and_says_what_it_takes(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--help"],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-    )
+def test_each_starts_as_a_module_and_says_what_it_takes(name: str, zygote: Zygote) -> None:
+    done = zygote.run(["-m", f"benchmarks.{name}", "--help"], env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: benchmarks.{name} ")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.gpu_check.plan import Check
 from benchmarks.gpu_check.verdict import Setup
@@ -108,14 +108,7 @@ class _Running:
             "verdict": str(self._verdict),
         }
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *CHILD, json.dumps(order)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment(setup.directory),
-                start_new_session=True,
-            )
+            self._process = start_child([*CHILD, json.dumps(order)], log, setup.directory)
         self._began = time.monotonic()
 
     def poll(self) -> Outcome | None:
@@ -156,6 +149,18 @@ class _Running:
     def _tail(self) -> list[str]:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return [line[:300] for line in lines[-_LOG_TAIL:]]
+
+
+def start_child(arguments: list[str], log: IO[bytes], directory: Path) -> "subprocess.Popen[bytes]":
+    """A Python process with `arguments`, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment(directory),
+        start_new_session=True,
+    )
 
 
 def environment(directory: Path) -> dict[str, str]:

@@ -1,26 +1,20 @@
 """benchmarks.rows on a small shard: what it compares is the same, and its last line has the figures."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from zygote import Zygote
 
 from .data_kit import texts, write_shard
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def test_both_loaders_take_all_documents_and_the_last_line_has_the_figures(tmp_path: Path) -> None:
+def test_both_loaders_take_all_documents_and_the_last_line_has_the_figures(
+    tmp_path: Path, zygote: Zygote
+) -> None:
     for shard in (0, 1):
         write_shard(tmp_path / "text", shard, texts(1500, seed=shard))
     options = ["--text", str(tmp_path / "text"), "--vocab", "400", "--seq-len", "100"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.rows", *options, "--rounds", "1", "--no-step"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = zygote.run(["-m", "benchmarks.rows", *options, "--rounds", "1", "--no-step"])
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     packing = report["packing"]

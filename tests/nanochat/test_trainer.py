@@ -1,13 +1,12 @@
 """The training step: any number of ranks takes the same global step, and all stop together."""
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from zygote import Zygote
 
 from nanochat.errors import UserError
 from nanochat.schedule import Hyper
@@ -19,22 +18,20 @@ Results = dict[int, list[dict[str, Any]]]  # by world size, then rank
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Results:
     """What one process alone and real gloo groups of 2 and 3 came to."""
     directory = tmp_path_factory.mktemp("ranks")
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     names = [(rank, size) for size in (2, 3) for rank in range(size)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, step_worker.__file__, str(directory), str(rank), str(size)],
-            env=environ,
-        )
+        zygote.start([step_worker.__file__, str(directory), str(rank), str(size)], env=environ)
         for rank, size in names
     ]
     try:
         alone = step_worker.run(0, 1)
         for process in processes:
-            assert process.wait(timeout=240) == 0
+            output, errors = process.communicate(timeout=240)
+            assert process.wait() == 0, output + errors
     finally:
         for process in processes:
             process.kill()

@@ -18,9 +18,10 @@ import pytest
 import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
+from zygote import Zygote
 
 from benchmarks.chaos.micro import MICRO
-from benchmarks.chaos.processes import BIN, MARK, ROOT, environment, marked
+from benchmarks.chaos.processes import BIN, MARK, ROOT, copy_app, environment, marked
 from nanochat.source import get_source
 from pilot.processes.scratch import free_port
 from scripts.config_table import README, with_table
@@ -102,12 +103,15 @@ def test_the_table_of_keys_is_that_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(run or said for said, run in COMMANDS.items()))
-def test_a_command_of_the_readme_works(command: str, shell: dict[str, str]) -> None:
+def test_a_command_of_the_readme_works(command: str, shell: dict[str, str], zygote: Zygote) -> None:
     words = shlex.split(command.replace("{home}", shell["HOME"]))
-    env = shell | (own_environment(shell["HOME"]) if words[0] == "maturin" else {})
-    done = subprocess.run(
-        [BIN / words[0], *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    if words[0] == "python" and words[1] != "-c":
+        done = zygote.run(words[1:], env=shell, cwd=ROOT)
+    else:
+        env = shell | (own_environment(shell["HOME"]) if words[0] == "maturin" else {})
+        done = subprocess.run(
+            [BIN / words[0], *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     if "get_vocab_size" in command:
         assert done.stdout.strip() == "400"
@@ -150,9 +154,10 @@ def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
         f"{key}={json.dumps(value)}" for key, value in (values | {"lr": 0.0005}).items()
     )
     command = ["flwr", "run", ".", "local-simulation-gpu", "--stream", "--run-config", config]
+    app = copy_app(tmp_path / "app")
     try:
         done = subprocess.run(
-            [BIN / command[0], *command[1:]], cwd=ROOT, env=env, capture_output=True, text=True
+            [BIN / command[0], *command[1:]], cwd=app, env=env, capture_output=True, text=True
         )
     finally:
         for process in marked(str(tmp_path)):

@@ -1,7 +1,6 @@
 """Resident worker groups: the next ClientApp finds them, and they end when none can come any more."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -16,11 +15,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.site.group_directory import GroupDirectory, clear
 from pilot.site.handle import SOCKET_NAME, WorkerHandle
+from pilot.wire.codec import decode, encode
 from pilot.wire.frames import receive_frame, send_frame
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
 
@@ -29,23 +28,18 @@ from ..worker_kit import ENDLESS, ROOT, ask, first_weights, lists, site_config, 
 
 # A ClientApp, which lives for one message as Flower's do; `--parent-pid` names its SuperNode.
 CLIENTAPP = """
-import json, sys
-from pathlib import Path
+import socket, sys
 from pilot.site.handle import WorkerHandle
-header, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).parent
-parts = []
-if (directory / "weights").exists():
-    from safetensors.torch import load_file, save_file
-    from pilot.wire.codec import decode, encode
-    parts = encode(load_file(directory / "weights"))
+from pilot.wire.codec import decode, encode
+from pilot.wire.frames import receive_frame, send_frame
+test = socket.socket(fileno=int(sys.argv[1]))
+header, parts = receive_frame(test)
 with WorkerHandle(
     processes=header.get("processes", 1), device="cpu", idle_s=float(sys.argv[2]), name="c"
 ) as worker:
     print(worker._pid, worker._dir, flush=True)
-    answer, update = worker.ask(header, parts)
-(directory / "answer.json").write_text(json.dumps(answer))
-if parts:
-    save_file(decode(update), directory / "update")
+    answer = worker.ask(header, parts)
+send_frame(test, *answer)
 """
 
 
@@ -54,7 +48,7 @@ class ClientApp:
     """A ClientApp, running or done: which group it uses, and what that answered."""
 
     process: "subprocess.Popen[str]"
-    directory: Path
+    connection: socket.socket
     pid: int = field(init=False)  # of the group's supervisor
     group_dir: Path = field(init=False)
 
@@ -64,9 +58,12 @@ class ClientApp:
         self.pid, self.group_dir = int(pid), Path(group_dir)
 
     def answer(self) -> dict[str, Any]:
+        return self.answer_and_update()[0]
+
+    def answer_and_update(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        header, parts = receive_frame(self.connection)
         assert self.process.wait(LIMIT_S) == 0
-        answer: dict[str, Any] = json.loads((self.directory / "answer.json").read_text())
-        return answer
+        return header, decode(parts)
 
 
 class SuperNode:
@@ -83,20 +80,19 @@ class SuperNode:
         *,
         idle_s: float = 600.0,
     ) -> ClientApp:
-        directory = self._directory / f"message-{len(self._apps)}"
-        directory.mkdir()
-        (directory / "order.json").write_text(json.dumps(to_header(order)))
-        if weights:
-            save_file(weights, directory / "weights")
-        command = [sys.executable, "-c", CLIENTAPP, str(directory / "order.json"), str(idle_s)]
-        process = subprocess.Popen(
-            [*command, "--parent-pid", str(self.process.pid)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PILOT_SCRATCH_DIR": str(self._directory)},
-        )
-        self._apps.append(ClientApp(process, directory))
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-c", CLIENTAPP, str(theirs.fileno()), str(idle_s)]
+        with theirs:
+            process = subprocess.Popen(
+                [*command, "--parent-pid", str(self.process.pid)],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "PILOT_SCRATCH_DIR": str(self._directory)},
+                pass_fds=[theirs.fileno()],
+            )
+        send_frame(ours, to_header(order), encode(weights or {}))
+        self._apps.append(ClientApp(process, ours))
         return self._apps[-1]
 
     def close(self) -> None:
@@ -104,6 +100,7 @@ class SuperNode:
             process.kill()
             process.communicate()
         for app in self._apps:
+            app.connection.close()
             with contextlib.suppress(psutil.NoSuchProcess):
                 members = family(app.pid)
                 until(lambda members=members: gone(members))  # type: ignore[misc]
@@ -135,7 +132,7 @@ def test_next_order_goes_to_the_same_group_and_gives_what_a_new_group_would(
     first = supernode.send(orders[0], weights)
     first.answer()
     second = supernode.send(orders[1], weights)
-    answer, update = second.answer(), load_file(second.directory / "update")
+    answer, update = second.answer_and_update()
     assert first.pid == second.pid
     with WorkerHandle(processes=processes, device="cpu") as worker:
         reply, expected = ask(worker, orders[1], weights)
