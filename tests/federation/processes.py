@@ -28,11 +28,8 @@ from .keys import Keys
 RUN_S = 600.0
 
 
-def pilot_run(
-    connection: str, config: Path, *, env: dict[str, str], app: Path | None = None
-) -> "subprocess.Popen[str]":
+def pilot_run(connection: str, config: Path, *, env: dict[str, str]) -> "subprocess.Popen[str]":
     command = [str(BIN / "pilot"), "run", connection, "--run-config", str(config)]
-    command += [] if app is None else ["--app", str(app)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -44,6 +41,12 @@ def events(base: Path, run: str, kind: str) -> list[dict[str, Any]]:
         found = read_events(base / "runs" / run / "events.jsonl")
         return [event for event in found if event["event"] == kind]
     return []
+
+
+def finished(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=RUN_S)
+    assert process.returncode == 0, output[-5000:]
+    return output
 
 
 class Deployment:
@@ -74,9 +77,20 @@ class Deployment:
         return self
 
     def start_node(self, name: str) -> None:
-        command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--port", str(free_port()), "--node-config", f'name="{name}"']
+        command += self._credentials(name) if self._keys else ["--insecure"]
         self.nodes[name] = self._start(command, self.env | {MARK: self.mark(name)}, name)
+
+    def start_node_unless_there(self, name: str) -> None:
+        """The node of an earlier run, if that has left one."""
+        if name not in self.nodes or self.nodes[name].poll() is not None:
+            self.start_node(name)
+
+    def end(self, name: str) -> None:
+        """End a node, if it is there, and all that it started."""
+        if name in self.nodes:
+            end_group(self.nodes[name])
 
     def start_pilot_node(self, name: str, **env: str) -> None:
         """The same by `pilot node`, which chooses its port; `env`: more variables for it."""

