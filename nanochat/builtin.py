@@ -7,7 +7,13 @@ from nanochat import builtin_corpus
 from nanochat.errors import UserError
 from nanochat.files import file_lock
 from nanochat.source import Source, get_source, parquets_iter_batched
-from nanochat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir, train_and_save
+from nanochat.tokenizer import (
+    TOKENIZER_FILE,
+    RustBPETokenizer,
+    check_overwritable,
+    tokenizer_dir,
+    train_and_save,
+)
 
 
 def prepare_builtin() -> Source:
@@ -26,9 +32,10 @@ def ensure_builtin_tokenizer(directory: str | Path, vocab_size: int) -> RustBPET
     """The tokenizer in `directory`; if there is none, one trained on the built-in corpus.
 
     Two processes at once: one trains, the other waits. Raises UserError if the one there has
-    another vocabulary size.
+    another vocabulary size, or was made by another program.
     """
     path = tokenizer_dir(directory)
+    check_overwritable(path)
     path.mkdir(parents=True, exist_ok=True)
     with file_lock(path / ".lock"):
         if (path / TOKENIZER_FILE).exists():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, user_path
 from nanochat.errors import UserError
 from nanochat.files import atomic_file, atomic_write_json
 from nanochat.gpt import GPT, GPTConfig
@@ -23,7 +23,6 @@ from nanochat.tokenizer import (
     DEFAULT_DIRECTORY,
     RustBPETokenizer,
     get_tokenizer,
-    tokenizer_dir,
 )
 
 State = dict[str, Tensor]
@@ -133,7 +132,7 @@ def checkpoint_tokenizer(meta: Meta, config: GPTConfig) -> RustBPETokenizer:
     With a wrong tokenizer every figure and every word would be wrong without an error.
     """
     data = meta.get("data", {})
-    tokenizer = get_tokenizer(tokenizer_dir(data.get("tokenizer") or DEFAULT_DIRECTORY))
+    tokenizer = get_tokenizer(data.get("tokenizer") or DEFAULT_DIRECTORY)
     trained_with = data.get("tokenizer_sha256")
     if trained_with and tokenizer.fingerprint() != trained_with:
         raise UserError(
@@ -261,7 +260,7 @@ def _resolve(path_or_name: Path | str) -> Path:
     base = get_base_dir()
     name = str(path_or_name)
     candidates = [
-        Path(path_or_name).expanduser(),
+        user_path(path_or_name),
         base / "runs" / name / FINAL_MODEL_NAME,
         base / "base_checkpoints" / name,
     ]

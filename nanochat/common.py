@@ -8,6 +8,7 @@ moves bytes imports it too).
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +26,13 @@ _SCRIPT_SEED = 42
 
 
 def get_base_dir() -> Path:
-    """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; made if missing, looked up at each call."""
+    """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`, as an absolute path.
+
+    Made if missing, looked up at each call.
+    """
     try:
         base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+        base = base.absolute()
     except RuntimeError as error:  # a user id without a name, as containers have
         raise UserError("this user has no home directory: set NANOCHAT_BASE_DIR") from error
     try:
@@ -38,6 +43,18 @@ def get_base_dir() -> Path:
             "set NANOCHAT_BASE_DIR to a directory that you may write to"
         ) from error
     return base
+
+
+def user_path(text: str | Path) -> Path:
+    """The absolute path that a person means by `text`, seen from the working directory.
+
+    Resolved once, where it comes in: later, elsewhere or in another process it would be another
+    one. Raises UserError for `~name` where nobody has that name.
+    """
+    path = Path(os.path.expanduser(text))
+    if str(path).startswith("~"):
+        raise UserError(f"{text} is the home directory of nobody here: write the path out")
+    return path if path.is_absolute() else path.resolve()
 
 
 def compile_cache() -> Path:
@@ -195,7 +212,11 @@ def _dashed(argument: str) -> str:
 
 
 def run_command_line(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: 0, 2 after a UserError (a line on stderr), 130 on Ctrl-C."""
+    """Run a script's `main` and exit: 0, 130 on Ctrl-C, 2 after a UserError (a line on stderr).
+
+    Also 2, with a line, where the system refuses a file, and 141, with none, where nobody reads what
+    is printed any more (as under `| head`).
+    """
     code = 0
     try:
         main()
@@ -206,4 +227,27 @@ def run_command_line(main: Callable[[], None]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        if not _discard_output():
+            raise
+        code = 141  # 128 + SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        code = 2
     sys.exit(code)
+
+
+def _discard_output() -> bool:
+    """Whether stdout is a pipe that nobody reads; then what is left in it goes nowhere, quietly."""
+    try:
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        broken = any(event & select.POLLERR for _, event in poll.poll(0))
+        if broken:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    except (OSError, ValueError):  # not a file of the system
+        return False
+    return broken

@@ -18,7 +18,7 @@ class DataSpec:
     """`meta["data"]` of a checkpoint: all that decides on which rows its bpb was measured."""
 
     source: str
-    tokenizer: str  # a directory's name under the base directory, or a path
+    tokenizer: str  # a directory's name under the base directory, or an absolute path
     tokenizer_sha256: str
     sequence_len: int
     packing: str

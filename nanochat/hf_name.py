@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, user_path
 from nanochat.errors import UserError
 
 PREFIX = "hf:"
@@ -20,7 +20,7 @@ _MANIFEST = "hf_dataset.json"
 
 @dataclass(frozen=True)
 class HfName:
-    """A dataset's name on the hub or its path here, the split, and the column that holds the text."""
+    """A dataset's name on the hub or its absolute path here, the split, and the column with the text."""
 
     name: str
     split: str = "train"
@@ -30,14 +30,16 @@ class HfName:
     def parse(text: str) -> "HfName":
         """From `hf:NAME[:SPLIT[:COLUMN]]`; UserError for any other form."""
         rest = text.removeprefix(PREFIX)
-        if rest and Path(rest).expanduser().exists():  # a path may hold colons
-            return HfName(rest)
+        if rest and user_path(rest).exists():  # a path may hold colons
+            return HfName(str(user_path(rest)))
         parts = rest.split(":")
         if len(parts) > 3 or not all(parts):
             raise UserError(
                 f"{text!r} is not hf:NAME[:SPLIT[:COLUMN]]: name a dataset of the hub, or the path of "
                 "a local one"
             )
+        if user_path(parts[0]).exists():
+            parts[0] = str(user_path(parts[0]))
         return HfName(*parts)
 
     def __str__(self) -> str:
@@ -51,7 +53,7 @@ class HfName:
     @property
     def local_path(self) -> Path | None:
         """Where the dataset is, if it is on this machine."""
-        path = Path(self.name).expanduser()
+        path = user_path(self.name)
         return path.resolve() if path.exists() else None
 
     @property
@@ -59,8 +61,11 @@ class HfName:
         """Where its shards go."""
         identity = [str(self.local_path or self.name), self.split, self.column]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        parent = get_base_dir() / _DIRECTORY
+        for made in sorted(parent.glob(f"*-{digest}")):  # by another spelling of the same path
+            return made
         safe = re.sub(r"[^\w.-]+", "_", self.name).strip("_.") or "dataset"
-        return get_base_dir() / _DIRECTORY / f"{safe[-60:]}-{digest}"
+        return parent / f"{safe[-60:]}-{digest}"
 
     @property
     def manifest_path(self) -> Path:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanochat.common import user_path
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_json, atomic_write_text, fsync_dir
 from nanochat.gpt import GPT
@@ -40,7 +41,7 @@ def export_model(
     Raises UserError for a model that the class cannot compute, and if `out` holds something.
     """
     check_exportable(model)
-    out = out.expanduser().resolve()
+    out = user_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: name a new directory")
     try:
@@ -51,9 +52,8 @@ def export_model(
             export_tokenizer(tokenizer, folder, sequence_len=model.config.sequence_len)
             bos = tokenizer.get_bos_token_id()
             atomic_write_json(folder / "config.json", hf_config(model.config, bos=bos))
-            atomic_write_json(
-                folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos}
-            )
+            ends = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": bos}
+            atomic_write_json(folder / "generation_config.json", ends)
             card = model_card(model, meta, name=name, vocab_size=tokenizer.get_vocab_size())
             atomic_write_text(folder / "README.md", card)
             weights = folder / "model.safetensors"

@@ -37,7 +37,7 @@ from nanochat.run_plan import batch_tokens, model_config, run_schedule, step_cou
 from nanochat.schedule import Schedule, learning_rates, scale_lr_for_batch
 from nanochat.settings import Settings
 from nanochat.source import default_packing
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_name
 from nanochat.trainer import Trainer, rank_slice
 
 # what may change where a run continues: how it is watched, kept and (but for rounding) computed
@@ -332,7 +332,7 @@ def _open(settings: Settings) -> Inputs:
     config = model_config(settings, settings.depth, tokenizer.get_vocab_size())
     spec = DataSpec(
         source=source.name,
-        tokenizer=settings.tokenizer,
+        tokenizer=tokenizer_name(settings.tokenizer),
         tokenizer_sha256=tokenizer.fingerprint(),
         sequence_len=settings.max_seq_len,
         packing=settings.packing or default_packing(source),

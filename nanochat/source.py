@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import builtin_corpus, hf_name
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, user_path
 from nanochat.errors import UserError
 from nanochat.hf_name import HfName
 
@@ -117,7 +117,7 @@ def get_source(name_or_dir: str | Path = DEFAULT_SOURCE) -> Source:
         hf = HfName.parse(name)
         total = hf.num_train_shards()
         return Source(str(hf), hf.directory, hf_name.VAL_SHARD, train_shards=total)
-    directory = Path(name).expanduser()
+    directory = user_path(name)
     if not directory.is_dir():
         known = ", ".join(COLLECTIONS)
         raise UserError(

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import importlib
 import json
+import os
 import pickle
 import re
 import warnings
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import tiktoken
 
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, user_path
 from nanochat.errors import UserError
 from nanochat.files import atomic_file, atomic_write_bytes
 
@@ -49,7 +50,8 @@ _LONGEST_SPACE = 100_000
 _LONG_SPACE = re.compile(rf"(\s{{{_LONGEST_SPACE}}})")
 DEFAULT_DIRECTORY = "tokenizer"
 TOKENIZER_FILE, PICKLE_FILE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
-_FORMAT = "nanochat-bpe-1"
+_FORMAT_NAME = "nanochat-bpe-"
+_FORMAT = f"{_FORMAT_NAME}1"
 _NUM_BYTES = 256
 MIN_VOCAB_SIZE = _NUM_BYTES + len(SPECIAL_TOKENS)
 
@@ -95,7 +97,7 @@ class RustBPETokenizer:
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path) -> "RustBPETokenizer":
         """Load `tokenizer.json`; raises UserError when it is missing or damaged."""
-        directory = Path(tokenizer_dir)
+        directory = Path(tokenizer_dir).absolute()
         path = directory / TOKENIZER_FILE
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
@@ -109,22 +111,29 @@ class RustBPETokenizer:
             return cls(encoding, directory=directory)
         except FileNotFoundError as error:
             raise UserError(_missing(directory)) from error
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}): make it readable") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is damaged ({error}): delete it and train the tokenizer again"
+                f"{path} is damaged ({error}): delete {directory} and train the tokenizer again"
             ) from error
 
     def save(self, tokenizer_dir: str | Path) -> None:
-        """Write the three files; `tokenizer.json` last: a crash leaves no half tokenizer."""
+        """Write the three files. A crash leaves no half tokenizer, and no pickle without ours.
+
+        Raises UserError where another program's tokenizer would be overwritten (`check_overwritable`).
+        """
         import torch
 
-        directory = Path(tokenizer_dir)
+        directory = Path(tokenizer_dir).absolute()
+        check_overwritable(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / TOKENIZER_FILE).unlink(missing_ok=True)
-        atomic_write_bytes(directory / PICKLE_FILE, pickle.dumps(self.enc))
+        for old in (PICKLE_FILE, TOKENIZER_FILE):
+            (directory / old).unlink(missing_ok=True)
         with atomic_file(directory / _TOKEN_BYTES) as file:
             torch.save(torch.tensor(self.token_bytes(), dtype=torch.int32), file)
         atomic_write_bytes(directory / TOKENIZER_FILE, self._to_json())
+        atomic_write_bytes(directory / PICKLE_FILE, pickle.dumps(self.enc))
         self.directory = directory
 
     def fingerprint(self) -> str:
@@ -224,12 +233,23 @@ class RustBPETokenizer:
 
 
 def tokenizer_dir(name_or_path: str | Path = DEFAULT_DIRECTORY) -> Path:
-    """A bare name is a directory under the base directory; anything with a slash is a path."""
+    """The absolute path of a tokenizer's directory; that of the result is the result.
+
+    A bare name is a directory under the base directory. Anything with a slash, `.`, `..` and a
+    `Path` is a path, seen from the working directory.
+    """
+    name = tokenizer_name(name_or_path)
+    return Path(name) if os.path.isabs(name) else get_base_dir() / name
+
+
+def tokenizer_name(name_or_path: str | Path) -> str:
+    """What to write down for a tokenizer: a bare name as it is, a path as an absolute one."""
     text = str(name_or_path)
     if not text:
         raise UserError("the tokenizer's name is empty: give a name or a path")
-    path = Path(text).expanduser()
-    return path if path.is_absolute() or "/" in text else get_base_dir() / text
+    if isinstance(name_or_path, Path) or "/" in text or text in (".", "..") or text[0] == "~":
+        return str(user_path(name_or_path))
+    return text
 
 
 def get_tokenizer(directory: str | Path | None = None) -> RustBPETokenizer:
@@ -248,6 +268,13 @@ def get_token_bytes(
         token_bytes: torch.Tensor = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(_missing(path.parent)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged file torch's reader raises anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read ({reason}): delete {path.parent} and train the tokenizer again"
+        ) from error
     return token_bytes
 
 
@@ -258,12 +285,41 @@ def train_and_save(
     *,
     num_threads: int | None = None,
 ) -> RustBPETokenizer:
-    """Train a tokenizer and write it to `directory` (a name or a path)."""
+    """Train a tokenizer and write it to `directory` (a name or a path).
+
+    Raises UserError, before the training, where another program's tokenizer is.
+    """
+    path = tokenizer_dir(directory)
+    check_overwritable(path)
     tokenizer = RustBPETokenizer.train_from_iterator(
         text_iterator, vocab_size, num_threads=num_threads
     )
-    tokenizer.save(tokenizer_dir(directory))
+    tokenizer.save(path)
     return tokenizer
+
+
+def check_overwritable(directory: Path) -> None:
+    """Raise UserError if `directory` holds a tokenizer that another program, such as upstream, made.
+
+    That is a pickle without our `tokenizer.json`, or a `tokenizer.json` in another format.
+    """
+    theirs = directory / TOKENIZER_FILE
+    try:
+        entry = json.loads(theirs.read_text(encoding="utf-8"))
+        if isinstance(entry, dict) and str(entry.get("format", "")).startswith(_FORMAT_NAME):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        theirs = directory / PICKLE_FILE
+        if not theirs.exists():
+            return
+    except OSError as error:
+        raise UserError(f"cannot read {theirs} ({error.strerror}): make it readable") from error
+    except ValueError:
+        pass
+    raise UserError(
+        f"{theirs} was not made by this program, and others may need it: move it away, "
+        "or name another directory with --tokenizer"
+    )
 
 
 def check_vocab_size(vocab_size: int) -> None:

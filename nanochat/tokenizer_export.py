@@ -10,11 +10,12 @@ special tokens in a text become those tokens (`split_special_tokens=True` turns 
 Our own `tokenizer.json` has another format, so the two never share a directory.
 """
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import ArgumentParser, run_command_line
+from nanochat.common import ArgumentParser, run_command_line, user_path
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_json
 from nanochat.tokenizer import DEFAULT_DIRECTORY, RustBPETokenizer, get_tokenizer
@@ -29,15 +30,30 @@ def export_hf(
     """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads.
 
     `sequence_len` is the model's, in tokens; the library warns of longer texts. Raises UserError
-    when `directory` holds a tokenizer in our own format.
+    when `directory` holds another tokenizer, of ours or of another program.
     """
-    directory = Path(directory)
-    if (directory / "tokenizer.pkl").exists():
-        raise UserError(f"{directory} holds a tokenizer in our own format: name another directory")
+    if sequence_len is not None and sequence_len < 1:
+        raise UserError(f"a sequence length of {sequence_len} is too short: choose at least 1")
+    directory = user_path(directory)
+    files = {
+        directory / "tokenizer_config.json": _config(tokenizer, sequence_len),
+        directory / "tokenizer.json": hf_json(tokenizer),
+    }
+    for path in (directory / "tokenizer.pkl", *files):
+        if path.exists() and not (path in files and _holds(path, files[path])):
+            raise UserError(f"{path} is of another tokenizer: name another directory")
     directory.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(directory / "tokenizer_config.json", _config(tokenizer, sequence_len))
-    atomic_write_json(directory / "tokenizer.json", hf_json(tokenizer))
+    for path, content in files.items():
+        atomic_write_json(path, content)
     return directory
+
+
+def _holds(path: Path, content: dict[str, Any]) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return bool(found == content)
 
 
 def hf_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
@@ -136,6 +152,7 @@ def _config(tokenizer: RustBPETokenizer, sequence_len: int | None) -> dict[str, 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": BOS,  # separates documents: where the next one begins, this one ends
+        "pad_token": BOS,  # hidden by the attention mask; without one, no batch of unequal texts
         "additional_special_tokens": others,
         "clean_up_tokenization_spaces": False,
     }

@@ -22,6 +22,7 @@ from nanochat.common import (
     get_base_dir,
     print0,
     run_command_line,
+    user_path,
 )
 from nanochat.core_bundle import ensure_bundle, evaluate_core, load_tasks
 from nanochat.data_spec import DataSpec, validation_rows
@@ -148,10 +149,13 @@ def _core(
         say=None if args.json else print0,
     )
     if rank == 0:
-        name = re.sub(r"[^\w.-]+", "_", Path(args.checkpoint).as_posix()).strip("_")
+        path = user_path(args.checkpoint)  # final_model.pt here and there are two models
+        checkpoint = path if path.exists() else Path(args.checkpoint)
+        name = re.sub(r"[^\w.-]+", "_", checkpoint.as_posix()).strip("_")
         step = meta.get("step")
         name += "" if step is None else f"_{step:06d}"
-        path = result.save(args.out or get_base_dir() / "base_eval", name)
+        out = user_path(args.out) if args.out else get_base_dir() / "base_eval"
+        path = result.save(out, name)
         if not args.json:
             print(f"{result.table()}\ncore={result.core:.6f}\nwrote {path} and {path.stem}.json")
     return result.to_json()

@@ -105,8 +105,7 @@ def train(
     fill; nothing is left behind then. An interruption leaves the choice of shards.
     """
     tokenizer_module.load_rustbpe()  # raises where training is not possible
-    if not (directory / CHOICE_FILE).exists():  # else it is ours, interrupted
-        _check_overwritable(directory)
+    _check_overwritable(directory)
     choice = choose(source, options, directory)
     for shard in choice.shards:
         _check(source.shard_path(shard))
@@ -131,12 +130,17 @@ def train(
 
 
 def _check_overwritable(directory: Path) -> None:
-    """Raise UserError if `directory` holds a tokenizer that another program, such as upstream, made."""
-    if (directory / PICKLE_FILE).exists() and not (directory / TOKENIZER_FILE).exists():
+    """Raise UserError where another program's files would be overwritten."""
+    entry = _choice_entry(directory)
+    if entry is not None and not (isinstance(entry, dict) and "shard_bytes" in entry):
         raise UserError(
-            f"{directory / PICKLE_FILE} was not made by this program, and others may need it: move it away, "
-            "or train into another directory with --tokenizer"
+            f"{directory / CHOICE_FILE} was not made by this program: move it away, "
+            "or name another directory with --tokenizer"
         )
+    if entry and not (directory / TOKENIZER_FILE).exists():
+        # ours: an older version of this program wrote the pickle first, and was interrupted
+        (directory / PICKLE_FILE).unlink(missing_ok=True)
+    tokenizer_module.check_overwritable(directory)
 
 
 def _check(path: Path) -> None:
@@ -157,13 +161,24 @@ def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
 
 def _unfinished(directory: Path) -> Choice | None:
     """The choice of a training that began in `directory` and did not finish."""
+    entry = _choice_entry(directory)
     try:
-        entry = json.loads((directory / CHOICE_FILE).read_text(encoding="utf-8"))
-        if entry["result"]:
+        if entry is None or entry["result"]:
             return None
         return Choice(entry["source"], Options(**entry["options"]), entry["shard_bytes"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, UserError):
-        return None  # none, or a damaged one: choose again
+    except (KeyError, TypeError, UserError):
+        return None  # a damaged one: choose again
+
+
+def _choice_entry(directory: Path) -> Any:
+    """The content of `training.json`; None without one, or if it is no JSON (a damaged one)."""
+    path = directory / CHOICE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): make it readable") from error
 
 
 def _write(choice: Choice, directory: Path, result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pilot.errors import PilotError
 LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
 CONNECT_TIMEOUT_S = 5.0
 
+_BASE_DIR = "NANOCHAT_BASE_DIR"
 _TASK_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
 
@@ -131,11 +132,16 @@ def flower_environment() -> dict[str, str]:
     """This environment, with the programs of this Python's installation on the PATH.
 
     Flower's SuperExec polls for tasks four times per second instead of once: every round waits for that.
+    A relative base directory is made absolute: some of Flower's processes have another working directory.
     """
     programs = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
+    base = {}
+    if configured := os.environ.get(_BASE_DIR):
+        base[_BASE_DIR] = str(Path(configured).expanduser().absolute())
     return {
         **os.environ,
+        **base,
         "PATH": os.pathsep.join((programs, path)),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

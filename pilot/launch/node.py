@@ -32,7 +32,14 @@ from pilot.processes.signals import end_signals_handled_by
 from pilot.processes.waiting import wait_until
 from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
-from pilot.site.notice import LEAVE_NAME, NODE_VARIABLE, PREEMPT_VARIABLE, notice_files, noticed
+from pilot.site.notice import (
+    LEAVE_NAME,
+    NODE_VARIABLE,
+    PREEMPT_VARIABLE,
+    notice_files,
+    notice_path,
+    noticed,
+)
 
 # Beyond the drain deadline, for the upload: 1 GB took 76 s there and back on loopback (docs/flower.md).
 UPLOAD_S = 60.0
@@ -130,9 +137,9 @@ class _Node:
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {**flower_environment(), NODE_VARIABLE: str(self.directory)}
         if self.options.preempt_file:
-            environment[PREEMPT_VARIABLE] = str(
-                Path(self.options.preempt_file).expanduser().absolute()
-            )
+            environment[PREEMPT_VARIABLE] = str(notice_path(self.options.preempt_file))
+        elif configured := environment.get(PREEMPT_VARIABLE):
+            environment[PREEMPT_VARIABLE] = str(notice_path(configured))
         command = supernode_command(self.options.name, self.options.supernode)
         return keeper.start(command, env=environment, output=None, grace_s=ENDING_S)
 
@@ -186,7 +193,7 @@ class _Node:
         order = in_flight.read(self.directory)
         configured = order.preempt_file if order else ""
         if self.options.preempt_file:
-            return noticed([Path(self.options.preempt_file).expanduser()])
+            return noticed([notice_path(self.options.preempt_file)])
         return noticed(notice_files(configured))
 
     # -- leaving ---------------------------------------------------------------------------------

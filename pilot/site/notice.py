@@ -19,7 +19,12 @@ def notice_files(configured: str) -> list[Path]:
     files = [os.environ.get(PREEMPT_VARIABLE) or configured]
     if node := os.environ.get(NODE_VARIABLE):
         files.append(str(Path(node) / LEAVE_NAME))
-    return [Path(file).expanduser() for file in files if file]
+    return [notice_path(file) for file in files if file]
+
+
+def notice_path(file: str) -> Path:
+    """The absolute path that `file` means in this working directory; `~` is this user's home."""
+    return Path(os.path.expanduser(file)).absolute()
 
 
 def noticed(files: Sequence[Path]) -> str:
@@ -30,6 +35,6 @@ def noticed(files: Sequence[Path]) -> str:
         except (OSError, ValueError):
             continue
         node = os.environ.get(NODE_VARIABLE)
-        ends = node and file == Path(node).expanduser() / LEAVE_NAME
+        ends = node and file == notice_path(node) / LEAVE_NAME
         return "its node ends" if ends else f"preempt-file {file}"
     return ""

@@ -89,6 +89,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixtur
         (None, 0, ""),
         (UserError("do that"), 2, "error: do that\n"),
         (KeyboardInterrupt(), 130, ""),
+        (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
     ],
 )
 def test_command_lines_end_with_a_code_and_a_sentence(
@@ -102,3 +103,40 @@ def test_command_lines_end_with_a_code_and_a_sentence(
         common.run_command_line(main)
     assert stop.value.code == code
     assert capsys.readouterr().err == stderr
+
+
+def test_output_that_nobody_reads_ends_quietly() -> None:
+    program = (
+        "from nanochat.common import run_command_line\n"
+        "def main():\n    while True:\n        print('x' * 5000)\n"
+        "run_command_line(main)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_pipe_that_broke_elsewhere_is_not_hidden() -> None:
+    def main() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        common.run_command_line(main)
+
+
+@pytest.mark.parametrize("spelling", ["x", "./x", "../here/x"])
+def test_a_path_is_absolute_once_it_is_inside(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.user_path(spelling) == tmp_path / "here" / "x"
+    assert common.user_path("~/x") == tmp_path / "x"
+    with pytest.raises(UserError, match="home directory of nobody"):
+        common.user_path("~nobody-has-this-name/x")

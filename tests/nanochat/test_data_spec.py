@@ -1,15 +1,19 @@
 """What a checkpoint says of its data, and the endless stream of training rows."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nanochat.checkpoint_manager import checkpoint_tokenizer
 from nanochat.data_spec import DataSpec, count_train_shards, validation_rows
 from nanochat.errors import UserError
+from nanochat.gpt_config import config_for_depth
 from nanochat.rows.cache import RowCache
 from nanochat.rows.stream import EpochStream, shard_order
 from nanochat.source import get_source
+from nanochat.tokenizer import tokenizer_name
 
 from .data_kit import byte_tokenizer, texts, write_shard
 
@@ -48,6 +52,20 @@ def test_rows_go_on_from_epoch_to_epoch_in_seeded_order_of_shards(spec: DataSpec
     assert np.array_equal(rows, expected[: len(rows)])
     assert stream.position[0] == 2
     cache.close()
+
+
+def test_a_relative_tokenizer_of_a_run_is_found_from_another_working_directory(
+    spec: DataSpec, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    named = dataclasses.replace(spec, tokenizer=tokenizer_name("./mine"))
+    monkeypatch.chdir(base_dir)
+    cache, tokenizer = DataSpec.from_meta({"data": named.to_meta()}).open()
+    cache.close()
+    assert tokenizer.directory == tmp_path / "mine"
+    config = config_for_depth(1, vocab_size=tokenizer.get_vocab_size(), sequence_len=32)
+    assert checkpoint_tokenizer({"data": named.to_meta()}, config).directory == tmp_path / "mine"
 
 
 def test_validation_rows_are_the_first_of_the_validation_shard(spec: DataSpec) -> None:

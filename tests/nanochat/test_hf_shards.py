@@ -182,6 +182,22 @@ def test_without_the_hub_and_without_such_a_directory_one_line_says_so(base: Pat
     assert "Traceback" not in done.stderr
 
 
+def test_a_relative_path_means_the_same_from_anywhere(
+    base: Path, local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(local.parent)
+    names = [
+        str(HfName.parse(f"hf:{spelling}"))
+        for spelling in (f"./{local.name}", local.name, str(local), f"{local.name}:train:text")
+    ]
+    assert names == [f"hf:{local}"] * 4
+    made = HfName(local.name).directory  # as an older version spelled it
+    made.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert HfName.parse(names[0]).directory == made
+    assert made.parent == base / "base_data_hf"
+
+
 def test_names_are_as_short_as_they_can_be() -> None:
     assert str(HfName.parse("hf:a/b:train:text")) == "hf:a/b"
     assert str(HfName.parse("hf:a/b:test")) == "hf:a/b:test"

@@ -141,6 +141,34 @@ def test_the_tokenizer_of_another_program_is_not_overwritten(shards, monkeypatch
     assert theirs.read_bytes() == b"upstream's"
 
 
+def test_a_relative_path_is_checked_where_it_is_written(
+    shards, monkeypatch, capsys, base_dir, tmp_path
+):
+    theirs = base_dir / "tokenizer" / "tokenizer.pkl"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"upstream's")
+    monkeypatch.chdir(tmp_path)
+    options = ["--vocab-size=300", f"--source={shards}", "--tokenizer=./tokenizer"]
+    assert run_main(monkeypatch, *options) == 0
+    assert f"in {tmp_path / 'tokenizer'} after" in capsys.readouterr().out
+    assert [path.name for path in theirs.parent.iterdir()] == ["tokenizer.pkl"]
+
+
+def test_a_training_json_of_another_program_is_not_overwritten(shards, tmp_path):
+    theirs = tmp_path / "tok" / "training.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"epochs": 3}')
+    with pytest.raises(UserError, match=r"training\.json was not made by this program"):
+        tok_train.train(get_source(shards), OPTIONS, theirs.parent)
+    assert theirs.read_text() == '{"epochs": 3}'
+
+
+def test_a_pickle_that_an_older_version_left_when_interrupted_is_replaced(shards, interrupted):
+    (interrupted / "tokenizer.pkl").write_bytes(b"ours, of a half saved tokenizer")
+    again = tok_train.train(get_source(shards), OPTIONS, interrupted)
+    assert again.fingerprint() == trained_on(0, 1)
+
+
 def test_num_shards_gives_the_same_tokenizer_whatever_else_is_there(shards, tmp_path):
     one = tok_train.train(get_source(shards), replace(OPTIONS, num_shards=1), tmp_path / "tok")
     assert one.fingerprint() == trained_on(0)

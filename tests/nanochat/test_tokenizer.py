@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from nanochat.tokenizer import (
     get_token_bytes,
     get_tokenizer,
     tokenizer_dir,
+    tokenizer_name,
     train_and_save,
 )
 
@@ -187,9 +189,107 @@ def test_a_name_is_under_the_base_directory_and_a_path_is_a_path(base_dir, tmp_p
     assert tokenizer_dir() == base_dir / "tokenizer"
     assert tokenizer_dir("tiny") == base_dir / "tiny"
     assert tokenizer_dir(tmp_path / "x") == tmp_path / "x"
-    assert str(tokenizer_dir("./x")) == "x"
     with pytest.raises(UserError, match="empty"):
         tokenizer_dir("")
+    with pytest.raises(UserError, match="home directory of nobody"):
+        tokenizer_dir("~nobody-has-this-name/x")
+
+
+@pytest.mark.parametrize("spelling", ["./x", "../here/x", "x/", Path("x"), Path("./x")])
+def test_a_path_is_resolved_once_and_stays_what_it_was_from_anywhere(
+    base_dir, tmp_path, monkeypatch, spelling
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    directory = tokenizer_dir(spelling)
+    name = tokenizer_name(spelling)
+    expected = here / "x"
+    assert directory == expected and tokenizer_dir(directory) == expected
+    monkeypatch.chdir(base_dir)
+    assert tokenizer_dir(str(directory)) == tokenizer_dir(name) == expected
+
+
+def test_dot_is_the_working_directory_and_a_name_stays_a_name(base_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tokenizer_dir(".") == tmp_path and tokenizer_dir("..") == tmp_path.parent
+    assert tokenizer_name("tiny") == "tiny"  # a base directory that moves takes it along
+
+
+def test_a_relative_base_directory_is_absolute_for_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "base")
+    assert tokenizer_dir("tiny") == tmp_path / "base" / "tiny"
+
+
+def test_a_tokenizer_at_a_relative_path_leaves_the_base_directory_alone(
+    base_dir, tmp_path, monkeypatch
+):
+    theirs = base_dir / "tokenizer" / "tokenizer.pkl"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"upstream's")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_and_save(texts(300, seed=1), 300, tokenizer_dir("./tokenizer"))
+    assert tokenizer.directory == tmp_path / "tokenizer"
+    assert get_tokenizer("./tokenizer").fingerprint() == tokenizer.fingerprint()
+    assert [path.name for path in theirs.parent.iterdir()] == ["tokenizer.pkl"]
+
+
+OTHERS_FILES = {
+    "tokenizer.pkl": b"upstream's",
+    "tokenizer.json": b'{"version": "1.0", "model": {"type": "BPE"}}',  # of HF tokenizers
+}
+
+
+@pytest.mark.parametrize("name", OTHERS_FILES)
+@pytest.mark.parametrize("how", ["train", "builtin", "save"])
+def test_a_tokenizer_of_another_program_is_not_overwritten(
+    small_corpus, base_dir, trained, name, how
+):
+    theirs = base_dir / "theirs" / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(OTHERS_FILES[name])
+    with pytest.raises(UserError, match=rf"{name} was not made by this program.*move it away"):
+        if how == "train":
+            train_and_save((pytest.fail("it was read") for _ in "x"), 300, "theirs")
+        elif how == "builtin":
+            ensure_builtin_tokenizer("theirs", 300)
+        else:
+            trained.save(theirs.parent)
+    assert [path.name for path in theirs.parent.iterdir()] == [name]
+    assert theirs.read_bytes() == OTHERS_FILES[name]
+
+
+def test_a_crash_while_saving_leaves_nothing_that_looks_like_another_programs(
+    trained, base_dir, monkeypatch
+):
+    written: list[str] = []
+
+    def crash(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "atomic_write_bytes", crash)
+        with pytest.raises(OSError, match="No space"):
+            trained.save(base_dir / "tokenizer")
+    assert written == ["tokenizer.json"]
+    assert {path.name for path in (base_dir / "tokenizer").iterdir()} == {"token_bytes.pt"}
+    trained.save(base_dir / "tokenizer")
+    assert get_tokenizer().fingerprint() == trained.fingerprint()
+
+
+@pytest.mark.parametrize("damage", ["directory", "content"])
+def test_files_that_cannot_be_read_are_a_sentence(trained, base_dir, damage):
+    for name, read in (("tokenizer.json", get_tokenizer), ("token_bytes.pt", get_token_bytes)):
+        path = base_dir / "tokenizer" / name
+        path.unlink()
+        if damage == "directory":
+            path.mkdir()
+        else:
+            path.write_bytes(b"\xff\x00not it")
+        with pytest.raises(UserError, match=f"{name} (.*Is a directory|is damaged|cannot be read)"):
+            read()
 
 
 def test_the_builtin_tokenizer_is_trained_once(small_corpus, base_dir, monkeypatch):

@@ -92,6 +92,27 @@ def test_a_directory_of_ours_is_not_overwritten(tmp_path):
     assert (tmp_path / "tok" / "tokenizer.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_another_model_is_not_overwritten_and_our_own_may_be_written_again(
+    pair, tmp_path, name
+):
+    ours, _ = pair
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir()
+    theirs.write_text("{}")
+    with pytest.raises(UserError, match=rf"{name} is of another tokenizer: name another directory"):
+        export_hf(ours, theirs.parent)
+    assert [path.name for path in theirs.parent.iterdir()] == [name]
+    assert theirs.read_text() == "{}"
+    assert export_hf(ours, tmp_path / "hf") == export_hf(ours, tmp_path / "hf") == tmp_path / "hf"
+
+
+def test_a_sequence_length_below_one_is_refused(pair, tmp_path):
+    with pytest.raises(UserError, match="sequence length of 0"):
+        export_hf(pair[0], tmp_path / "hf", sequence_len=0)
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_command_writes_what_transformers_reads(tmp_path, base_dir):
     train_and_save(texts(100, seed=1), 300, "tokenizer")
     out = tmp_path / "hf"

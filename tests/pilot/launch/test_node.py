@@ -18,6 +18,7 @@ import pytest
 from nanochat.common import get_base_dir
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
+from pilot.launch.connection import flower_environment
 from pilot.launch.node import default_name, node_directory, supernode_command
 from pilot.processes.scratch import free_port
 from pilot.site import in_flight
@@ -131,13 +132,19 @@ def test_name_and_a_free_port_are_added_to_the_supernodes_own_options() -> None:
     assert default_name()
 
 
-@pytest.mark.parametrize("base", ["", "~/elsewhere"])
+@pytest.mark.parametrize("base", ["", "~/elsewhere", "here"])
 def test_node_and_its_workers_agree_on_the_base_directory(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", base)
-    assert node_directory("a") == get_base_dir() / "nodes" / "a"
+    monkeypatch.chdir(tmp_path)
+    directory = node_directory("a")
+    assert directory == get_base_dir() / "nodes" / "a"
+    # Flower's processes, of which some have another working directory
+    monkeypatch.setattr(os, "environ", flower_environment())
+    monkeypatch.chdir("/")
+    assert node_directory("a") == directory
 
 
 def test_supernode_that_exits_is_restarted_with_one_line_each_time(

@@ -186,6 +186,18 @@ def test_machines_variable_wins_over_the_runs_key_and_its_nodes_directory_counts
     assert noticed([Path("/dev/null/x"), Path("/x" * 5000), Path("nul\0")]) == ""
 
 
+def test_a_relative_notice_file_is_one_file_from_anywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = notice_files("gone")
+    assert files == [tmp_path / "gone"]
+    monkeypatch.chdir("/")
+    assert noticed(files) == "" and notice_files("~nobody-has-this-name/x")[0].is_absolute()
+    (tmp_path / "gone").touch()
+    assert noticed(files) == f"preempt-file {tmp_path / 'gone'}"
+
+
 def test_leaving_is_known_after_another_reason_to_stop(tmp_path: Path) -> None:
     with alone() as stop:
         stop.stop("min-duration")
