@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ SPLIT_PATTERN = (
 # tiktoken's regex engine panics on a run of some 500,000 spaces (measured, 0.14): one such document
 # must not cost the whole shard, so longer runs than this are encoded in pieces.
 _LONGEST_SPACE = 100_000
-_LONG_SPACE = re.compile(rf"(\s{{{_LONGEST_SPACE}}})")
+# Tried once per run, at its beginning: tried everywhere, it would cost a run's length at each of its spaces.
+_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{_LONGEST_SPACE},}}")
 DEFAULT_DIRECTORY = "tokenizer"
 TOKENIZER_FILE, PICKLE_FILE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
 _FORMAT_NAME = "nanochat-bpe-"
@@ -201,10 +202,9 @@ class RustBPETokenizer:
         ]
 
     def _encode_text(self, text: str) -> list[int]:
-        if not has_long_space(text):
+        if len(text) <= _LONGEST_SPACE:
             return self.enc.encode_ordinary(text)
-        pieces = _LONG_SPACE.split(text)
-        return [id for piece in pieces for id in self.enc.encode_ordinary(piece)]
+        return [id for piece in space_pieces(text) for id in self.enc.encode_ordinary(piece)]
 
     @property
     def split_pattern(self) -> str:
@@ -334,6 +334,16 @@ def check_vocab_size(vocab_size: int) -> None:
 def has_long_space(text: str) -> bool:
     """Whether a run of white space in `text` is longer than tiktoken's engine can take."""
     return len(text) > _LONGEST_SPACE and _LONG_SPACE.search(text) is not None
+
+
+def space_pieces(text: str) -> Iterator[str]:
+    """`text` in pieces that tiktoken's engine can take: long runs of white space are cut."""
+    begin = 0
+    for run in _LONG_SPACE.finditer(text):
+        for end in range(run.start(), run.end() + 1, _LONGEST_SPACE):
+            yield text[begin:end]
+            begin = end
+    yield text[begin:]
 
 
 def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> tiktoken.Encoding:

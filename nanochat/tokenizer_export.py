@@ -10,8 +10,8 @@ special tokens in a text become those tokens (`split_special_tokens=True` turns 
 Our own `tokenizer.json` has another format, so the two never share a directory.
 """
 
+import heapq
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +106,38 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     A token's parts are what the merges before its own make of its bytes: two tokens always, since
     all of its bytes were once these two. Raises ValueError for ranks that no training gives.
     """
-    found = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if rank < _NUM_BYTES:
-            continue
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            joined = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
-            lowest, i = min(joined)
-            if lowest >= rank:
-                raise ValueError(f"token {rank} is not made of two earlier ones")
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        found.append((parts[0], parts[1]))
-    return found
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return [_two_parts(token, rank, ranks) for token, rank in by_rank if rank >= _NUM_BYTES]
+
+
+def _two_parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """What the merges below `rank` make of `token`. A heap: a token of one letter may have 10,000 bytes."""
+    length = len(token)
+    ends = list(range(1, length + 1))  # of the part that begins there; 0 if none does
+    before = list(range(-1, length))  # where the part in front of it begins
+    heap: list[tuple[int, int, int, int]] = []  # (rank, begin, middle, end) of two neighbours
+
+    def consider(begin: int, middle: int, end: int) -> None:
+        joined = ranks.get(token[begin:end], rank)
+        if joined < rank:
+            heapq.heappush(heap, (joined, begin, middle, end))
+
+    for begin in range(length - 1):
+        consider(begin, begin + 1, begin + 2)
+    parts = length
+    while parts > 2 and heap:
+        _, begin, middle, end = heapq.heappop(heap)
+        if ends[begin] != middle or ends[middle] != end:
+            continue  # one of them has grown since
+        ends[begin], ends[middle], before[end] = end, 0, begin
+        parts -= 1
+        if begin > 0:
+            consider(before[begin], begin, end)
+        if end < length:
+            consider(begin, end, ends[end])
+    if parts != 2:
+        raise ValueError(f"token {rank} is not made of two earlier ones")
+    return token[: ends[0]], token[ends[0] :]
 
 
 def _visible(token: bytes) -> str:

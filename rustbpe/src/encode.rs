@@ -58,9 +58,17 @@ impl Model {
         if !bytes_first || ids.len() < tokens.len() || tokens.iter().any(|token| token.is_empty()) {
             return None;
         }
+        // Only where both parts have the length of some token: looking at every byte of a token would cost the square of
+        // its length, and those of a single letter may have 100,000.
+        let mut lengths: Vec<usize> = tokens.iter().map(|token| token.len()).collect();
+        lengths.sort_unstable();
+        lengths.dedup();
         let mut merges = FxHashMap::default();
         for (token, id) in tokens.iter().zip(0..) {
-            for middle in 1..token.len() {
+            for &middle in lengths.iter().take_while(|&&length| length < token.len()) {
+                if lengths.binary_search(&(token.len() - middle)).is_err() {
+                    continue;
+                }
                 let (left, right) = token.split_at(middle);
                 if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
                     merges.insert((left, right), id);

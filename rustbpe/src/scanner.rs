@@ -54,6 +54,8 @@ impl Default for Scanner {
 impl Scanner {
     /// Class of the character at `at` and the position behind it; None at the end.
     fn class(&self, text: &str, at: usize) -> Option<(u8, usize)> {
+        #[cfg(test)]
+        tests::LOOKED_AT.set(tests::LOOKED_AT.get() + 1);
         let byte = *text.as_bytes().get(at)?;
         if byte < 0x80 {
             return Some((self.classes[byte as usize], at + 1));
@@ -188,6 +190,53 @@ mod tests {
     use crate::split::DEFAULT_PATTERN;
     use fancy_regex::Regex;
     use proptest::prelude::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Characters whose class was asked for, each time that it was.
+        pub static LOOKED_AT: Cell<usize> = const { Cell::new(0) };
+    }
+
+    #[test]
+    fn a_character_is_looked_at_a_few_times_only_in_any_monotony() {
+        for unit in [
+            " ",
+            "\n",
+            "\r\n",
+            " \n",
+            "\n ",
+            "\t ",
+            "\u{a0}",
+            "a",
+            "é",
+            "a ",
+            "1",
+            "12 ",
+            "!",
+            " !",
+            "!\n",
+            "'",
+            "'s",
+            "' ",
+            "漢",
+            "\u{301}",
+            "e\u{301}",
+            "😀",
+            "👨\u{200d}👩",
+        ] {
+            for (head, tail) in [("", ""), ("x", "x"), ("\n", "!"), ("'", "\n")] {
+                let text = format!("{head}{}{tail}", unit.repeat(3000));
+                LOOKED_AT.set(0);
+                scanned(&text);
+                let characters = text.chars().count();
+                assert!(
+                    LOOKED_AT.get() <= 6 * characters,
+                    "{} for {characters} of {unit:?}",
+                    LOOKED_AT.get()
+                );
+            }
+        }
+    }
 
     fn by_engine<'t>(regex: &Regex, text: &'t str) -> Vec<&'t str> {
         regex.find_iter(text).map(|m| m.unwrap().as_str()).collect()
