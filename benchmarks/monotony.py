@@ -133,7 +133,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The slowest work and the highest ratio, with their kinds."""
     slowest = max((s, name, row["kind"]) for row in rows for name, s in row["seconds"].items())
     ratios = [(r, name, row["kind"]) for row in rows for name, r in row["ratio"].items() if r]
-    return {"bytes": rows[0]["bytes"], "slowest": slowest, "highest_ratio": max(ratios, default=None)}
+    return {
+        "bytes": rows[0]["bytes"],
+        "slowest": slowest,
+        "highest_ratio": max(ratios, default=None),
+    }
 
 
 def main() -> None:

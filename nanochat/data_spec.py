@@ -9,7 +9,7 @@ import numpy as np
 from nanochat.builtin import open_source
 from nanochat.errors import UserError
 from nanochat.rows.cache import RowCache
-from nanochat.source import Source
+from nanochat.source import Source, number_ranges
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 
@@ -62,12 +62,21 @@ def count_train_shards(source: Source, num_shards: int | None) -> int:
     """How many training shards to use: `num_shards`, or None for all of 0, 1, 2 … on this disk.
 
     Raises UserError, with the command that repairs it, if one of them or the validation shard is
-    missing.
+    missing. For None that is also a number below the last one here: nobody who lost a shard wants to
+    train on those before it only, without knowing.
     """
     if num_shards is None:
-        present = set(source.present_train())
-        num_shards = next(n for n in range(len(present) + 1) if n not in present)
         source.ensure([0, source.val_shard])
+        present = source.present_train()
+        here = set(present)
+        num_shards = next(n for n in range(len(present) + 1) if n not in here)
+        if num_shards < len(present):
+            missing = sorted(set(range(present[-1])) - here)
+            raise UserError(
+                f"shards {number_ranges(present)} of {source.name} are in {source.directory}, and "
+                f"{number_ranges(missing)} not: {source.repair(present)}, or say --num-shards "
+                f"{num_shards} to train on those before it only"
+            )
     elif not 1 <= num_shards <= source.num_train_shards:
         raise UserError(
             f"{source.name} has {source.num_train_shards} training shards: "

@@ -3,7 +3,7 @@
 python -m nanochat.dataset -n 240                     # FineWeb-EDU: shards 0..239, validation
 python -m nanochat.dataset -n 8 --source climbmix
 python -m nanochat.dataset --source builtin           # made here, no network
-python -m nanochat.dataset --source /data/my_shards   # only checked
+python -m nanochat.dataset --source /data/my_shards   # only checked, every row
 python -m nanochat.dataset -n 8 --source hf:NAME      # any text dataset of the `datasets` library
 python -m nanochat.dataset -n 240 --prepare           # and packed into rows, ahead of a run
 """
@@ -33,8 +33,11 @@ from nanochat.source import (
     check_shard,
     default_packing,
     get_source,
+    iter_texts,
     list_parquet_files,
+    number_ranges,
     parquets_iter_batched,
+    repaired_rows,
 )
 from nanochat.tokenizer import get_tokenizer
 
@@ -117,22 +120,37 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _check_directory(source: Source) -> None:
-    """Look at every shard's footer; UserError names the first bad one."""
-    documents = 0
+def _check_directory(source: Source, *, footers_only: bool) -> None:
+    """Read every shard to its end; a line for each that is bad, and UserError with the first.
+
+    `footers_only` where all is about to be read anyway.
+    """
+    documents, failures = 0, []
     for shard in tqdm(source.present(), desc="checking", unit="shard"):
         path = source.shard_path(shard)
+        repaired: list[int] = []
         try:
             check_shard(path)
+            if footers_only:
+                documents += pq.read_metadata(path).num_rows
+            else:
+                documents += sum(map(len, iter_texts(path, repaired=repaired)))
         except ValueError as error:
-            raise UserError(f"{path} cannot be used, {error}: replace it") from error
-        documents += pq.read_metadata(path).num_rows
+            failures.append(f"{path} cannot be used, {error}: replace it")
+        except UserError as error:
+            failures.append(str(error))
+        if repaired:
+            tqdm.write(repaired_rows(path, len(repaired), repaired[0]), file=sys.stderr)
+    for failure in failures[1:]:
+        tqdm.write(f"error: {failure}", file=sys.stderr)
+    if failures:
+        raise UserError(failures[0])
     held = source.present()
-    gaps = source.val_shard + 1 - len(held)
+    gaps = sorted(set(range(source.val_shard)) - set(held))
     print(
         f"{source.directory}: {len(held) - 1} training shards and validation shard "
         f"{source.val_shard}, {documents} documents"
-        + (f"; {gaps} numbers below {source.val_shard} are missing" if gaps else "")
+        + (f"; {len(gaps)} numbers are missing: {number_ranges(gaps)}" if gaps else "")
     )
 
 
@@ -162,7 +180,7 @@ def main() -> None:
     if source.name.startswith(PREFIX):
         source = _make(args.source, args.num_files) if wanted else source
     elif source.repository is None:
-        _check_directory(source)
+        _check_directory(source, footers_only=args.prepare)
     elif wanted:
         _fetch(source, args.num_files, workers=args.workers)
     if args.prepare:

@@ -328,6 +328,10 @@ def _open(settings: Settings) -> Inputs:
     """Open all that the run needs from this machine; UserError if something is missing."""
     source = open_source(settings.source)
     num_shards = count_train_shards(source, settings.num_shards)
+    print0(
+        f"data: shards 0..{num_shards - 1} of {source.name} ({len(source.present_train())} training "
+        f"shards are here), validation shard {source.val_shard}"
+    )
     tokenizer = get_tokenizer(settings.tokenizer)
     config = model_config(settings, settings.depth, tokenizer.get_vocab_size())
     spec = DataSpec(

@@ -6,6 +6,7 @@ another site train on the one that this site validates on.
 """
 
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from nanochat.hf_name import HfName
 
 DEFAULT_SOURCE = "fineweb-edu"
 TEXT_COLUMN = "text"
+_LOG = logging.getLogger(__name__)
 _SHARD_NAME = re.compile(r"shard_(\d{5})\.parquet")
 
 
@@ -77,7 +79,7 @@ class Source:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UserError(
                 f"shard {missing[0]}{more} of {self.name} is not in {self.directory}: "
-                f"{self._repair(wanted)}"
+                f"{self.repair(wanted)}"
             )
 
     def ensure_text(self) -> None:
@@ -91,7 +93,8 @@ class Source:
             return ""
         return builtin_corpus.manifest_sha256(self.directory)
 
-    def _repair(self, wanted: list[int]) -> str:
+    def repair(self, wanted: list[int]) -> str:
+        """The command that gets the shards `wanted`, or what to do instead."""
         if self.repository is not None or self.name.startswith(hf_name.PREFIX):
             train = [shard for shard in wanted if shard < self.val_shard]
             number = max(train) + 1 if train else 1
@@ -133,24 +136,66 @@ def get_source(name_or_dir: str | Path = DEFAULT_SOURCE) -> Source:
     return Source(str(directory), directory, shards[-1])
 
 
-def iter_texts(path: Path, *, batch_documents: int = 256) -> Iterator[list[str | None]]:
+def iter_texts(
+    path: Path, *, batch_documents: int = 256, repaired: list[int] | None = None
+) -> Iterator[list[str | None]]:
     """The documents of one shard in file order, in lists; None where the file has no text.
 
-    Raises UserError if the file is not a parquet file with a string column `text`.
+    Bytes that are not UTF-8 become U+FFFD. `repaired` gets the numbers of such rows (from 0); without
+    it a warning says how many there are. Raises UserError, with the row, if the file cannot be read or
+    is not a parquet file with a string column `text`.
     """
+    found: list[int] = [] if repaired is None else repaired
+    row = 0
     try:
+        _open_once(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=batch_documents, columns=[TEXT_COLUMN]):
-                if not batch.num_columns or not _is_string(batch.schema.field(0).type):
-                    raise UserError(f"{path} has no string column {TEXT_COLUMN!r}: give it one")
-                yield batch.column(0).to_pylist()
+                if reason := _why_no_text(batch.schema):
+                    raise UserError(f"{path} cannot be used, {reason}: give it one")
+                yield _texts_of(batch.column(0), row, found)
+                row += batch.num_rows
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: get the shard again") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        behind = f" behind row {row - 1}" if row else ""
+        if "UTF8" in reason:  # Arrow's reader checks the rarer kinds of string columns itself
+            raise UserError(
+                f"{path} has text{behind} that is not UTF-8, in a column of a type in which it cannot "
+                "be repaired: write it as plain strings"
+            ) from error
         raise UserError(
-            f"{path} is damaged or not a parquet file ({reason}): delete it and get it again"
+            f"{path} is damaged{behind} or not a parquet file ({reason}): delete it and get it again"
         ) from error
+    finally:
+        if found and repaired is None:
+            _LOG.warning("%s", repaired_rows(path, len(found), found[0]))
+
+
+def repaired_rows(path: Path, count: int, first: int) -> str:
+    """What `iter_texts` did to a shard, as a sentence."""
+    return (
+        f"{path}: {count} documents are not UTF-8, the first one is row {first} (from 0): "
+        "U+FFFD stands for their wrong bytes"
+    )
+
+
+def _texts_of(column: pa.Array, first_row: int, repaired: list[int]) -> list[str | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        texts: list[str | None] = column.to_pylist()
+        return texts
+    except UnicodeDecodeError:  # nothing checks what a writer calls a string
+        texts = []
+    for row, data in enumerate(column.cast(pa.large_binary()).to_pylist(), first_row):
+        try:
+            texts.append(None if data is None else data.decode("utf-8"))
+        except UnicodeDecodeError:
+            texts.append(data.decode("utf-8", "replace"))
+            repaired.append(row)
+    return texts
 
 
 def list_parquet_files(data_dir: str | Path | None = None) -> list[str]:
@@ -191,23 +236,74 @@ def cropped(batches: Iterable[Sequence[str]], *, max_chars: int, doc_cap: int) -
 def check_shard(path: Path) -> None:
     """Raise ValueError unless `path` has a parquet footer and a string column `text`."""
     try:
+        _open_once(path)
+    except (UserError, FileNotFoundError) as error:
+        raise ValueError(f"it cannot be opened ({_system_reason(error)})") from error
+    try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError("it is not a parquet file") from error
+    if reason := _why_no_text(schema):
+        raise ValueError(reason)
+
+
+def _open_once(path: Path) -> None:
+    """Raise UserError where the system does not let us read `path` (FileNotFoundError without it)."""
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): make it readable, or put another one there"
+        ) from error
+
+
+def _system_reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return str(getattr(cause, "strerror", None) or cause)
+
+
+def _why_no_text(schema: pa.Schema) -> str:
+    """Why there is no text in such a table; "" if there is."""
     index = schema.get_field_index(TEXT_COLUMN)
-    if index < 0 or not _is_string(schema.field(index).type):
-        raise ValueError(f"it has no string column {TEXT_COLUMN!r}")
+    if index < 0:
+        return f"it has no string column {TEXT_COLUMN!r}"
+    kind = schema.field(index).type
+    return (
+        "" if _is_string(kind) else f"it has no string column {TEXT_COLUMN!r} (its type is {kind})"
+    )
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):  # how some writers store what repeats
+        return _is_string(kind.value_type)
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _shard_numbers(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
-    matches = (_SHARD_NAME.fullmatch(entry.name) for entry in directory.iterdir())
+    try:
+        matches = [_SHARD_NAME.fullmatch(entry.name) for entry in directory.iterdir()]
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}): make it readable"
+        ) from error
     return sorted(int(match[1]) for match in matches if match)
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as people write them: `0..3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
 
 
 def default_packing(source: Source) -> str:

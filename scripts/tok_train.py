@@ -33,6 +33,7 @@ from nanochat.source import (
     check_shard,
     cropped,
     iter_texts,
+    number_ranges,
 )
 from nanochat.tokenizer import PICKLE_FILE, TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
 
@@ -107,6 +108,7 @@ def train(
     tokenizer_module.load_rustbpe()  # raises where training is not possible
     _check_overwritable(directory)
     choice = choose(source, options, directory)
+    print(f"reading shards {number_ranges(choice.shards)} of {source.name}")
     for shard in choice.shards:
         _check(source.shard_path(shard))
     directory.mkdir(parents=True, exist_ok=True)
@@ -186,7 +188,12 @@ def _write(choice: Choice, directory: Path, result: dict[str, Any]) -> None:
 
 
 def _shard_bytes(source: Source, shards: list[int]) -> dict[str, int]:
-    return {str(shard): source.shard_path(shard).stat().st_size for shard in shards}
+    """Sizes in bytes; UserError for a shard whose name is there and whose file is not."""
+    paths = {str(shard): source.shard_path(shard) for shard in shards}
+    try:
+        return {shard: path.stat().st_size for shard, path in paths.items()}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 def _text_bytes(path: Path) -> int:

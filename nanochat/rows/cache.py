@@ -27,7 +27,7 @@ from nanochat.errors import UserError
 from nanochat.files import file_lock, remembered_sha256
 from nanochat.rows.packer import PackJob, PackStats
 from nanochat.rows.packing import PACKING_VERSION, PACKINGS, row_dtype
-from nanochat.source import Source
+from nanochat.source import Source, repaired_rows
 from nanochat.tokenizer import RustBPETokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -80,7 +80,12 @@ class RowCache:
             self.source.ensure([shard])
             path = self.source.shard_path(shard)
             self.directory.mkdir(parents=True, exist_ok=True)
-            names = f"{remembered_sha256(path, self.directory)} {self.fingerprint()}"
+            try:
+                names = f"{remembered_sha256(path, self.directory)} {self.fingerprint()}"
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be read ({error.strerror}): make it readable, or get it again"
+                ) from error
             job = PackJob(
                 shard_path=str(path.resolve()),
                 tokenizer_dir=self._tokenizer_dir,
@@ -152,6 +157,9 @@ class ShardRows:
                     100 * self._stats.discarded_share,
                     self._stats.tokens,
                 )
+                if count := self._stats.repaired_documents:
+                    path = Path(self.job.shard_path)
+                    _LOG.warning("%s", repaired_rows(path, count, self._stats.first_repaired))
         return self._stats
 
     @property

@@ -52,6 +52,8 @@ class PackStats:
     documents: int
     tokens: int
     discarded_tokens: int
+    repaired_documents: int = 0  # whose bytes were not UTF-8
+    first_repaired: int = 0  # the row of the first of them
 
     @property
     def discarded_share(self) -> float:
@@ -118,7 +120,8 @@ def pack(job: PackJob, *, num_threads: int = 1) -> PackStats:
         state=state,
     )
     encoder = BatchEncoder(tokenizer, dtype=job.dtype, num_threads=num_threads)
-    documents = _documents(job, encoder, state)
+    repaired: list[int] = []
+    documents = _documents(job, encoder, state, repaired)
     partial = job.path("partial")
     with open(partial, "r+b" if state.rows else "wb", buffering=0) as file:
         file.truncate(state.rows * job.row_bytes)
@@ -134,8 +137,13 @@ def pack(job: PackJob, *, num_threads: int = 1) -> PackStats:
         documents=packer.documents,
         tokens=packer.tokens,
         discarded_tokens=packer.discarded_tokens,
+        repaired_documents=len(repaired),
+        first_repaired=repaired[0] if repaired else 0,
     )
-    atomic_write_json(job.path("stats"), dataclasses.asdict(stats))
+    entry = dataclasses.asdict(stats)
+    if not repaired:  # in the form that older versions read
+        del entry["repaired_documents"], entry["first_repaired"]
+    atomic_write_json(job.path("stats"), entry)
     job.path("state").unlink(missing_ok=True)  # first: readers end us once the rows are there
     partial.replace(job.path("rows"))
     fsync_dir(partial.parent)
@@ -152,10 +160,15 @@ def _saved_state(job: PackJob) -> PackState:
     return state if job.partial_rows() >= state.rows else PackState()
 
 
-def _documents(job: PackJob, encoder: BatchEncoder, state: PackState) -> Iterator[Document]:
-    """The documents that `state` wants, tokenized; one without text has no tokens."""
+def _documents(
+    job: PackJob, encoder: BatchEncoder, state: PackState, repaired: list[int]
+) -> Iterator[Document]:
+    """The documents that `state` wants, tokenized; one without text has no tokens.
+
+    `repaired` gets the numbers of all that were not UTF-8.
+    """
     number = 0
-    for batch in iter_texts(Path(job.shard_path)):
+    for batch in iter_texts(Path(job.shard_path), repaired=repaired):
         numbered = [(number + i, text or "") for i, text in enumerate(batch)]
         number += len(batch)
         wanted = [(n, text) for n, text in numbered if state.wants(n)]

@@ -102,15 +102,24 @@ def test_other_data_than_the_checkpoints_is_refused(spec: DataSpec, base_dir: Pa
         DataSpec(**{**values, "val_shard": 9}).open()
 
 
-def test_training_shards_are_counted_up_to_the_first_gap(base_dir: Path) -> None:
+def test_a_gap_in_the_training_shards_is_said_and_all_below_it_are_used_on_demand(
+    base_dir: Path,
+) -> None:
     directory = base_dir / "gap"
     for number in (0, 1, 3, 6):
         write_shard(directory, number, texts(2, seed=number))
     source = get_source(directory)
-    assert count_train_shards(source, None) == 2
+    with pytest.raises(
+        UserError,
+        match=r"shards 0\.\.1, 3 of .* and 2 not: put it there, or say --num-shards 2 to train",
+    ):
+        count_train_shards(source, None)
+    assert count_train_shards(source, 2) == 2
     assert count_train_shards(source, 1) == 1
     with pytest.raises(UserError, match="shard 2"):
         count_train_shards(source, 4)
+    (directory / "shard_00003.parquet").unlink()
+    assert count_train_shards(source, None) == 2  # nothing is behind the gap but validation
     (directory / "shard_00000.parquet").unlink()
     with pytest.raises(UserError, match="shard 0"):
         count_train_shards(source, None)

@@ -264,7 +264,7 @@ def test_a_directory_is_checked_and_reported(tmp_path, capsys, monkeypatch):
     dataset.main()
     report = capsys.readouterr().out
     assert "1 training shards and validation shard 2, 11 documents" in report
-    assert "1 numbers below 2 are missing" in report
+    assert "1 numbers are missing: 1" in report
     (tmp_path / "shard_00001.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"shard_00001\.parquet cannot be used"):
         dataset.main()
