@@ -50,7 +50,7 @@ def _rounds(setup: Setup, verdict: Verdict) -> None:
         updates = [update for _, update, _ in answers.values()]
         mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         weights, state = outer_step(config, weights, mean, state)  # type: ignore[arg-type]  # sum() of tensors
-        nats = sum(reply.eval_nats for reply, _, _ in answers.values())
+        nats = sum(reply.eval_nats or 0.0 for reply, _, _ in answers.values())
         size = sum(reply.eval_bytes for reply, _, _ in answers.values())
         bpb.append(nats / math.log(2) / size)
     verdict.note("bpb", bpb)

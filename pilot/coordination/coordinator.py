@@ -34,7 +34,7 @@ from pilot.coordination.heartbeats import COUNTER, Ages, Heard
 from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
 from pilot.redis_url import redact_url
 from pilot.rules.rounds import Clock, MonotonicClock
-from pilot.wire.messages import Fence, Heartbeat
+from pilot.wire.messages import Fence, Heartbeat, plain
 
 __all__ = ["ClientCoordinator", "CoordinatorError", "ServerCoordinator", "ping", "resolve_url"]
 
@@ -43,6 +43,15 @@ FINISHED_EXPIRY_S = 24 * 3600
 STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
 _ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
+
+
+def _table(text: str) -> dict[str, Any]:
+    """A JSON table that Redis holds; an empty one if it is none."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def fence_text(fence: Fence) -> str:
@@ -87,7 +96,7 @@ class ServerCoordinator:
         holds the directory's file lock, which only one living process can."""
         key, expiry_ms = self._link.key("server"), int(SERVER_EXPIRY_S * 1000)
         holder = str(self._link.redis.get(key) or "")
-        other = json.loads(holder or "{}")
+        other = _table(holder)
         ours = all(other.get(name) == value for name, value in self._where.items())
         if (holder and not ours) or not self._link.redis.eval(
             scripts.TAKE, 1, key, holder, self._identity, str(expiry_ms)
@@ -158,7 +167,9 @@ class ServerCoordinator:
             with self._link.redis.pipeline(transaction=False) as pipe:
                 for name in names:
                     pipe.hgetall(self._link.key(f"client:{name}"))
-                return pipe.execute()
+                # a key that is no hash, which anybody may have written, says nothing of its client
+                found = pipe.execute(raise_on_error=False)
+            return [values if isinstance(values, dict) else {} for values in found]
 
         found = self._link.attempt("reading", read)
         if self._link.failing:
@@ -195,7 +206,7 @@ class ServerCoordinator:
         keys = [self._link.key(f"stop:{name}") for name in names]
         reasons = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) if keys else []
         pairs = zip(names, reasons or [], strict=False)
-        return {name: str(reason) for name, reason in pairs if reason}
+        return {name: plain(str(reason)) for name, reason in pairs if reason}
 
     # -- writing as the leader -------------------------------------------------------------------
 
@@ -283,9 +294,14 @@ class ClientCoordinator:
         found, run = self._link.attempt("reading", read) or ({}, {})
         if not found:
             return (0, 0), None, None
-        ended = (found["reason"] or "ended") if found["phase"] == "ended" else None
-        over = run.get("term") == found["term"] and run.get("state", "running") != "running"
-        return (int(found["term"]), int(found["round"])), ended, run["state"] if over else None
+        try:
+            current = (int(found.get("term", "")), int(found.get("round", "")))
+        except ValueError:  # not what the server wrote, which writes it again within a second
+            return (0, 0), None, None
+        ended = (found.get("reason") or "ended") if found.get("phase") == "ended" else None
+        state = run.get("state", "running")
+        over = run.get("term") == found["term"] and state != "running"
+        return current, ended, state if over else None
 
     def told_to_leave(self) -> str | None:
         """Why this client is to leave, by its `stop:` key; None if it is not, or while that is unknown.

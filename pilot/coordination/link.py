@@ -47,6 +47,7 @@ class RedisLink:
         self.redis = redis.Redis.from_url(
             url,
             decode_responses=True,
+            encoding_errors="replace",  # any client may write any bytes
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             # redis-py's own three retries would stop the round loop for seconds; ours is the next tick

@@ -14,6 +14,8 @@ from pilot.faults import fault_point
 from pilot.wire.jsonable import jsonable
 from pilot.wire.messages import TrainReply, to_json
 
+MAX_KEPT = 100  # updates; a client that sends junk for weeks must not fill the disk
+
 log = logging.getLogger("pilot")
 
 
@@ -23,6 +25,7 @@ def keep_refused(
     """Write `directory`/round-000003-<client>-lease-00000017.json and .safetensors (if there are tensors).
 
     A disk that does not take them costs one warning: the run continues, and the update is refused all the same.
+    So does a directory that holds MAX_KEPT of them.
     """
     fence = reply.fence
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:80]
@@ -31,11 +34,13 @@ def keep_refused(
     try:
         fault_point("quarantine.write")
         directory.mkdir(exist_ok=True)
+        if sum(1 for _ in directory.glob("*.json")) >= MAX_KEPT:
+            raise OSError(f"{directory} holds {MAX_KEPT} already: move them away to keep more")
         if update:
             with atomic_path(directory / f"{name}.safetensors") as path:
                 save_file({key: tensor.contiguous() for key, tensor in update.items()}, path)
         fault_point("quarantine.tensors-written")
         atomic_write_json(directory / f"{name}.json", jsonable(facts))
         fault_point("quarantine.written")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         log.warning("cannot keep the refused update of %s: %s", client, error)

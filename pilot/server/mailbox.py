@@ -7,7 +7,7 @@ away, or another process, for `LOST_AFTER_S` counts as lost.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message
@@ -16,8 +16,9 @@ from flwr.serverapp import Grid
 
 from pilot.rules.rounds import Clock
 from pilot.server.puller import Puller
-from pilot.wire.messages import Header, Part
-from pilot.wire.records import from_records, to_records
+from pilot.wire.incoming import Reply, read
+from pilot.wire.messages import Header, Part, plain
+from pilot.wire.records import to_records
 
 # A node that comes back within this time has only been slow to say that it is alive.
 LOST_AFTER_S = 10.0
@@ -35,17 +36,20 @@ _LOST_CODES = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one message; `error` is a sentence if there is no content.
+    """What became of one message; `error` is a sentence if there is no message in answer.
 
-    `lost`: there is no answer, so nothing is known of the client's work, neither good nor bad.
+    `name` is what the client calls itself. `lost`: there is no answer, so nothing is known of the client's
+    work, neither good nor bad. `malformed`: there is one, and no reply could be made of it.
     """
 
     message_id: str
     node_id: int
-    header: Header
-    parts: list[Part]
+    message: Reply | None = None
+    parts: Sequence[Part] = ()
     error: str = ""
     lost: bool = False
+    malformed: bool = False
+    name: str = ""
 
 
 @dataclass
@@ -102,17 +106,13 @@ class Mailbox:
         answers += self._lost()
         return answers
 
-    def _open(self, message_id: str, reply: Message) -> Answer:
+    def _open(self, message_id: str, reply: Message | Exception) -> Answer:
         node_id = self._pending.pop(message_id).node_id
-        if reply.has_error():
+        if isinstance(reply, Message) and reply.has_error():
             reason = f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
             lost = reply.error.code in _LOST_CODES
-            return Answer(message_id, node_id, {}, [], reason, lost=lost)
-        try:
-            header, parts = from_records(reply.content)
-        except ValueError as error:
-            return Answer(message_id, node_id, {}, [], str(error))
-        return Answer(message_id, node_id, header, parts)
+            return Answer(message_id, node_id, error=plain(reason), lost=lost)
+        return answer_of(message_id, node_id, reply)
 
     def _lost(self) -> list[Answer]:
         online = {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
@@ -132,5 +132,19 @@ class Mailbox:
             if now_s - pending.absent_since_s >= LOST_AFTER_S:
                 del self._pending[message_id]
                 reason = "its node restarted" if pending.node_id in online else "its node is gone"
-                lost.append(Answer(message_id, pending.node_id, {}, [], reason, lost=True))
+                lost.append(Answer(message_id, pending.node_id, error=reason, lost=True))
         return lost
+
+
+def answer_of(message_id: str, node_id: int, reply: Message | Exception) -> Answer:
+    """The answer that a reply is, whatever its client has put into it."""
+    said = read(reply)
+    return Answer(
+        message_id,
+        node_id,
+        said.message,
+        said.parts,
+        said.error,
+        malformed=bool(said.error),
+        name=said.name,
+    )

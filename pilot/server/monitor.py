@@ -22,6 +22,11 @@ _START_FACTOR = 4.0
 # frozen or cut off for a moment and has a whole reply to give. So the wait is as long as all together need to
 # train what it has trained, but no longer than this after it fell silent.
 _REPRIEVE_S = 10.0
+# No client trains this many times faster than its orders and replies show (seconds of overhead, of training).
+_FASTEST_FACTOR = 100.0
+_SHORTEST_ROUND_S = 1e-3
+# No client has trained this many times more in a round than its rate lets expect by then
+_AHEAD_FACTOR = 4.0
 
 
 @dataclass
@@ -97,7 +102,7 @@ class RoundMonitor:
         trained = {one.order.client.name for one in self.open_round.accepted}
         return RoundView(
             elapsed_s=now_s - self.open_round.opened_at_s,
-            tokens=self.open_round.tokens + sum(beat.tokens for beat in beats.values()),
+            tokens=self.open_round.tokens + sum(self._trained(now_s).values()),
             training=len(training.keys() | trained),
             pending=len(self.open_round.pending),
             replied=self.open_round.answered,
@@ -106,6 +111,23 @@ class RoundMonitor:
             tokens_per_s=sum(beat.tokens_per_s for beat in training.values()),
             rows_left=rows_left,
         )
+
+    def _trained(self, now_s: float) -> dict[str, int]:
+        """Tokens of the open orders so far, by client: what heartbeats say, as far as it can be true.
+
+        Nobody has trained on more rows than it was leased, nor much faster than ever before: otherwise one
+        client that says so would end every round before the others have begun.
+        """
+        trained = {}
+        for order in self.open_round.pending:
+            name, rate = order.client.name, order.client.tokens_per_s
+            if (last := self.heard.get(name)) is None:
+                continue
+            most = self.open_round.leased_tokens(order)
+            if rate:
+                most = min(most, int(_AHEAD_FACTOR * rate * (now_s - order.sent_at_s)) + 1)
+            trained[name] = min(last.heartbeat.tokens, most)
+        return trained
 
     @property
     def awaited(self) -> list[SentOrder]:
@@ -145,10 +167,14 @@ class RoundMonitor:
 
     def measure(self, order: SentOrder, reply: TrainReply, now_s: float) -> None:
         """Learn from a reply what this client's rounds cost besides training."""
-        client = order.client
+        client, away_s = order.client, now_s - order.sent_at_s
         if reply.tokens > 0 and reply.train_s > 0:  # a client without time to train is not slow
-            client.tokens_per_s = reply.tokens / reply.train_s
-            client.fixed_cost_s = max(0.0, now_s - order.sent_at_s - reply.train_s)
+            # what it says of its time decides on shares and leases: it is believed as far as it can be true
+            train_s = min(
+                max(reply.train_s, away_s / _FASTEST_FACTOR), max(away_s, _SHORTEST_ROUND_S)
+            )
+            client.tokens_per_s = reply.tokens / train_s
+            client.fixed_cost_s = max(0.0, away_s - train_s)
         if self.ended_at_s is not None:
             client.upload_s = now_s - self.ended_at_s
 

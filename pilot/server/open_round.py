@@ -16,24 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pilot.errors import PilotError
 from pilot.faults import fault_point
-from pilot.rules.admission import (
-    REFUSALS_IN_A_ROW,
-    norm_refusal,
-    refusal,
-    token_refusal,
-    update_norm,
-)
+from pilot.rules.admission import REFUSALS_IN_A_ROW
 from pilot.rules.aggregation import Spilled, aggregate
-from pilot.rules.ledger import Lease, LedgerError
+from pilot.rules.ledger import Lease
 from pilot.run.quarantine import keep_refused
 from pilot.run.snapshot import SnapshotError
 from pilot.run.state import Contribution, MergedReply, RunState
+from pilot.server.admit import admit
 from pilot.server.mailbox import Answer
 from pilot.server.report import Report
 from pilot.server.roster import Client
 from pilot.wire.codec import CodecError, decode
-from pilot.wire.messages import ContentError, Fence, Part, StopReason, TrainReply, from_header
+from pilot.wire.incoming import sentence
+from pilot.wire.messages import MAX_INTEGER, Fence, Part, StopReason, TrainReply, plain
 
 # Orders to one client in one round of which none came to anything, before it has to wait for the next one.
 MAX_FRUITLESS_ORDERS = 3
@@ -157,10 +154,12 @@ class OpenRound:
         With fixed steps there is no second try: what a round does must not depend on anybody's speed.
         """
         client = self.clients.get(name)
-        if client is None or client.last is _Last.USED_UP:
+        if client is None:
             return True
-        tries_left = client.fruitless < MAX_FRUITLESS_ORDERS and not self._state.config.round_steps
-        return client.last is _Last.FRUITLESS and tries_left
+        tries_left = client.fruitless < MAX_FRUITLESS_ORDERS
+        if client.last is _Last.USED_UP:
+            return tries_left
+        return client.last is _Last.FRUITLESS and tries_left and not self._state.config.round_steps
 
     def used_up_lease(self, name: str) -> bool:
         """Whether the client has done all that it was leased."""
@@ -186,26 +185,33 @@ class OpenRound:
         if answer.lost:
             self._lose(order, answer.error)
             return Settled(order, None)
+        if answer.malformed:
+            self._reject(order, None, answer.parts, answer.error)
+            return Settled(order, None)
         try:
             reply = _reply(answer, order.fence)
-        except ContentError as error:
-            self._reject(order, None, answer.parts, str(error))
-            return Settled(order, None)
         except ValueError as error:
             self._refuse(order, str(error))
             return Settled(order, None)
         self._add_evaluation(reply)
         try:
             accepted = self._spill(order, reply, answer.parts)
-        except (ValueError, TypeError, LedgerError, CodecError) as error:
+        except PilotError as error:
+            if not isinstance(error, CodecError):  # this machine's, such as its disk
+                raise
             self._reject(order, reply, answer.parts, str(error))
+            return Settled(order, None)
+        except Exception as error:  # noqa: BLE001 - whatever a client's numbers and tensors may cause
+            ours = isinstance(error, ValueError)
+            self._reject(order, reply, answer.parts, str(error) if ours else sentence(error))
             return Settled(order, None)
         if accepted is not None:
             self._state.admission.accepted(order.client.name)
             self.accepted.append(accepted)
         self.answered += 1
         used_up = reply.stopped_by == StopReason.LEASE_USED_UP
-        self._settle(order, _Last.USED_UP if used_up else _Last.REPLIED)
+        client = self._settle(order, _Last.USED_UP if used_up else _Last.REPLIED)
+        client.fruitless += accepted is None
         return Settled(order, reply)
 
     def _settle(self, order: SentOrder, last: _Last) -> ClientInRound:
@@ -214,7 +220,7 @@ class OpenRound:
         return client
 
     def _add_evaluation(self, reply: TrainReply) -> None:
-        if math.isfinite(reply.eval_nats) and reply.eval_rows > 0 and reply.eval_bytes > 0:
+        if reply.eval_nats is not None and reply.eval_rows > 0 and reply.eval_bytes > 0:
             self._evaluation.nats.append(reply.eval_nats)
             self._evaluation.bytes += reply.eval_bytes
             self._evaluation.rows += reply.eval_rows
@@ -229,11 +235,15 @@ class OpenRound:
         if order.lease is None:
             return None
         lease_id, ledger = order.lease.lease_id, self._state.ledger
+        if len(reply.consumed) > len(order.lease.segments):
+            raise ValueError(
+                f"it consumed {len(reply.consumed)} runs of rows of {len(order.lease.segments)}"
+            )
         if reply.tokens == 0 and not reply.consumed:
             # what it learnt of its shards counts: they may have been too small for a single step
             ledger.commit(lease_id, [], reply.row_counts)
             return None
-        update, norm = self._admit(order.lease, reply, parts)
+        update, norm = admit(self._state, order.lease, reply, parts)
         path = self._spool / f"lease-{lease_id:08d}.safetensors"
         try:
             fault_point("spill.write")
@@ -244,33 +254,11 @@ class OpenRound:
         ledger.accept(lease_id, reply.consumed, reply.row_counts)  # the rest is free again
         return AcceptedReply(order, reply, path, norm)
 
-    def _admit(
-        self, lease: Lease, reply: TrainReply, parts: Sequence[Part]
-    ) -> tuple[dict[str, Tensor], float]:
-        """The update of a reply that may be merged, and its norm; raises ValueError with the reason if
-        it may not."""
-        config = self._state.config
-        if strange := {part.dtype for part in parts} - {config.wire_dtype}:
-            raise ValueError(f"its tensors came as {strange.pop()}, not {config.wire_dtype}")
-        update = decode(parts)
-        if reason := refusal(update, self._state.weights, tokens=reply.tokens):
-            raise ValueError(reason)
-        self._state.ledger.check(lease.lease_id, reply.consumed, reply.row_counts)
-        leased = [segment.rows for segment in lease.segments]
-        rows = sum(segment.rows or 0 for segment in reply.consumed)
-        leased_rows = None if None in leased else sum(count or 0 for count in leased)
-        norm, earlier = update_norm(update), self._state.admission.norms
-        reason = token_refusal(
-            reply.tokens, rows=rows, leased_rows=leased_rows, row_tokens=config.sequence_len
-        ) or norm_refusal(norm, earlier, max_ratio=config.max_update_norm_ratio)
-        if reason:
-            raise ValueError(reason)
-        return update, norm
-
     # -- what comes to nothing -------------------------------------------------------------------
 
     def _refuse(self, order: SentOrder, reason: str) -> None:
         """The client has answered, and with something that cannot be used."""
+        reason = plain(reason)
         self.clients[order.client.name].failure = reason
         self._give_back(order, reason)
 
@@ -315,6 +303,15 @@ class OpenRound:
 
     # -- the close -------------------------------------------------------------------------------
 
+    def leased_tokens(self, order: SentOrder) -> int:
+        """The most tokens that an order can have trained on: those of its lease, if their number is known."""
+        ledger, segments = self._state.ledger, order.lease.segments if order.lease else ()
+        ends = [s.end_row or ledger.row_counts.get(s.shard) for s in segments]
+        if not segments or None in ends:
+            return MAX_INTEGER
+        rows = sum((end or 0) - s.first_row for end, s in zip(ends, segments, strict=True))
+        return rows * self._state.config.sequence_len
+
     @property
     def tokens(self) -> int:
         """Tokens of the replies accepted."""
@@ -332,9 +329,14 @@ class OpenRound:
 
     @property
     def train_loss(self) -> float | None:
-        """Nats per token over all replies accepted."""
-        nats = sum(one.reply.loss_nats for one in self.in_lease_order())
-        return nats / self.tokens if self.tokens and math.isfinite(nats) else None
+        """Nats per token over all replies accepted that say their loss."""
+        losses = [
+            (one.reply.loss_nats, one.reply.tokens)
+            for one in self.in_lease_order()
+            if one.reply.loss_nats is not None
+        ]
+        tokens = sum(tokens for _, tokens in losses)
+        return sum(nats for nats, _ in losses) / tokens if tokens else None
 
     @property
     def eval_rows(self) -> int:
@@ -346,9 +348,7 @@ class OpenRound:
         """Bits per byte of the model that the clients received, over the validation rows that came."""
         # sorted, so that the order of arrival makes no difference here either
         nats = sum(sorted(self._evaluation.nats))
-        if not self._evaluation.bytes or not math.isfinite(nats):
-            return None
-        return nats / (math.log(2) * self._evaluation.bytes)
+        return nats / (math.log(2) * self._evaluation.bytes) if self._evaluation.bytes else None
 
     def close(self) -> None:
         """The round is committed, or was only an evaluation: its replies are of no more use."""
@@ -379,7 +379,7 @@ def _reply(answer: Answer, fence: Fence) -> TrainReply:
     """The reply in an answer; raises ValueError if there is none, or it is not the one asked for."""
     if answer.error:
         raise ValueError(answer.error)
-    message = from_header(answer.header)
+    message = answer.message
     if not isinstance(message, TrainReply):
         raise ValueError(f"answered an order with {type(message).__name__}")
     if message.fence != fence:

@@ -156,17 +156,18 @@ class Report:
         """A reply came and is not refused; `trained` is False where only an evaluation was asked for."""
         values = to_json(reply) | {"round": reply.fence.round_number, "client": name}
         number = name.removeprefix("client_")
+        known = reply.loss_nats is not None and reply.tokens > 0
+        loss = (reply.loss_nats or 0.0) / reply.tokens if known else None
         self.telemetry.event(
             "reply",
             f"Client {number}: {reply.batches} batches" if trained else None,
-            loss=reply.loss_nats / reply.tokens if reply.tokens else None,
+            loss=loss,
             **values,
         )
         if reply.tokens and reply.consumed:
             # the line that a client's bar ends with: a round may be over before a heartbeat was due
             last = reply.consumed[-1]
             rows = state.ledger.row_counts.get(last.shard, 0)
-            loss = reply.loss_nats / reply.tokens
             postfix = _postfix(loss, last.shard, last.end_row or 0, rows)
             _meter(name, reply.tokens, postfix, tokens=reply.tokens, elapsed_s=elapsed_s)
 
@@ -181,15 +182,15 @@ class Report:
             reason=reason,
         )
 
-    def reply_too_late(self, header: Mapping[str, Any]) -> None:
+    def reply_too_late(self, reply: TrainReply | None) -> None:
         """An answer to no order that is open: its rows have gone back long ago."""
         reason = "it answers a round that is over"
         self.telemetry.event(
             "reply_refused",
             f"A reply is refused: {reason}",
             reason=reason,
-            client=header.get("client"),
-            fence=header.get("fence"),
+            client=reply.client if reply else None,
+            fence=asdict(reply.fence) if reply else None,
         )
 
     def round_ended(self, number: int, reason: EndReason) -> None:
@@ -255,9 +256,10 @@ def table(state: RunState) -> str:
     return "\n".join(lines)
 
 
-def _postfix(loss: float, shard: int, row: int, rows: int) -> str:
+def _postfix(loss: float | None, shard: int, row: int, rows: int) -> str:
     share = 100 * row / rows if rows else 0.0
-    return f"loss={loss:.4f} shard={shard} shard_progress={share:.1f}%"
+    loss_text = "-" if loss is None else f"{loss:.4f}"
+    return f"loss={loss_text} shard={shard} shard_progress={share:.1f}%"
 
 
 def _meter(name: str, done: int, postfix: str, *, tokens: int, elapsed_s: float) -> None:

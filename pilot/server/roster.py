@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pilot.rules.rounds import Clock
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.report import Report
-from pilot.wire.messages import HelloOrder, HelloReply, from_header, package_hash, to_header
+from pilot.wire.messages import HelloOrder, HelloReply, package_hash, plain, to_header
 
 ASK_AGAIN_S = 30.0
 LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the client
+_MAX_REFUSALS, _MAX_REASON_CHARS = 100, 300  # that are remembered, and shown in one line
 
 
 @dataclass
@@ -90,11 +91,7 @@ class Roster:
         if answer.message_id not in self._asked:
             return False
         node_id = self._asked.pop(answer.message_id)
-        try:
-            hello = HelloReply(error=answer.error) if answer.error else _hello(answer)
-        except ValueError as error:
-            hello = HelloReply(error=str(error))
-        name = str(answer.header.get("node_name") or f"node {node_id}")
+        hello, name = _hello(answer), answer.name or f"node {node_id}"
         if hello.error:
             self._refuse(name, node_id, hello.error, LOST_AGAIN_S if answer.lost else ASK_AGAIN_S)
             return True
@@ -145,6 +142,8 @@ class Roster:
         if self.refusals.get(name) != reason:
             self.report.client_refused(name, reason)
         self.refusals[name] = reason
+        while len(self.refusals) > _MAX_REFUSALS:  # a node may say another name each time
+            del self.refusals[next(iter(self.refusals))]
         self._known[node_id] = self.clock.now_s() + again_s  # somebody may repair it
 
     def accepted(self) -> list[Client]:
@@ -162,7 +161,10 @@ class Roster:
 
     def waiting_for(self, wanted: int) -> str:
         """Why there are not enough clients, as a clause for people."""
-        reasons = [f"{name}: {why}" for name, why in sorted(self.refusals.items())]
+        reasons = [
+            plain(f"{name}: {why}", _MAX_REASON_CHARS)
+            for name, why in sorted(self.refusals.items())
+        ]
         if self._answered and len(self._answered) >= self.min_clients:
             names = ", ".join(sorted(self._answered))
             reasons.append(f"{names} disagree about data, tokenizer or package versions")
@@ -178,11 +180,13 @@ class Roster:
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sorts client_2 before client_10."""
     parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _hello(answer: Answer) -> HelloReply:
-    message = from_header(answer.header)
-    if not isinstance(message, HelloReply):
-        raise ValueError(f"answered a hello with {type(message).__name__}")
-    return message
+    """The hello in an answer; one with an error if there is none."""
+    if answer.error:
+        return HelloReply(error=answer.error)
+    if not isinstance(answer.message, HelloReply):
+        return HelloReply(error=f"answered a hello with {type(answer.message).__name__}")
+    return answer.message

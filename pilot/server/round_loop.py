@@ -32,6 +32,7 @@ from pilot.server.monitor import RoundMonitor, uploads_s
 from pilot.server.open_round import OpenRound
 from pilot.server.report import Report
 from pilot.server.roster import Client, Roster
+from pilot.wire.messages import TrainReply
 
 _TICK_S = 0.25
 _REDIS_EVERY_S = 1.0
@@ -285,7 +286,8 @@ class RoundLoop:
         settled = self._round.handle_answer(answer) if self._current is not None else None
         if settled is None:
             if not answer.error:
-                self.report.reply_too_late(answer.header)
+                late = answer.message
+                self.report.reply_too_late(late if isinstance(late, TrainReply) else None)
             return
         order, reply = settled.order, settled.reply
         if reply is not None:

@@ -6,7 +6,7 @@ the network is unpickled, and sizes are checked before a tensor is made of them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def decode(parts: Iterable[Part]) -> dict[str, Tensor]:
         if part.dtype not in _DTYPES:
             raise CodecError(f"{part.name} has unknown wire dtype {part.dtype!r}")
         dtype = _DTYPES[part.dtype]
-        if any(size < 0 for size in part.shape) or part.name in tensors:
+        if part.name in tensors or not _is_shape(part.shape):
             raise CodecError(f"{part.name} has a bad shape {part.shape} or comes twice")
         if len(part.data) != math.prod(part.shape) * dtype.itemsize:
             raise CodecError(f"{part.name} has {len(part.data)} bytes, not those of {part.shape}")
@@ -47,3 +47,8 @@ def decode(parts: Iterable[Part]) -> dict[str, Tensor]:
         flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
         tensors[part.name] = flat.reshape(part.shape).float()
     return tensors
+
+
+def _is_shape(shape: Sequence[int]) -> bool:
+    """Whether torch can have a tensor of that shape: it also multiplies the sizes of an empty one."""
+    return all(size >= 0 for size in shape) and math.prod(size or 1 for size in shape) < 1 << 48

@@ -2,13 +2,15 @@
 
 A message is a header (JSON) and parts (tensors as bytes). The same pair goes through Flower's records
 (`records.py`) and through the Unix socket of a worker group (`frames.py`), so a ClientApp only
-moves it. Standard library only.
+moves it. Every field has bounds, kept by `from_header`: what a client says is typed, finite and short, or
+it is refused. Standard library only.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -38,12 +40,33 @@ class StopReason(StrEnum):
     LEAVING = "leaving"  # the order came when this client was on its way out
 
 
-_INT64 = range(-(2**63), 2**63)  # Flower's integers
+# No integer is larger than a float can hold exactly: sums, products and quotients of a few stay finite.
+MAX_INTEGER = 2**53
+_INT64 = 2**63 - 1  # of a run-config key: Flower's integers
+MAX_NUMBER = 1e15
+MAX_TEXT_CHARS = 2000  # of a sentence, such as an error
+MAX_NAME_CHARS = 200  # of what names a thing: a host, a device, a hash
+MAX_DEVICES = 4096
+_SHORTEST_S = 1e-6  # a duration below it was not measured; rates are quotients by durations
 
 
-def _metric(default: int | float) -> Any:
-    """A number that only people read: if it is not one, that is no reason to lose a reply."""
-    return field(default=default, metadata={"metric": True})
+def plain(text: str, most_chars: int = MAX_TEXT_CHARS) -> str:
+    """`text` on one line, in characters that any log, file and terminal takes, and not longer than that."""
+    kept = text[:most_chars]
+    if not kept.isprintable():
+        kept = "".join(char if char.isprintable() else " " for char in kept)
+    return kept if len(text) <= most_chars else kept[: most_chars - 2] + " …"
+
+
+def _metric(default: int | float | None, *, low: float = 0.0) -> Any:
+    """A number that only people read: if it is none of at least `low`, that is no reason to lose a reply; the
+    field keeps its default."""
+    return field(default=default, metadata={"metric": True, "low": low})
+
+
+def _text(most_chars: int = MAX_TEXT_CHARS) -> Any:
+    """A text, empty by default, of which more than `most_chars` characters are cut off."""
+    return field(default="", metadata={"most_chars": most_chars})
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,10 @@ class Fence:
     lease_id: int
 
 
+_MAX_BEAT_CHARS = 40  # of a state or a number in a heartbeat
+_MOST: dict[Any, float] = {int: MAX_INTEGER, float: MAX_NUMBER}
+
+
 @dataclass(frozen=True)
 class Heartbeat:
     """How far a client is: what it tells Redis about itself, and what the server reads there."""
@@ -81,12 +108,14 @@ class Heartbeat:
 
     @staticmethod
     def from_redis(values: Mapping[str, str]) -> "Heartbeat":
-        """What Redis holds, which may be anything: a value that is no finite number keeps its default."""
+        """What Redis holds, which may be anything: a value that can't be one keeps its default."""
         known: dict[str, Any] = {}
         for declared in dataclasses.fields(Heartbeat):
             with contextlib.suppress(KeyError, ValueError, OverflowError):
-                value = declared.type(values[declared.name])  # type: ignore[operator]
-                if isinstance(value, str) or math.isfinite(value):
+                text = plain(values[declared.name], _MAX_BEAT_CHARS)
+                value: Any = text if declared.type is str else declared.type(text)  # type: ignore[operator]
+                low = -1 if declared.name == "shard" else 0
+                if declared.type is str or low <= value <= _MOST[declared.type]:
                     known[declared.name] = value
         return Heartbeat(**known)
 
@@ -108,11 +137,11 @@ class HelloReply:
     to hex SHA-256; `shards` are the training shards on its disk; `devices` the processes it can run.
     """
 
-    error: str = ""
-    warning: str = ""
-    devices: int = 1
-    device_name: str = "cpu"
-    host: str = ""
+    error: str = _text()
+    warning: str = _text()
+    devices: int = field(default=1, metadata={"low": 1, "high": MAX_DEVICES})
+    device_name: str = field(default="cpu", metadata={"most_chars": MAX_NAME_CHARS})
+    host: str = _text(MAX_NAME_CHARS)
     shards: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
@@ -149,23 +178,23 @@ class TrainReply:
     """What a client did; the pseudo-gradient travels as parts.
 
     `consumed` are closed segments, a prefix of the lease; `row_counts` the rows of each shard that the
-    client has packed; `loss_nats` the sum over the tokens trained on; `eval_*` the sums over its slice of
-    validation rows for the model that it received.
+    client has packed; `loss_nats` the sum over the tokens trained on, `eval_*` the sums over its slice of
+    validation rows for the model that it received. A sum of nats is None if it is no number.
     """
 
     fence: Fence
-    client: str
-    error: str = ""
-    stopped_by: str = ""
+    client: str = field(metadata={"most_chars": MAX_NAME_CHARS})
+    error: str = _text()
+    stopped_by: str = _text(MAX_NAME_CHARS)
     steps: int = _metric(0)
     batches: int = _metric(0)
     tokens: int = 0
-    loss_nats: float = _metric(0.0)
-    eval_nats: float = _metric(0.0)
+    loss_nats: float | None = _metric(None)
+    eval_nats: float | None = _metric(None)
     eval_bytes: int = _metric(0)
     eval_rows: int = _metric(0)
-    train_s: float = _metric(0.0)
-    total_s: float = _metric(0.0)
+    train_s: float = _metric(0.0, low=_SHORTEST_S)
+    total_s: float = _metric(0.0, low=_SHORTEST_S)
     consumed: list[Segment] = field(default_factory=list)
     row_counts: dict[int, int] = field(default_factory=dict)
 
@@ -199,11 +228,11 @@ def _jsoned(value: Any) -> Any:
 def from_header(header: Header) -> AnyMessage:
     """The message of a header. Raises ValueError if it is not one: the network may carry anything.
 
-    Keys that the message doesn't have are left aside, and a metric that is no number becomes NaN (0
-    for a count): no metric is a reason to lose a reply.
+    Keys that the message doesn't have are left aside, texts are cut to their bound, and a metric that is no
+    number keeps its default: no metric is a reason to lose a reply.
     """
     kinds = {kind.__name__: kind for kind in (HelloOrder, HelloReply, TrainOrder, TrainReply)}
-    if not isinstance(header, dict) or str(header.get("kind")) not in kinds:
+    if not isinstance(header, dict) or str(header.get("kind"))[:MAX_NAME_CHARS] not in kinds:
         raise ValueError("not a Pilot message: its header says no kind")
     kind = kinds[str(header["kind"])]
     try:
@@ -218,20 +247,31 @@ def _fields(kind: Any) -> tuple["dataclasses.Field[Any]", ...]:
 
 
 def _field(declared: "dataclasses.Field[Any]", value: Any) -> Any:
+    bounds = declared.metadata
     try:
-        return _conform(value, declared.type)
+        conformed = _conform(value, declared.type, bounds.get("most_chars"))
+        if isinstance(conformed, int | float) and not isinstance(conformed, bool):
+            low, high = bounds.get("low", -math.inf), bounds.get("high", math.inf)
+            if not low <= conformed <= high:
+                raise ContentError(f"is {conformed}, not from {low:g} to {high:g}")
+        return conformed
     except ValueError as error:
-        if declared.metadata.get("metric"):
-            return math.nan if declared.type is float else 0
+        if bounds.get("metric"):
+            return declared.default
         raise type(error)(f"not a Pilot message: {declared.name} {error}") from error
 
 
-def _conform(value: Any, kind: Any) -> Any:
-    """`value`, as JSON gave it, as a `kind`; raises ValueError if it isn't one."""
-    if kind == Fence | None:
-        return None if value is None else _conform(value, Fence)
+def _conform(value: Any, kind: Any, most_chars: int | None = None) -> Any:
+    """`value`, as JSON gave it, as a `kind`, within the bounds of all numbers.
+
+    Raises ValueError if it isn't one.
+    Texts are made plain and cut to `most_chars`; without it they stay as they are.
+    """
+    if kind == Fence | None or kind == float | None:
+        return None if value is None else _conform(value, get_args(kind)[0])
     if kind is Fence and isinstance(value, dict):
-        return Fence(**{f.name: _conform(value.get(f.name), f.type) for f in _fields(Fence)})
+        names = _fields(Fence)
+        return Fence(**{f.name: _conform(value.get(f.name), f.type, MAX_NAME_CHARS) for f in names})
     if kind is Segment:
         return Segment.from_list(_integers(value, 4))
     if kind == dict[int, int]:
@@ -242,11 +282,25 @@ def _conform(value: Any, kind: Any) -> Any:
     if get_origin(kind) is list and isinstance(value, list):
         return [_conform(item, get_args(kind)[0]) for item in value]
     if get_origin(kind) is dict and isinstance(value, dict):
-        return {str(key): _conform(item, get_args(kind)[1]) for key, item in value.items()}
-    if type(value) is int and value not in _INT64:
-        raise ValueError("is an integer of more than 64 bits")
+        inner = get_args(kind)[1]
+        most_chars = MAX_NAME_CHARS if inner is str else None
+        return {
+            _conform(k, str, most_chars): _conform(v, inner, most_chars) for k, v in value.items()
+        }
+    return _conform_scalar(value, kind, most_chars)
+
+
+def _conform_scalar(value: Any, kind: Any, most_chars: int | None) -> Any:
+    if type(value) is int and abs(value) > (_INT64 if kind == Scalar else MAX_INTEGER):
+        raise ValueError("is too large an integer")
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if type(value) is float and not abs(value) <= (
+        sys.float_info.max if kind == Scalar else MAX_NUMBER
+    ):
+        raise ValueError(f"is {value}")
+    if type(value) is str and most_chars is not None:
+        value = plain(value, most_chars)
     if type(value) is kind or (kind == Scalar and isinstance(value, Scalar)):
         return value
     raise ValueError(f"is a {type(value).__name__}")

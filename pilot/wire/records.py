@@ -11,9 +11,12 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from pilot.wire.jsonable import header_text
-from pilot.wire.messages import Header, Part
+from pilot.wire.messages import MAX_NAME_CHARS, Header, Part
 
 _STYPE = "pilot.raw"
+# A lease of ten thousand shards has a header of a quarter of this.
+MAX_HEADER_CHARS = 4 << 20
+MAX_DIMENSIONS = 8
 
 
 def to_records(header: Header, parts: Iterable[Part] | ArrayRecord) -> RecordDict:
@@ -42,16 +45,23 @@ def to_arrays(parts: Iterable[Part]) -> ArrayRecord:
 def from_records(content: RecordDict) -> tuple[Header, list[Part]]:
     """The header and the parts of a message. Raises ValueError if it is not one of ours."""
     try:
-        header: Any = json.loads(str(content["config"]["header"]))
+        text = content["config"]["header"]
         arrays = content["parts"]
+        if not isinstance(text, str) or len(text) > MAX_HEADER_CHARS:
+            raise ValueError("its header is no text, or an endless one")
+        header: Any = json.loads(text)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a Pilot message: {error}") from error
     if not isinstance(header, dict) or not isinstance(arrays, ArrayRecord):
         raise ValueError("not a Pilot message: its header is no table")
-    return header, _parts(arrays)
+    return header, [_part(name, array) for name, array in arrays.items()]
 
 
-def _parts(arrays: ArrayRecord) -> list[Part]:
-    return [
-        Part(name, array.dtype, tuple(array.shape), array.data) for name, array in arrays.items()
-    ]
+def _part(name: str, array: Array) -> Part:
+    """Raises ValueError for what could not be a tensor of a model."""
+    shape = tuple(array.shape)
+    if max(len(name), len(array.dtype)) > MAX_NAME_CHARS or len(shape) > MAX_DIMENSIONS:
+        raise ValueError("not a Pilot message: the name, dtype or shape of a tensor is endless")
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+        raise ValueError("not a Pilot message: the shape of a tensor is not made of sizes")
+    return Part(name, array.dtype, shape, array.data)

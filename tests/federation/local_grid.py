@@ -18,14 +18,17 @@ Handler = Callable[[str, RecordDict], RecordDict]
 
 
 class LocalGrid:
-    """Nodes are handlers: (message type, content) → content; an exception becomes Flower's error 2."""
+    """Nodes are handlers: (message type, content) → content; an exception becomes Flower's error 2.
+
+    A handler that returns an exception has sent what Flower cannot read: pulling it raises that.
+    """
 
     def __init__(self, handlers: dict[int, Handler]) -> None:
         # Flower refuses to make messages outside a run
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.online = set(handlers)
         self._inboxes: dict[int, queue.Queue[tuple[str, Message]]] = {}
-        self._replies: dict[str, Message] = {}
+        self._replies: dict[str, Message | Exception] = {}
         for node_id, handler in handlers.items():
             self.add(node_id, handler)
 
@@ -40,7 +43,8 @@ class LocalGrid:
             message_id, message = inbox.get()
             try:
                 content = handler(message.metadata.message_type, message.content)
-                reply = Message(content, reply_to=message)
+                unreadable = isinstance(content, Exception)
+                reply = content if unreadable else Message(content, reply_to=message)
             except Exception as error:  # noqa: BLE001  # as Flower does: whatever an app raises
                 reply = Message(Error(2, str(error)), reply_to=message)
             self._replies[message_id] = reply
@@ -57,7 +61,11 @@ class LocalGrid:
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+        replies = [self._replies.pop(i) for i in message_ids if i in self._replies]
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
 
     def repeat(self, message_id: str, reply: Any) -> None:
         """Let a reply arrive once more."""

@@ -369,3 +369,42 @@ def test_server_that_lost_its_lock_to_another_stops_and_leaves_the_others_keys(
         assert raw.hget("pilot:r:round", "phase") == b"open"
         assert raw.get("pilot:r:server") is not None
     second.tick()
+
+
+# -- what anybody may have written ------------------------------------------------------------------
+
+
+def test_junk_in_one_clients_keys_costs_that_client_only(redis_url: str, tmp_path: Path) -> None:
+    leader = server(redis_url, tmp_path)
+    leader.open_round(1)
+    with client(redis_url, name="good") as half, redis.Redis.from_url(redis_url) as raw:
+        half.send_heartbeat(Heartbeat(state="training", step=2, tokens=64), expiry_s=60)
+        raw.set("pilot:r:client:text", "no hash")
+        values = {"term": "1", "round": "1", "beat": "x", "tokens": "9" * 4000, "loss": b"\xff\xfe"}
+        raw.hset("pilot:r:client:odd", mapping=values | {"state": "y" * 1_000_000})  # type: ignore[arg-type]
+        raw.set("pilot:r:stop:odd", b"\xff" + b"z" * 1_000_000)
+        heard = leader.heartbeats(["text", "odd", "good"])
+        assert not leader.failing
+        assert heard["good"].heartbeat == Heartbeat(state="training", step=2, tokens=64)
+        assert "text" not in heard
+        assert heard["odd"].heartbeat == Heartbeat(state="y" * 38 + " …")
+        assert len(leader.draining(["odd"])["odd"]) == 2000
+
+
+@pytest.mark.parametrize("held", ["no JSON", "[1]", "7", "[" * 9999, "\ud7ff"])
+def test_lock_that_holds_no_server_is_somebody_elses(
+    redis_url: str, tmp_path: Path, held: str
+) -> None:
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.set("pilot:r:server", held)
+    with pytest.raises(CoordinatorError, match="already led by process None on None"):
+        server(redis_url, tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"term": "x"}, {"round": "1"}, {"term": "1", "round": "²"}])
+def test_round_key_that_no_server_wrote_ends_no_round(
+    redis_url: str, values: dict[str, str]
+) -> None:
+    with client(redis_url) as half, redis.Redis.from_url(redis_url) as raw:
+        raw.hset("pilot:r:round", mapping=values | {"phase": "ended"})  # type: ignore[arg-type]
+        assert half.round_over() is None and half.superseded() is None

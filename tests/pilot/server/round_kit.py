@@ -1,28 +1,38 @@
 """A round of three clients, and answers to it."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
 
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
 from pilot.run.state import RunState
 from pilot.segment import Segment
-from pilot.server.mailbox import Answer
+from pilot.server.mailbox import Answer, answer_of
 from pilot.server.open_round import OpenRound, SentOrder
 from pilot.server.report import Report
 from pilot.server.roster import Client
 from pilot.server.telemetry import Telemetry
 from pilot.wire.codec import encode
-from pilot.wire.messages import Fence, HelloReply, TrainReply, to_header
+from pilot.wire.messages import Fence, HelloReply, Part, TrainReply, to_header
+from pilot.wire.records import to_records
 
 ROW_TOKENS, SHARD_ROWS = 8, 10
 CONFIG = RunConfig(
     run_name="r", sequence_len=ROW_TOKENS, total_batch_size=4 * ROW_TOKENS, num_shards=6
 )
+
+
+def said(message_id: str, header: dict[str, Any], parts: Iterable[Part] = ()) -> Answer:
+    """What a client's header and parts become on their way to the round."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    return answer_of(message_id, 0, Message(to_records(header, parts), 1, "train"))
 
 
 class Round:
@@ -71,7 +81,7 @@ class Round:
 
     def answer(self, name: str, reply: TrainReply, value: float = 1.0) -> Answer:
         update = {key: torch.full_like(t, value) for key, t in self.state.weights.items()}
-        return Answer(f"m-{name}", 0, to_header(reply), encode(update) if reply.tokens else [])
+        return said(f"m-{name}", to_header(reply), encode(update) if reply.tokens else [])
 
     def accept(self, name: str, value: float = 1.0, **changes: Any) -> bool:
         """Whether the answer was to this round, accepted or refused."""

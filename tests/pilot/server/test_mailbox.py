@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from pilot.server.mailbox import FORGET_AFTER_S, LOST_AFTER_S, Answer, Mailbox
-from pilot.wire.messages import Part
+from pilot.wire.messages import MAX_TEXT_CHARS, HelloReply, Part, to_header
 
 from ..grid_fixture import ManualClock, ManualGrid
 
@@ -26,8 +26,9 @@ def test_answer_carries_what_the_node_said() -> None:
     assert grid.pushed[message_id].metadata.message_type == "train"
     assert grid.pushed[message_id].metadata.dst_node_id == 7 and grid.header(message_id) == {"n": 1}
     assert box.poll() == [] and box.busy(7)
-    grid.answer(message_id, {"x": 2}, [part])
-    assert box.poll() == [Answer(message_id, 7, {"x": 2}, [part])]
+    hello = HelloReply(host="here")
+    grid.answer(message_id, to_header(hello) | {"node_name": "site-a"}, [part])
+    assert box.poll() == [Answer(message_id, 7, hello, [part], name="site-a")]
     assert box.poll() == [] and not box.busy(7)
 
 
@@ -145,8 +146,8 @@ def test_abandoned_answer_that_comes_in_time_is_heard() -> None:
     box, grid, _ = make(7)
     message_id = box.send(7, "train", {})
     box.abandon(message_id)
-    grid.answer(message_id, {"x": 1})
-    assert [answer.header for answer in box.poll()] == [{"x": 1}]
+    grid.answer(message_id, to_header(HelloReply(host="x")))
+    assert [answer.message for answer in box.poll()] == [HelloReply(host="x")]
     assert not box.busy(7)
 
 
@@ -174,6 +175,49 @@ def test_reply_that_never_comes_whole_blocks_neither_the_loop_nor_other_replies(
     while not (answers := box.poll()):
         assert time.monotonic() < until
     assert [answer.message_id for answer in answers] == [one] and not box.busy(1)
+
+
+def test_error_of_megabytes_is_cut() -> None:
+    box, grid, _ = make(1)
+    grid.fail(box.send(1, "query", {}), 8, "x" * 3_000_000)
+    assert len(box.poll()[0].error) == MAX_TEXT_CHARS
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * 201, 7.5, ["a"], {}, "²", "a\nb", "\ud800"], ids=lambda n: repr(n)[:9]
+)
+def test_name_is_a_short_line_or_none(name: Any) -> None:
+    box, grid, _ = make(1)
+    grid.answer(box.send(1, "query", {}), to_header(HelloReply()) | {"node_name": name})
+    (answer,) = box.poll()
+    expected = {"²": "²", "a\nb": "a b", "\ud800": ""}
+    assert answer.name == (expected.get(name, "") if isinstance(name, str) else "")
+    assert answer.malformed == (name not in ("", {}, *expected))
+
+
+@pytest.mark.parametrize("what", ["record", "array"])
+def test_reply_that_flower_cannot_read_is_refused_and_the_others_come(what: str) -> None:
+    """Its own header is no JSON: Flower raises where it makes records of what it has downloaded."""
+
+    class Inflating(ManualGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            if any(reply.metadata.src_node_id == 1 for reply in replies):
+                whole: Any = ArrayRecord({"w": Array("float32", (1,), "pilot.raw", b"abcd")})
+                part = whole if what == "record" else whole["w"]
+                raw = part.deflate()
+                head = raw.index(b"{")
+                type(part).inflate(raw[:head] + b"\xff" + raw[head + 1 :], part.children)
+            return replies
+
+    grid = Inflating(1, 2)
+    box = Mailbox(grid, ManualClock())  # type: ignore[arg-type]  # what Grid is used for
+    for node in (1, 2):
+        grid.answer(box.send(node, "train", {}), to_header(HelloReply()))
+    bad, good = sorted(box.poll(), key=lambda answer: answer.node_id)
+    assert bad.malformed and bad.error.startswith("it cannot be read (") and not bad.lost
+    assert good.message == HelloReply() and not box.busy(1)
+    assert box.poll() == []
 
 
 def test_what_pulling_raises_reaches_the_round_loop() -> None:

@@ -1,6 +1,5 @@
 """Who works, who is silent, and what a site's rounds cost, from heartbeats and replies."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 
 from pilot.config import RunConfig
 from pilot.coordination.heartbeats import Heard
-from pilot.rules.ledger import Ledger
+from pilot.rules.ledger import Lease, Ledger
 from pilot.run.events import read_events
 from pilot.run.state import RunState
+from pilot.segment import Segment
 from pilot.server.mailbox import Answer
 from pilot.server.monitor import RoundMonitor, uploads_s
 from pilot.server.open_round import OpenRound, SentOrder
@@ -166,7 +166,7 @@ def test_nothing_follows_from_the_silence_of_who_was_never_heard_or_has_no_redis
 
 def test_a_reply_that_comes_after_all_ends_the_silence_without_a_word(watched: Watched) -> None:
     watched.silent(110.0, a=beat(), b=beat(age=9.0))
-    watched.round.handle_answer(Answer("m-b", 1, {}, [], "gone", lost=True))
+    watched.round.handle_answer(Answer("m-b", 1, error="gone", lost=True))
     assert watched.silent(111.0, a=beat()) == set()
     assert watched.told() == [("client_silent", "b")]
 
@@ -191,11 +191,40 @@ def test_what_a_round_costs_a_site_is_measured_from_its_replies(watched: Watched
     client = order.client
     assert (client.start_s, client.upload_s, client.fixed_cost_s) == (4.0, 5.0, 9.0)
     assert client.tokens_per_s == 4.0
-    for odd in (replace(reply, tokens=0), replace(reply, train_s=math.nan)):
+    for odd in (replace(reply, tokens=0), replace(reply, train_s=0.0)):
         watched.monitor.measure(order, odd, 130.0)
         assert client.tokens_per_s == 4.0, "who had no time to train is not slow"
     assert uploads_s([order]) == [10.0]
     assert uploads_s([order, watched.orders["b"]]) == [], "nobody knows how long b takes"
+
+
+@pytest.mark.parametrize(("said_s", "believed_s"), [(1e-6, 0.25), (1e9, 25.0), (16.0, 16.0)])
+def test_time_that_a_site_says_it_trained_is_believed_as_far_as_it_can_be_true(
+    watched: Watched, said_s: float, believed_s: float
+) -> None:
+    order = watched.orders["a"]  # sent 25 seconds before its reply comes
+    reply = TrainReply(fence=order.fence, client="a", tokens=64, train_s=said_s)
+    watched.monitor.measure(order, reply, 125.0)
+    assert order.client.tokens_per_s == pytest.approx(64 / believed_s)
+    assert order.client.fixed_cost_s == pytest.approx(25.0 - believed_s)
+
+
+def test_tokens_that_a_heartbeat_claims_count_as_far_as_they_can_be_true(watched: Watched) -> None:
+    lease = Lease(1, "a", (Segment(0, 0, 2, 12), Segment(0, 1, 0, 5)), last=False)
+    leased = replace(watched.orders["a"], lease=lease)
+    watched.round.add(leased)
+    tokens = 15 * RunConfig().sequence_len
+    claim = {"a": beat(tokens=2**50), "b": beat(step=0, tokens=0)}
+
+    def counted() -> int:
+        watched.silent(110.0, **claim)
+        return watched.monitor.view(110.0, waiting=0, rows_left=True).tokens
+
+    assert counted() == tokens, "no more than was leased"
+    leased.client.tokens_per_s = 20.0
+    assert counted() == 4 * 20 * 10 + 1, "nor much faster than ever before"
+    claim["a"] = beat(tokens=300)
+    assert counted() == 300
 
 
 def test_nonsense_in_a_heartbeat_counts_as_not_said() -> None:

@@ -58,7 +58,7 @@ def test_spool_of_a_dead_server_is_emptied(tmp_path: Path) -> None:
 
 
 def test_answer_to_something_else_is_left_to_others(one: Round) -> None:
-    assert not one.open.handle_answer(Answer("foreign", 0, {}, []))
+    assert not one.open.handle_answer(Answer("foreign", 0))
     assert len(one.open.pending) == 3
 
 
@@ -134,8 +134,8 @@ def test_round_that_has_no_loss_says_none(one: Round) -> None:
 
 
 def test_who_has_not_answered_is_no_failure_of_its_site_but_its_rows_go_back(one: Round) -> None:
-    lost = one.open.handle_answer(Answer("m-a", 0, {}, [], "its node is gone", lost=True))
-    refused = one.open.handle_answer(Answer("m-b", 1, {}, [], "Flower error 2: it raised"))
+    lost = one.open.handle_answer(Answer("m-a", 0, error="its node is gone", lost=True))
+    refused = one.open.handle_answer(Answer("m-b", 1, error="Flower error 2: it raised"))
     assert lost is not None and refused is not None
     assert lost.reply is None and refused.reply is None
     assert (set(one.open.lost), set(one.open.failures)) == ({"a"}, {"b"})

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from pilot.run.events import read_events
+from pilot.run.quarantine import MAX_KEPT
+from pilot.segment import Segment
 from pilot.server.mailbox import Answer
+from pilot.server.open_round import MAX_FRUITLESS_ORDERS
 from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, Part, to_header
 
-from .round_kit import CONFIG, ROW_TOKENS, Round
+from .round_kit import CONFIG, ROW_TOKENS, Round, said
 
 
 @pytest.mark.parametrize(
@@ -74,14 +77,14 @@ def test_update_in_another_dtype_than_the_runs_is_refused(one: Round) -> None:
     reply = one.reply("a")
     update = {key: torch.ones_like(t) for key, t in one.state.weights.items()}
     parts = encode(update, dtype="bfloat16")
-    one.open.handle_answer(Answer("m-a", 0, to_header(reply), parts))
+    one.open.handle_answer(said("m-a", to_header(reply), parts))
     assert one.refusals() == ["its tensors came as bfloat16, not float32"]
 
 
 def test_refused_content_is_counted_and_what_a_site_is_not_to_blame_for_is_not(one: Round) -> None:
     one.accept("a", math.nan)
     one.accept("b", error="the GPU fell off the bus")
-    one.open.handle_answer(Answer("m-c", 0, {}, [], "its node is gone", lost=True))
+    one.open.handle_answer(Answer("m-c", 0, error="its node is gone", lost=True))
     assert one.open.rejected == 1
     assert one.state.admission.in_a_row == {"a": 1}
 
@@ -94,7 +97,7 @@ def test_content_of_which_no_reply_can_be_made_counts_against_its_sender(
 ) -> None:
     one.state.config = replace(CONFIG, quarantine=True)
     header = to_header(one.reply("a")) | changes
-    one.open.handle_answer(Answer("m-a", 0, header, []))
+    one.open.handle_answer(said("m-a", header))
     assert (one.open.rejected, one.state.admission.in_a_row) == (1, {"a": 1})
     assert not one.open.may_have_order("a")
 
@@ -139,7 +142,7 @@ def test_reply_that_has_no_tensors_is_kept_without_them_under_a_name_of_ours(one
     name = "../../etc/a b"
     one.order(name, 3, {0})
     broken = Part("w", "float32", (3,), b"short")
-    one.open.handle_answer(Answer(f"m-{name}", 0, to_header(one.reply(name)), [broken]))
+    one.open.handle_answer(said(f"m-{name}", to_header(one.reply(name)), [broken]))
     (path,) = (one.spool.parent / "quarantine").iterdir()
     assert path.name.endswith(".json") and ".._.._etc_a_b" in path.name
 
@@ -153,6 +156,37 @@ def test_disk_that_takes_no_quarantine_costs_a_warning_only(
     assert one.open.rejected == 1
 
 
+def test_quarantine_is_kept_small(one: Round, caplog: pytest.LogCaptureFixture) -> None:
+    one.state.config = replace(CONFIG, quarantine=True)
+    kept = one.spool.parent / "quarantine"
+    kept.mkdir()
+    for number in range(MAX_KEPT):
+        (kept / f"{number}.json").touch()
+    one.accept("a", math.nan)
+    assert len(list(kept.iterdir())) == MAX_KEPT and one.open.rejected == 1
+    assert f"holds {MAX_KEPT} already" in caplog.text
+
+
+def test_tensor_name_that_no_file_takes_costs_its_sender_only(one: Round) -> None:
+    one.state.config = replace(CONFIG, quarantine=True)
+    part = Part("__metadata__", "float32", (1,), b"abcd")
+    one.open.handle_answer(said("m-a", to_header(one.reply("a")), [part]))
+    assert "not the model's" in one.refusals()[0] and one.open.rejected == 1
+    assert one.accept("b") and len(one.open.accepted) == 1
+
+
+def test_reply_of_more_runs_of_rows_than_were_leased_is_refused_unread(one: Round) -> None:
+    one.accept("a", consumed=[Segment(0, 0, 0, 0)] * 5000, tokens=0)
+    assert one.refusals() == ["it consumed 5000 runs of rows of 2"]
+
+
+def test_site_that_uses_up_leases_without_training_is_not_asked_for_ever(one: Round) -> None:
+    for again in range(MAX_FRUITLESS_ORDERS):
+        assert one.accept("a", rows=0, stopped_by="lease used up")
+        assert one.open.may_have_order("a") == (again + 1 < MAX_FRUITLESS_ORDERS)
+        one.order("a", 0, {0})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_reply_that_is_not_finite_is_refused(one: Round, value: float) -> None:
     one.accept("a", value)
@@ -162,9 +196,9 @@ def test_reply_that_is_not_finite_is_refused(one: Round, value: float) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        Answer("m-a", 0, {}, [], "Flower error 5: gone"),
-        Answer("m-a", 0, {}, []),
-        Answer("m-a", 0, {"kind": "HelloReply"}, []),
+        Answer("m-a", 0, error="Flower error 5: gone"),
+        said("m-a", {}),
+        said("m-a", {"kind": "HelloReply"}),
     ],
     ids=str,
 )

@@ -226,3 +226,18 @@ def test_hello_that_was_lost_with_its_node_is_no_open_question() -> None:
     them.clock.at_s += LOST_AFTER_S
     them.turn()
     assert not them.roster.questions_open
+
+
+def test_names_of_any_characters_have_an_order() -> None:
+    names = ["²", "a²", "٣", "b10", "b9", "", "-1"]
+    assert sorted(names, key=natural) == ["", "٣", "-1", "a²", "b9", "b10", "²"]
+
+
+def test_node_that_says_another_name_each_time_is_not_remembered_for_ever() -> None:
+    them = Federation(1)
+    for number in range(150):
+        them.says(1, f"name-{number}", error="no" * 5000)
+        them.clock.at_s += ASK_AGAIN_S
+        them.turn()
+    assert len(them.roster.refusals) == 100 and "name-149" in them.roster.refusals
+    assert len(them.roster.waiting_for(1)) < 100 * 310

@@ -78,6 +78,8 @@ def test_encoding_doesnt_change_a_tensor_that_needs_gradients() -> None:
         Part("x", "float32", (), b""),
         Part("x", "float32", (-1, -4), b"\0" * 16),
         Part("x", "float32", (1 << 62, 4), b"\0" * 16),
+        Part("x", "float32", (0, 1 << 62, 4), b""),
+        Part("x", "float32", (1 << 62, 0, 1 << 62), b""),
         Part("x", "float64", (2,), b"\0" * 16),
         Part("x", "object", (1,), b"\0"),
         Part("x", "", (1,), b"\0" * 4),

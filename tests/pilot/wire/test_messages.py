@@ -1,5 +1,6 @@
 """Messages take anything and lose nothing: no metric fails a reply, no garbage more than its sender."""
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,11 @@ from pilot.config import DEFAULTS
 from pilot.segment import Segment
 from pilot.wire.jsonable import header_text
 from pilot.wire.messages import (
+    MAX_NAME_CHARS,
+    MAX_TEXT_CHARS,
+    ContentError,
     Fence,
+    Heartbeat,
     HelloOrder,
     HelloReply,
     TrainOrder,
@@ -110,6 +115,7 @@ MESSAGES = [
         fence=FENCE, client="c", tokens=5, consumed=[Segment(0, 1, 2, 3)], row_counts={1: 2}
     ),
 ]
+REPLY = MESSAGES[-1]
 
 
 @pytest.mark.parametrize(("value", "number"), NUMBERS, ids=lambda v: type(v).__name__)
@@ -160,9 +166,84 @@ def test_odd_metric_never_fails_a_reply(name: str, value: Any) -> None:
     assert isinstance(taken, TrainReply)
     kept = replace(taken, **{name: getattr(reply, name)})
     assert kept == reply
-    metric = getattr(taken, name)
-    assert type(metric) is type(getattr(reply, name))
-    assert metric == value or math.isnan(metric) or metric == 0
+    unknown = {"loss_nats": None, "eval_nats": None, "train_s": 0.0}
+    assert getattr(taken, name) == unknown.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("loss_nats", math.nan, None),
+        ("loss_nats", math.inf, None),
+        ("loss_nats", 1e300, None),
+        ("loss_nats", -1.0, None),
+        ("loss_nats", 7, 7.0),
+        ("eval_nats", 1e300, None),
+        ("eval_nats", -math.inf, None),
+        ("eval_bytes", -3, 0),
+        ("eval_rows", 2**60, 0),
+        ("steps", 2**53 + 1, 0),
+        ("train_s", 5e-324, 0.0),
+        ("train_s", 1e-7, 0.0),
+        ("train_s", -1.0, 0.0),
+        ("train_s", 0.5, 0.5),
+        ("total_s", math.nan, 0.0),
+    ],
+)
+def test_number_that_cannot_be_is_none_behind_the_parser(name: str, value: Any, kept: Any) -> None:
+    taken = from_header(json.loads(header_text(to_header(REPLY) | {name: value})))
+    assert getattr(taken, name) == kept and type(getattr(taken, name)) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("error", MAX_TEXT_CHARS),
+        ("warning", MAX_TEXT_CHARS),
+        ("host", MAX_NAME_CHARS),
+        ("device_name", MAX_NAME_CHARS),
+    ],
+)
+def test_text_of_megabytes_is_cut(name: str, most: int) -> None:
+    taken = from_header(to_header(HelloReply()) | {name: "x" * 5_000_000})
+    text = getattr(taken, name)
+    assert len(text) == most and text.endswith("x …")
+
+
+def test_text_is_one_line_that_every_log_takes() -> None:
+    taken = from_header(to_header(REPLY) | {"error": "no\x1b[2J\r\nfake line\u2028\ud800 é"})
+    assert taken.error == "no [2J  fake line   é"
+
+
+def test_texts_of_orders_stay_as_they_are() -> None:
+    config = {"source": "/data/a\u00a0b\n" + "x" * 3000, "seed": 2**63 - 1, "lr": 1e300}
+    order = HelloOrder(run="r", config=config, redis_url="redis://h\u00e9")
+    assert from_header(json.loads(header_text(to_header(order)))) == order
+
+
+@pytest.mark.parametrize("devices", [0, -1, 4097, 2**53])
+def test_hello_of_impossible_devices_is_refused(devices: int) -> None:
+    with pytest.raises(ContentError, match=r"devices is .* not from 1 to 4096"):
+        from_header(to_header(HelloReply()) | {"devices": devices})
+
+
+def test_hashes_and_their_names_are_cut_too() -> None:
+    hello = from_header(to_header(HelloReply()) | {"fingerprints": {"k" * 900: "v" * 900}})
+    ((key, value),) = hello.fingerprints.items()
+    assert len(key) == len(value) == MAX_NAME_CHARS
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from([f.name for f in dataclasses.fields(Heartbeat)]),
+        st.text() | st.integers().map(str) | st.floats().map(str) | st.just("9" * 5000),
+    )
+)
+def test_heartbeat_is_finite_and_bounded_whatever_redis_holds(values: dict[str, str]) -> None:
+    beat = Heartbeat.from_redis(values)
+    assert len(beat.state) <= 40 and beat.state.isprintable()
+    numbers = [value for value in dataclasses.astuple(beat) if not isinstance(value, str)]
+    assert all(-1 <= value <= 2**53 for value in numbers)
 
 
 def test_tensor_as_a_metric_arrives_as_its_number() -> None:

@@ -59,7 +59,7 @@ def test_metric_of_any_type_never_fails_a_reply(value: Any) -> None:
     received, parts = from_records(through_flower(to_records(header, [])))
     reply = from_header(received)
     assert isinstance(reply, TrainReply) and reply.tokens == 7 and parts == []
-    assert isinstance(reply.loss_nats, float)
+    assert reply.loss_nats is None or 0 <= reply.loss_nats <= 1e15
 
 
 def test_a_header_travels_once_and_whole() -> None:
