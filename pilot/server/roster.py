@@ -1,17 +1,19 @@
 """Which clients take part: each new node is asked once what it is, and a mismatch is refused with a sentence.
 
-Clients must agree to the bit on tokenizer, packing, validation rows, corpus and the pilot package. What
-they must agree on is what the snapshot says, or else the first answer that `min_clients` clients share.
+Clients must agree to the bit on tokenizer, packing, validation rows, corpus and the code that decides on
+numbers, which must be the server's own. What they must agree on is what the snapshot says, or else the first
+answer that `min_clients` clients share.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pilot.rules.rounds import Clock
+from pilot.run.state import versions
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.report import Report
-from pilot.wire.messages import HelloOrder, HelloReply, package_hash, plain, to_header
+from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, plain, to_header
 
 ASK_AGAIN_S = 30.0
 LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the client
@@ -68,7 +70,7 @@ class Roster:
 
     def __post_init__(self) -> None:
         if self.fingerprints:  # a run may be resumed with a newer pilot, on all clients alike
-            self.fingerprints = self.fingerprints | {"pilot package": package_hash()}
+            self.fingerprints = self.fingerprints | code_hashes()
 
     def send_hellos(self) -> None:
         """Ask nodes that are new, and once in a while those that were refused; forget those that went."""
@@ -116,13 +118,15 @@ class Roster:
             self.refusals.pop(name, None)
             self.refusals.pop(f"node {client.node_id}", None)
             self.report.client_accepted(name, client.hello)
+            if other := _other_versions(client.hello.versions):
+                self.report.client_warned(name, other)
 
     def _find_agreement(self) -> bool:
         """Fix what to agree on, once enough clients do."""
         for candidate in self._answered.values():
             ours = candidate.hello.fingerprints
             agreeing = [s for s in self._answered.values() if s.hello.fingerprints == ours]
-            if len(agreeing) >= self.min_clients and ours.get("pilot package") == package_hash():
+            if len(agreeing) >= self.min_clients and code_hashes().items() <= ours.items():
                 self.fingerprints = dict(ours)
                 return True
         return False
@@ -181,6 +185,20 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """Sorts client_2 before client_10."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _other_versions(theirs: Mapping[str, str]) -> str:
+    """A sentence if a client has another version than the server of what its numbers come from; "" if not.
+
+    Builds for other devices are the same version: 2.9.0+cpu and 2.9.0+cu130.
+    """
+    ours = versions()["torch"].partition("+")[0]
+    other = theirs.get("torch", ours).partition("+")[0]
+    if other == ours:
+        return ""
+    return (
+        f"its torch is {other}, the server's {ours}: their numbers may differ more than by rounding"
+    )
 
 
 def _hello(answer: Answer) -> HelloReply:

@@ -12,12 +12,13 @@ from nanochat.builtin import ensure_builtin_tokenizer, prepare_builtin
 from nanochat.common import autodetect_device_type, check_device_type
 from nanochat.errors import UserError
 from nanochat.rows.cache import RowCache
+from nanochat.rows.encoder import BatchEncoder
 from nanochat.source import Source, get_source
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_dir
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ping, resolve_url
 from pilot.errors import PilotError
-from pilot.wire.messages import HelloOrder, HelloReply, package_hash
+from pilot.wire.messages import HelloOrder, HelloReply, code_hashes
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def hello(order: HelloOrder) -> HelloReply:
         data = open_data(config)
         validation = data.validation_rows(0, config.eval_rows)
         devices, device_name = _devices(config)
+        encoder = BatchEncoder(data.tokenizer, dtype=np.dtype(np.uint32))
     except (UserError, PilotError, OSError) as error:
         return HelloReply(error=str(error), host=socket.gethostname())
     return HelloReply(
@@ -91,8 +93,10 @@ def hello(order: HelloOrder) -> HelloReply:
             "validation shard": str(data.source.val_shard),
             "validation rows": _sha256(validation),
             "corpus": data.source.manifest_sha256(),
-            "pilot package": package_hash(),
+            "rustbpe": encoder.fingerprint(),
+            **code_hashes(),
         },
+        versions={"torch": torch.__version__},
     )
 
 

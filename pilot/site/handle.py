@@ -32,7 +32,7 @@ from pilot.processes.ancestry import alive, ancestors, owner_of
 from pilot.processes.waiting import wait_until
 from pilot.site.group_directory import GroupDirectory, new_directory
 from pilot.wire.frames import WireError, receive_frame, send_frame
-from pilot.wire.messages import Header, Part, package_hash
+from pilot.wire.messages import Header, Part, code_hashes
 
 SOCKET_NAME, ERROR_NAME = "worker.sock", "error.txt"
 STAY = b"s"  # tells a resident group that its first ClientApp exits in good order
@@ -150,9 +150,9 @@ class WorkerHandle:
 
     def _greet(self, connection: socket.socket) -> Header:
         """Exchange versions and learn the supervisor's pid. Raises WorkerError if the versions differ."""
-        send_frame(connection, {"package": package_hash()})
+        send_frame(connection, {"package": code_hashes()})
         theirs, _ = receive_frame(connection, while_waiting=self._check_parent)
-        if theirs.get("package") != package_hash():
+        if theirs.get("package") != code_hashes():
             raise WorkerError(
                 "the pilot package installed on this site differs from the one that the run sent: "
                 "install the same version on all sites and on the server"

@@ -1,6 +1,6 @@
 """One process of a worker group: rank 0 takes orders from ClientApps, the other ranks follow rank 0.
 
-A ClientApp connects, both sides compare the hash of their `pilot` package, the ClientApp sends one order,
+A ClientApp connects, both sides compare the hashes of their code, the ClientApp sends one order,
 rank 0 answers it. Then a temporary group ends, and a resident one waits for the next connection.
 """
 
@@ -33,8 +33,8 @@ from pilot.wire.messages import (
     Part,
     TrainOrder,
     TrainReply,
+    code_hashes,
     from_header,
-    package_hash,
     to_header,
 )
 
@@ -68,7 +68,7 @@ class _Server:
 
     def __init__(self, directory: Path, idle_s: float) -> None:
         self._directory, self._idle_s = directory, idle_s
-        self._package = package_hash()  # of the code that this process has imported
+        self._package = code_hashes()  # of the code that this process has imported
         self._ranks: Ranks | None = None  # joined when there is something to train
 
     def serve(self) -> None:

@@ -1,7 +1,7 @@
 """Frames on the Unix socket between a ClientApp and its worker group. Standard library only.
 
 A frame is an 8-byte length, a JSON header of that length, and the bytes of the parts that the header
-lists. Nothing is pickled. Both ends of a conversation start with the hash of their `pilot` package.
+lists. Nothing is pickled. Both ends of a conversation start with the hashes of their code.
 """
 
 import json

@@ -9,6 +9,7 @@ it is refused. Standard library only.
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import math
 import sys
 from collections.abc import Mapping
@@ -133,8 +134,9 @@ class HelloOrder:
 class HelloReply:
     """A client's answer; `error` is a sentence when it cannot take part.
 
-    `fingerprints` maps what all clients must agree on (tokenizer, rows, validation rows, corpus, pilot)
-    to hex SHA-256; `shards` are the training shards on its disk; `devices` the processes it can run.
+    `fingerprints` maps what all clients must agree on (tokenizer, rows, validation rows, corpus, code)
+    to hex SHA-256; `versions` what may differ and is told; `shards` are the training shards on its disk;
+    `devices` the processes it can run.
     """
 
     error: str = _text()
@@ -144,6 +146,7 @@ class HelloReply:
     host: str = _text(MAX_NAME_CHARS)
     shards: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,10 +317,25 @@ def _integers(value: Any, count: int) -> list[int]:
 
 
 @cache
-def package_hash() -> str:
-    """Hex SHA-256 of this copy of the `pilot` package: a bundle and a worker compare theirs."""
-    root = Path(__file__).resolve().parents[1]
+def package_hash(package: str = "pilot") -> str:
+    """Hex SHA-256 of the source of this copy of `pilot`, or of another `package` installed here ("": none)."""
+    root: Path | None = Path(__file__).resolve().parents[1]
+    if package != "pilot":
+        spec = importlib.util.find_spec(package)
+        places = list(spec.submodule_search_locations or []) if spec else []
+        root = Path(places[0]) if places else None
+    if root is None:
+        return ""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def code_hashes() -> dict[str, str]:
+    """What this machine trains with, by the name that a hello gives it: all Python that decides on numbers.
+
+    Of a process it is right only if it was asked for when the process began: files may be replaced since.
+    """
+    return {f"{package} package": package_hash(package) for package in ("pilot", "nanochat")}

@@ -25,8 +25,8 @@ from pilot.wire.messages import (
     HelloReply,
     TrainOrder,
     TrainReply,
+    code_hashes,
     from_header,
-    package_hash,
     to_header,
 )
 from pilot.wire.records import from_records, to_records
@@ -35,7 +35,7 @@ from .local_grid import LocalGrid
 
 SHARD_ROWS = 24
 ROW_TOKENS = 8
-FINGERPRINTS = {"tokenizer": "t", "validation rows": "v", "pilot package": package_hash()}
+FINGERPRINTS = {"tokenizer": "t", "validation rows": "v", **code_hashes()}
 
 Reaction = Callable[[TrainOrder, TrainReply, dict[str, torch.Tensor]], Any]
 

@@ -1,5 +1,6 @@
 """Packing's encoder gives the ids of the tokenizer, whatever the text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +54,18 @@ def test_ids_beyond_16_bits_are_whole(tmp_path: Path) -> None:
     assert ids.tolist() == tokenizer.encode("word wort") and ids[0] == 256 + (1 << 16)
     with pytest.raises(ValueError, match="do not fit 2 bytes"):
         BatchEncoder(tokenizer, dtype=np.dtype("<u2")).encode(["a"])
+
+
+def test_fingerprint_tells_encoders_apart_by_what_they_do(trained: RustBPETokenizer) -> None:
+    wide, narrow = (BatchEncoder(trained, dtype=np.dtype(kind)) for kind in ("<u4", "<u2"))
+    assert wide.fingerprint() == narrow.fingerprint()
+    digests = {wide.fingerprint()}
+
+    class OtherUnicode(BatchEncoder):
+        """As an extension with newer tables would: one letter is none."""
+
+        def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return super().encode([text.replace("ß", "?") for text in texts])
+
+    digests.add(OtherUnicode(trained, dtype=np.dtype("<u2")).fingerprint())
+    assert len(digests) == 2

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.common.constant import ErrorCode
 
 from pilot.server.mailbox import LOST_AFTER_S, Mailbox
 from pilot.server.report import Report
 from pilot.server.roster import ASK_AGAIN_S, LOST_AGAIN_S, Roster, natural
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import HelloOrder, HelloReply, package_hash, to_header
+from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, to_header
 
 from ..grid_fixture import ManualClock, ManualGrid
 
 ORDER = HelloOrder(run="r", config={}, redis_url="")
-AGREED = {"tokenizer": "t", "validation rows": "v", "pilot package": package_hash()}
+AGREED = {"tokenizer": "t", "validation rows": "v", **code_hashes()}
 
 
 class Federation:
@@ -120,17 +121,40 @@ def test_without_agreement_nobody_starts_and_the_majority_decides() -> None:
     assert them.roster.fingerprints == AGREED
 
 
-def test_sites_with_another_package_than_the_servers_dont_agree() -> None:
-    them = Federation(1)
-    them.says(1, "a", fingerprints=AGREED | {"pilot package": "another version"})
+@pytest.mark.parametrize("package", ["pilot package", "nanochat package"])
+def test_sites_with_another_package_than_the_servers_dont_agree(package: str) -> None:
+    them = Federation(1, 2)
+    them.says(1, "a", fingerprints=AGREED | {package: "another version"})
+    them.says(2, "b", fingerprints={k: v for k, v in AGREED.items() if k != package})
     assert them.names == []
 
 
-def test_run_may_be_resumed_with_a_newer_package_on_all_sites() -> None:
-    them = Federation(1, 2, fingerprints=AGREED | {"pilot package": "of the first start"})
+@pytest.mark.parametrize("package", ["pilot package", "nanochat package"])
+def test_run_may_be_resumed_with_a_newer_package_on_all_sites(package: str) -> None:
+    them = Federation(1, 2, fingerprints=AGREED | {package: "of the first start"})
     them.says(1, "a")
-    them.says(2, "b", fingerprints=AGREED | {"pilot package": "of the first start"})
+    them.says(2, "b", fingerprints=AGREED | {package: "of the first start"})
     assert them.names == ["a"] and "b" in them.roster.refusals
+
+
+def test_run_of_before_the_hash_of_nanochat_compares_it_from_now_on() -> None:
+    before = {k: v for k, v in AGREED.items() if k != "nanochat package"}
+    them = Federation(1, 2, fingerprints=before)
+    them.says(1, "a")
+    them.says(2, "b", fingerprints=AGREED | {"nanochat package": "another optimizer"})
+    assert them.names == ["a"] and "its nanochat package differ" in them.roster.refusals["b"]
+
+
+@pytest.mark.parametrize(
+    ("version", "told"), [("1.0.0", True), (f"{torch.__version__.split('+')[0]}+cu999", False)]
+)
+def test_site_with_another_torch_takes_part_and_is_told(
+    caplog: pytest.LogCaptureFixture, version: str, told: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    them = Federation(1)
+    them.says(1, "a", versions={"torch": version})
+    assert them.names == ["a"] and ("its torch is 1.0.0, the server's" in caplog.text) == told
 
 
 def test_newer_node_of_the_same_name_supersedes_the_older_and_keeps_its_speed() -> None:

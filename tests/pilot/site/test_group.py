@@ -295,7 +295,7 @@ def test_group_ends_within_ten_seconds_of_the_death_of(
 def test_other_version_of_the_package_is_refused_with_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(handle_module, "package_hash", lambda: "of the run")
+    monkeypatch.setattr(handle_module, "code_hashes", lambda: {"pilot package": "of the run"})
     order = HelloOrder(run="r", config={}, redis_url="")
     with WorkerHandle(device="cpu") as worker:
         with pytest.raises(WorkerError, match="install the same version on all sites"):

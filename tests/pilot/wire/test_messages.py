@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from pilot.wire.messages import (
     HelloReply,
     TrainOrder,
     TrainReply,
+    code_hashes,
     from_header,
     package_hash,
     to_header,
@@ -316,5 +318,21 @@ def test_garbage_raises_value_error_only(header: Any, changes: dict[str, Any]) -
         assert from_header(to_header(message)) is not None
 
 
-def test_package_hash_is_that_of_the_files() -> None:
-    assert package_hash() == package_hash() and len(package_hash()) == 64
+def test_package_hash_is_that_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_package" / "rows").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for name, text in (("__init__.py", ""), ("rows/optim.py", "a = 1"), ("rows/optim.py", "a = 2")):
+        (tmp_path / "some_package" / name).write_text(text)
+        package_hash.cache_clear()
+        hashes.append(package_hash("some_package"))
+    assert len(set(hashes)) == 3 and all(len(one) == 64 for one in hashes)
+    assert package_hash("no_such_package") == ""
+
+
+def test_hashes_of_code_are_those_of_both_packages_here() -> None:
+    assert code_hashes() == {
+        "pilot package": package_hash(),
+        "nanochat package": package_hash("nanochat"),
+    }
+    assert len({len(one) for one in code_hashes().values()} | {64}) == 1
