@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.files import write_all
+from nanochat.wandb_run import FINISH_TIMEOUT_S, WandbRun
 from pilot.faults import fault_point
 from pilot.run.events import EVENTS_FILE
 from pilot.wire.jsonable import jsonable, redact
 
 logger = logging.getLogger("pilot")
 
-WANDB_MODES = ("auto", "online", "offline", "disabled")
-WANDB_INIT_TIMEOUT_S = 60.0
-WANDB_FINISH_TIMEOUT_S = 60.0  # an upload over a dead network would hold up the end of the run
+WANDB_FINISH_TIMEOUT_S = FINISH_TIMEOUT_S
 
 
 class Telemetry:
@@ -53,18 +52,16 @@ class Telemetry:
         self._lock = threading.Lock()
         self._file_works = True
         self._close_torn_line()
-        self._wandb: Any = None
-        if wandb_mode == "auto":
-            wandb_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        if wandb_mode != "disabled":
-            options = {
-                "project": wandb_project,
-                "name": run_name,
-                "id": self.wandb_id,
-                "dir": str(run_dir),
-                "config": jsonable(config_dict),
-            }
-            self._start_wandb(wandb_mode, options)
+        self._wandb = WandbRun(
+            mode=wandb_mode,
+            project=wandb_project,
+            name=run_name,
+            run_id=self.wandb_id,
+            directory=run_dir,
+            config=jsonable(config_dict),
+            warn=lambda text: logger.warning("%s", redact(text)),
+            quiet=True,  # Flower's log stream already wraps the output
+        )
 
     def event(self, kind: str, message: str | None = None, **fields: Any) -> None:
         """Record that `kind` happened, with its fields; `message` is its line on the console."""
@@ -80,27 +77,13 @@ class Telemetry:
     def metrics(self, step: int, **numbers: Any) -> None:
         """Record numbers of one global step, as an event and in W&B."""
         self.event("metrics", step=step, **numbers)
-        if self._wandb is not None:
-            finite = {name: jsonable(value) for name, value in numbers.items()}
-            finite = {name: value for name, value in finite.items() if value is not None}
-            try:
-                self._wandb.log(finite, step=step)
-            except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run continues
-                self._without_wandb(error)
+        finite = {name: jsonable(value) for name, value in numbers.items()}
+        finite = {name: value for name, value in finite.items() if value is not None}
+        self._wandb.log(finite, step=step)
 
     def close(self, *, exit_code: int = 0) -> None:
         """Finish the W&B run; events may still be recorded. Harmless when repeated."""
-        run, self._wandb = self._wandb, None
-        if run is None:
-            return
-        finish = threading.Thread(target=self._finish, args=(run, exit_code), daemon=True)
-        finish.start()
-        finish.join(WANDB_FINISH_TIMEOUT_S)
-        if finish.is_alive():
-            logger.warning(
-                "W&B did not finish its upload; later: wandb sync %s",
-                self.events_path.parent / "wandb",
-            )
+        self._wandb.finish(exit_code=exit_code, timeout_s=WANDB_FINISH_TIMEOUT_S)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -132,39 +115,6 @@ class Telemetry:
                 if self._file_works:
                     logger.warning("events are not being recorded: %s", error)
                 self._file_works = False
-
-    def _start_wandb(self, mode: Any, options: dict[str, Any]) -> None:
-        try:
-            import wandb
-
-            settings = wandb.Settings(
-                silent=True,
-                console="off",  # Flower's log stream already wraps the output
-                disable_git=True,
-                disable_code=True,
-                init_timeout=WANDB_INIT_TIMEOUT_S,
-            )
-            resume: Any = "allow" if mode == "online" else None  # offline runs merge when synced
-            try:
-                self._wandb = wandb.init(mode=mode, resume=resume, settings=settings, **options)
-            except Exception as error:
-                if mode == "offline":
-                    raise
-                logger.warning("W&B cannot be reached, continuing offline: %s", redact(str(error)))
-                self._wandb = wandb.init(mode="offline", settings=settings, **options)
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run continues
-            self._without_wandb(error)
-
-    def _without_wandb(self, error: Exception) -> None:
-        self._wandb = None
-        logger.warning("W&B failed, continuing without it: %s", redact(str(error)))
-
-    @staticmethod
-    def _finish(run: Any, exit_code: int) -> None:
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run has ended well
-            logger.warning("W&B failed to finish: %s", redact(str(error)))
 
 
 def _append_whole(file: io.FileIO, line: bytes) -> None:
