@@ -9,6 +9,7 @@ gradient.) The collectives of all groups are started before the first is waited 
 rules themselves are in `update_rules`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from nanochat.optimizer_shards import ShardedArray
 from nanochat.update_rules import AdamWRule, MuonRule, adamw_update, muon_update, shorter_dim
 
+_ADAMW_STATE_BYTES, _MUON_STATE_BYTES = 8, 4  # of a parameter: two fp32 moments, or one
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Groups say `kind`: "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum,
@@ -25,7 +28,8 @@ class MuonAdamW(torch.optim.Optimizer):
     schedules: with it, groups have the keys that upstream's have.
 
     All ranks must call `step` together; a parameter without a gradient on a rank counts as zeros
-    there. `state_dict` is this rank's shard: load it on the same rank of as many.
+    there. `state_dict` is this rank's shard: load it on the same rank of as many, or all of them,
+    through `recut`, on any number.
     """
 
     def __init__(
@@ -84,6 +88,32 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[param][name] = value
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({**values, "params": group["params"]})
+
+    def recut(
+        self, shards: Sequence[dict[str, Any]], *, rank: int, world_size: int
+    ) -> dict[str, Any]:
+        """The shard of `rank` of `world_size`, from all shards of a run of `len(shards)` ranks.
+
+        Nothing is computed: the numbers are those that were saved. Raises ValueError if they do not fit.
+        """
+        groups = shards[0]["param_groups"]
+        state: dict[int, dict[str, Any]] = {}
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            numbers = dict(zip(group["params"], saved["params"], strict=True))
+            for array in _arrays(group):
+                number = numbers[array.params[0]]
+                parts = [shard["state"].get(number, {}) for shard in shards]
+                if cut := _recut(array, parts, rank, world_size):
+                    state[number] = cut
+        return {"state": state, "param_groups": groups}
+
+    def state_bytes(self) -> int:
+        """Of all ranks' state together, once there is one: two fp32 moments, or one and a little."""
+        return sum(
+            param.numel() * (_MUON_STATE_BYTES if group["kind"] == "muon" else _ADAMW_STATE_BYTES)
+            for group in self.param_groups
+            for param in group["params"]
+        )
 
     def fits(self, state: dict[int, dict[str, Any]]) -> bool:
         """Whether `state`, by the parameter's number, is one of this rank of as many."""
@@ -211,6 +241,20 @@ def _fitted_state(
                     value = array.fitted(value, *_rank_and_world_size())
                 state.setdefault(param, {})[name] = value
     return state
+
+
+def _recut(
+    array: ShardedArray, parts: Sequence[dict[str, Any]], rank: int, world_size: int
+) -> dict[str, Any]:
+    """One array's state by name; empty where the rank has no items."""
+    cut: dict[str, Any] = {}
+    if not array.chunk_of(rank, world_size)[1]:
+        return cut
+    for name, value in next((part for part in parts if part), {}).items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            value = array.recut([part.get(name) for part in parts], rank, world_size)
+        cut[name] = value
+    return cut
 
 
 def _rank_and_world_size() -> tuple[int, int]:

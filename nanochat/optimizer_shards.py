@@ -5,7 +5,7 @@ first dimension into one chunk per rank; the last chunks may be shorter or empty
 fewer than 1,024 elements are not cut: each rank keeps them whole.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,3 +105,28 @@ class ShardedArray:
                 f"a state of shape {tuple(moments.shape)} is not rank {rank}'s of {world_size}"
             )
         return moments if self.is_muon else moments.view(size, *self.item_shape)
+
+    def recut(self, parts: Sequence[Tensor | None], rank: int, world_size: int) -> Tensor | None:
+        """What `rank` of `world_size` keeps of a state that was saved by `len(parts)` ranks.
+
+        parts: by rank; None where a rank had no items and so no state. None if this one has none.
+        Raises ValueError for a state that is missing or not of its rank's size.
+        """
+        if self.is_whole:
+            return parts[0]
+        begin, size = self.chunk_of(rank, world_size)
+        pieces = []
+        for other, part in enumerate(parts):
+            first, count = self.chunk_of(other, len(parts))
+            low, high = max(begin, first), min(begin + size, first + count)
+            if low >= high:
+                continue
+            if part is None:
+                raise ValueError(f"rank {other}'s state is missing")
+            pieces.append(self.fitted(part, other, len(parts))[low - first : high - first])
+        if not pieces:
+            return None
+        if self.is_muon:  # padded, as each rank keeps it
+            chunk, one = self.chunk_size(world_size), pieces[0]
+            pieces.append(one.new_zeros((chunk - size, *one.shape[1:])))
+        return torch.cat(pieces)

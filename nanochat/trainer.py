@@ -15,7 +15,6 @@ from nanochat.optim import MuonAdamW
 from nanochat.schedule import Hyper
 
 _LOG = logging.getLogger(__name__)
-_ADAMW_STATE_BYTES, _MUON_STATE_BYTES = 8, 4  # of a parameter: two fp32 moments, or one
 
 
 def rank_slice(num_rows: int, *, rank: int, world_size: int) -> slice:
@@ -57,6 +56,7 @@ class Trainer:
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = device_batch_rows * world_size
         self.piece_rows = 0  # that this device takes at once; 0: not known before the first step
+        self.updating = False  # or a step failed while it changed weights: they are of no step
         self.micro_steps = 0  # begun so far, those of a step that was dropped included
         self._run_block = run_block
         self._batches: Batches | None = None
@@ -90,8 +90,10 @@ class Trainer:
                 mine = micro[rank_slice(len(micro), rank=self.rank, world_size=self.world_size)]
                 if len(mine):
                     nats += self._micro_step(mine, scale)
+            self.updating = True
             self._apply(hyper)
             self.optimizer.step()
+            self.updating = False
         except torch.OutOfMemoryError as error:
             raise UserError(self._no_memory(rows.shape[1] - 1)) from error
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,12 +140,7 @@ class Trainer:
         such limit."""
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if not self.optimizer.state:
-            state = sum(
-                p.numel() * (_MUON_STATE_BYTES if group["kind"] == "muon" else _ADAMW_STATE_BYTES)
-                for group in self.optimizer.param_groups
-                for p in group["params"]
-            )
-            size += state // self.world_size
+            size += self.optimizer.state_bytes() // self.world_size
         if self.device.type == "cpu":
             size = 0
         return torch.empty(size, dtype=torch.uint8, device=self.device)
