@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanochat.errors import UserError
 from nanochat.gpus import prepare_device, unusable_gpus
+from nanochat.limits import number_fault
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with the habits of this project's command lines.
 
     `--a-b` and `--a_b` are the same option; a leading `--`, which torchrun may pass on, is dropped;
-    abbreviations are not guessed; an error is one line `error: …` and exit code 2.
+    abbreviations are not guessed; an error is one line `error: …` and exit code 2. Numbers are finite
+    and fit into 64 bits.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -198,7 +200,13 @@ class ArgumentParser(argparse.ArgumentParser):
         arguments = list(sys.argv[1:] if args is None else args)
         if arguments[:1] == ["--"]:
             del arguments[0]
-        return super().parse_known_args([_dashed(a) for a in arguments], namespace)
+        known, unknown = super().parse_known_args([_dashed(a) for a in arguments], namespace)
+        for action in self._actions:
+            value = getattr(known, action.dest, None)
+            if isinstance(value, int | float) and (fault := number_fault(value)):
+                name = next((o for o in action.option_strings if o.startswith("--")), action.dest)
+                self.error(f"{name} is {value}: {fault}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the options)\n")

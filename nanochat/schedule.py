@@ -45,9 +45,9 @@ class Schedule:
     cosine_weight_decay: bool = False
 
     def __post_init__(self) -> None:
-        if self.total_steps <= 0:
+        if not 0 < self.total_steps < math.inf:
             raise UserError(f"the run has {self.total_steps} steps: train for at least one")
-        if self.warmup_steps < 0:
+        if not 0 <= self.warmup_steps < math.inf:
             raise UserError(f"warmup_steps is {self.warmup_steps}: it must not be negative")
         if not 0 <= self.warmdown_ratio <= 1:
             raise UserError(f"warmdown_ratio is {self.warmdown_ratio}: it must be from 0 to 1")

@@ -5,13 +5,27 @@ from dataclasses import dataclass
 
 from nanochat.errors import UserError
 from nanochat.kernels.choices import COMPILE_MODES
+from nanochat.limits import check_number
 from nanochat.schedule import SCHEDULE_KINDS
+from nanochat.wandb_run import WANDB_MODES
 
-WANDB_MODES = ("auto", "online", "offline", "disabled")
-_AT_LEAST_1 = (
-    *("aspect_ratio", "head_dim", "max_seq_len"),
-    *("eval_rows", "core_max_per_task", "log_every"),
-)
+# Least and greatest values; the greatest are far beyond what can be trained, and not beyond what torch
+# and numpy can say no to. Every other number must be finite and fit into 64 bits.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "depth": (None, 10_000),  # the model says what is too little
+    "aspect_ratio": (1, 1_000_000),
+    "head_dim": (1, 1_000_000),
+    "max_seq_len": (1, 2**30),
+    "batch_size": (0, 2**30),
+    "total_batch_size": (-1, 2**40),
+    "eval_rows": (1, None),
+    "core_max_per_task": (1, None),
+    "log_every": (1, None),
+    "save_keep": (0, None),
+    "seed": (0, None),
+    **dict.fromkeys(("lr", "matrix_lr", "embedding_lr", "unembedding_lr"), (0, None)),
+    **dict.fromkeys(("scalar_lr", "weight_decay", "final_lr_fraction"), (0, None)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +65,7 @@ class Settings:
     core_max_per_task: int = 500  # items: the figure is an approximation
     sample_every: int = 0  # steps; 0 or less: never
     save_every: int = 0  # steps; 0 or less: only at the end
+    save_keep: int = 0  # newest steps of this run to keep on disk; 0: all
     resume_from_step: str | None = None  # a number, or "latest"
     log_every: int = 10  # steps between readings of the loss; each waits for the device
     wandb_project: str = ""
@@ -62,17 +77,13 @@ class Settings:
         """Raise UserError for a value that is wrong whatever is on this machine."""
         if self.run and not re.fullmatch(r"[\w][\w.-]*", self.run):
             raise UserError(f"--run is {self.run!r}: use letters, digits, '.', '-' and '_' only")
-        for name in _AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise UserError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
-        if self.batch_size < 0:
-            raise UserError(f"--batch-size is {self.batch_size}: it must not be negative")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}: it must not be negative")
-        if self.total_batch_size < 1 and self.total_batch_size != -1:
-            raise UserError(
-                f"--total-batch-size is {self.total_batch_size}: it must be at least 1, or -1"
-            )
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = _RANGES.get(name, (None, None))
+                check_number(_flag(name), value, low=low, high=high)
+        if self.total_batch_size == 0:
+            raise UserError("--total-batch-size is 0: it must be at least 1, or -1")
         if self.eval_tokens is not None and self.eval_tokens < self.max_seq_len:
             raise UserError(
                 f"--eval-tokens is {self.eval_tokens}: it must be at least a row, "
