@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from filelock import FileLock
 
 _HASH_CHUNK_BYTES = 1 << 20
 _SHA256_CHARS = 64
+_TEMPORARY = ".tmp"  # how the names of files end that are not whole yet
 
 
 def fsync_dir(directory: Path) -> None:
@@ -38,7 +40,7 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     Raises OSError when the disk is full or the directory is missing.
     """
     path = Path(path)
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     try:
         encoding = None if "b" in mode else "utf-8"
         with os.fdopen(fd, mode, encoding=encoding) as file:
@@ -59,7 +61,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """`atomic_file` for writers that want a name, not a file: what they write there is fsynced and
     takes its place at `path`, or is removed on any exception."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -94,6 +96,17 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 def atomic_write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinities are refused (they are not JSON)."""
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def remove_strays(directory: Path) -> list[str]:
+    """Remove what crashes left half-written in `directory`; the names. For its only user, at its start."""
+    strays = sorted(directory.glob(f".*{_TEMPORARY}")) if directory.is_dir() else []
+    for stray in strays:
+        if stray.is_dir():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
+    return [stray.name for stray in strays]
 
 
 def sha256_file(path: Path | str) -> str:

@@ -17,10 +17,9 @@ from filelock import Timeout
 
 from nanochat.checkpoint_manager import FINAL_MODEL_NAME
 from nanochat.common import get_base_dir
-from nanochat.files import atomic_write_text, file_lock, fsync_dir
+from nanochat.files import atomic_write_text, file_lock, fsync_dir, remove_strays
 from pilot.errors import PilotError
 from pilot.faults import fault_point
-from pilot.run.snapshot import remove_strays
 
 log = logging.getLogger("pilot")
 

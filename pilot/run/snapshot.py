@@ -136,17 +136,6 @@ def _remove(path: Path) -> None:
     fault_point("prune.removed")
 
 
-def remove_strays(directory: Path) -> list[str]:
-    """Remove what crashes left half-written in `directory`; the names. For its only user, at its start."""
-    strays = sorted(directory.glob(f".*{_TEMPORARY}")) if directory.is_dir() else []
-    for stray in strays:
-        if stray.is_dir():
-            shutil.rmtree(stray, ignore_errors=True)
-        else:
-            stray.unlink(missing_ok=True)
-    return [stray.name for stray in strays]
-
-
 def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapshot | None:
     """The newest snapshot that is whole; None if there is none at all.
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanochat.files import remove_strays
 from pilot.run import snapshot as module
 from pilot.run.snapshot import (
     Snapshot,
     SnapshotError,
     latest_snapshot,
-    remove_strays,
     write_snapshot,
 )
 
