@@ -20,7 +20,7 @@ import torch
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from nanochat.common import get_base_dir
-from nanochat.core_eval import Item, centred, evaluate_task
+from nanochat.core_eval import TASK_TYPES, Item, centred, check_item, evaluate_task
 from nanochat.download import Downloader, DownloadError
 from nanochat.errors import UserError
 from nanochat.files import atomic_write_json, atomic_write_text, file_lock
@@ -121,17 +121,19 @@ def evaluate_core(
     *,
     max_per_task: int | None = None,
     say: Callable[[str], None] | None = None,
+    tick: Callable[[], None] | None = None,
 ) -> CoreResult:
     """CORE of `model`; all ranks of a process group call it together.
 
-    max_per_task: a limit on each task's items, for an approximation; `say` gets one line per task.
+    max_per_task: a limit on each task's items, for an approximation; `say` gets one line per task;
+    `tick` is called before each item.
     """
     accuracy: dict[str, float] = {}
     centred_by_task: dict[str, float] = {}
     for task in tasks:
         items = task.items(max_per_task)
         try:
-            share = evaluate_task(model, tokenizer, items, device, task.meta)
+            share = evaluate_task(model, tokenizer, items, device, task.meta, tick=tick)
         except (KeyError, IndexError) as error:
             raise UserError(
                 f"an item of {task.data_path} is not a valid {task.task_type} item ({error!r}): "
@@ -145,6 +147,36 @@ def evaluate_core(
                 f"({task.num_fewshot}-shot, {len(items)} items)"
             )
     return CoreResult(accuracy=accuracy, centred=centred_by_task)
+
+
+def check_items(tasks: list[Task], max_per_task: int | None) -> None:
+    """Raise UserError if an item is not valid, or if a task would have too few for its examples.
+
+    What `evaluate_core` would find after hours of training is found before.
+    """
+    for task in tasks:
+        if task.task_type not in TASK_TYPES:
+            known = ", ".join(TASK_TYPES)
+            raise UserError(f"task {task.label} is of type {task.task_type!r}: known are {known}")
+        items = task.items()
+        if max_per_task is not None and len(items) > task.num_fewshot >= max_per_task:
+            raise UserError(
+                f"--core-max-per-task is {max_per_task}: task {task.label} shows {task.num_fewshot} "
+                f"examples beside each item, so it needs at least {task.num_fewshot + 1}"
+            )
+        if len(items) <= task.num_fewshot:
+            raise UserError(
+                f"{task.data_path} has {len(items)} items, too few for {task.num_fewshot} examples "
+                f"beside each: delete {BUNDLE_NAME} and get it again"
+            )
+        for number, item in enumerate(items):
+            try:
+                check_item(task.task_type, item)
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"item {number} of {task.data_path} is not a valid {task.task_type} item "
+                    f"({error}): delete {BUNDLE_NAME} and get it again"
+                ) from error
 
 
 def load_tasks(directory: Path) -> list[Task]:
@@ -168,6 +200,9 @@ def load_tasks(directory: Path) -> list[Task]:
             )
             for entry in entries
         ]
+        for task in tasks:
+            if not 0 <= task.random_baseline < 1 or task.num_fewshot < 0:
+                raise ValueError(f"task {task.label} has figures out of range")
     except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

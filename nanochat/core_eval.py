@@ -7,7 +7,7 @@ contexts by one text, and the option whose text has the lowest mean loss is the 
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.agreement import PeerFailed
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
 
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
+_ITEM_KEYS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
 
 _EXAMPLES_SEED = 1234  # plus the item's number: its examples are the same in every run
 _BETWEEN_EXAMPLES = "\n\n"
@@ -35,11 +41,14 @@ def evaluate_task(
     data: Sequence[Item],
     device: torch.device,
     task_meta: dict[str, Any],
+    *,
+    tick: Callable[[], None] | None = None,
 ) -> float:
     """The share of the items that `model` gets right; each rank does its share of the items.
 
-    task_meta: `task_type`, `num_fewshot` and `continuation_delimiter`. All ranks of a process group
-    call it together. Raises UserError for a task of another type, or with too few items.
+    task_meta: `task_type`, `num_fewshot` and `continuation_delimiter`. `tick` is called before each
+    item. All ranks of a process group call it together; what raises on one of them, `tick` included,
+    raises on all. Raises UserError for a task of another type, or with too few items.
     """
     if task_meta["task_type"] not in TASK_TYPES:
         raise UserError(
@@ -51,14 +60,35 @@ def evaluate_task(
         )
     grouped = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    correct = sum(
-        is_correct(number, model, tokenizer, data, device, task_meta)
-        for number in range(rank, len(data), world_size)
-    )
-    total = torch.tensor(correct, dtype=torch.int64, device=device)
+    correct, error = 0, None
+    try:
+        for number in range(rank, len(data), world_size):
+            if tick is not None:
+                tick()
+            correct += is_correct(number, model, tokenizer, data, device, task_meta)
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the others wait for us below
+        error = caught
+    total = torch.tensor([correct, error is not None], dtype=torch.int64, device=device)
     if grouped:
         dist.all_reduce(total)
-    return int(total) / len(data)
+    if error is not None:
+        raise error
+    if total[1]:
+        raise PeerFailed
+    return int(total[0]) / len(data)
+
+
+def check_item(kind: str, item: Item) -> None:
+    """Raise ValueError unless it is an item of a task of that type, which can be scored."""
+    for key in _ITEM_KEYS[kind]:
+        if key not in item:
+            raise ValueError(f"it has no {key!r}")
+    options = item.get("choices", item.get("context_options"))
+    if options is not None and not 0 <= item["gold"] < len(options):
+        raise ValueError(f"the answer {item['gold']} is none of its {len(options)} options")
+    texts = [item.get("query", ""), item.get("context", ""), item.get("continuation", "")]
+    if not all(isinstance(text, str) for text in [*texts, *(options or [])]):
+        raise ValueError("it holds something else than text")
 
 
 def centred(accuracy: float, random_baseline: float) -> float:

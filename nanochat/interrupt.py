@@ -10,44 +10,48 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
-import torch
-import torch.distributed as dist
+from nanochat.agreement import Agreement
+from nanochat.errors import UserError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(UserError):
+    """An evaluation was given up, because the run was asked to stop."""
+
+    def __init__(self) -> None:
+        super().__init__("the run was asked to stop")
 
 
 class StopRequest:
     """Whether this run was asked to stop, as all its ranks agree."""
 
-    def __init__(self) -> None:
-        self._asked = False
-        self._group: Any = None
-        if dist.is_available() and dist.is_initialized():
-            # gloo on GPUs too: asking must not wait for the device
-            self._group = dist.new_group(backend="gloo")
+    def __init__(self, agreement: Agreement) -> None:
+        self.asked = False  # this process, by now
+        self._agreement = agreement
 
     def agreed(self) -> bool:
         """True once any rank was asked; all ranks call it together and get the same answer."""
-        if self._group is None:
-            return self._asked
-        asked = torch.tensor(int(self._asked))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(asked)
+        return self._agreement.any(self.asked)
+
+    def check(self) -> None:
+        """Raise Interrupted once this process was asked: for work that may be given up at any point."""
+        if self.asked:
+            raise Interrupted
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked:
+        if self.asked:
             raise KeyboardInterrupt
-        self._asked = True
+        self.asked = True
         name = signal.Signals(number).name
         print(f"{name}: finishing and saving this step; press again to quit now", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(agreement: Agreement) -> Iterator[StopRequest]:
     """Catch SIGINT and SIGTERM while the block runs; only a main thread can."""
-    request = StopRequest()
+    request = StopRequest(agreement)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
