@@ -35,6 +35,7 @@ def _parser() -> ArgumentParser:
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     add("--seed", type=int, default=0, help="seeds the weights and the order of shards")
     add("--run", default="vanilla", help="name of the checkpoint directory and W&B run")
+    add("--resume-from-step", help="continue from this step: a number, or latest (if any)")
     add("--wandb-project", default="", help="W&B project; empty: no W&B")
     return parser
 
@@ -57,6 +58,7 @@ def main() -> None:
         eval_rows=args.eval_rows,
         eval_every=0,
         seed=args.seed,
+        resume_from_step=args.resume_from_step,
         wandb_project=args.wandb_project,
     )
     settings.check()

@@ -8,6 +8,7 @@ one file, {"model", "meta"}.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def _save(path: Path, value: Any) -> None:
 # -- reading -----------------------------------------------------------------------------------
 
 
+def load_meta(checkpoint_dir: Path | str, step: int) -> Meta:
+    """The meta data of a step whose weights are there; UserError where a file is missing."""
+    directory = Path(checkpoint_dir)
+    if not _model_path(directory, step).exists():
+        raise UserError(f"{_model_path(directory, step)} is missing")
+    return _load_meta(_meta_path(directory, step))
+
+
+def load_optimizer_shards(directory: Path, step: int, ranks: int) -> list[dict[str, Any]]:
+    """The optimizer shards of all ranks of a step, mapped: only what is used of them is read."""
+    paths = [_optimizer_path(directory, step, rank) for rank in range(ranks)]
+    return [_load(path, "cpu", mmap=True) for path in paths]
+
+
 def load_checkpoint(
     checkpoint_dir: Path | str,
     step: int,
@@ -173,15 +188,20 @@ def find_largest_model(checkpoints_dir: Path | str) -> str:
     return max(depths)[1] if depths else max(tags, key=lambda p: p.stat().st_mtime).name
 
 
+def whole_steps(directory: Path) -> list[int]:
+    """The steps that were written whole, weights and meta data, ascending."""
+    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    steps = [int(match[1]) for name in names if (match := _MODEL_NAME.fullmatch(name))]
+    return sorted(step for step in steps if _meta_path(directory, step).exists())
+
+
 def find_last_step(checkpoint_dir: Path | str) -> int:
     """The last step that was written whole."""
     directory = Path(checkpoint_dir)
-    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-    steps = [int(match[1]) for name in names if (match := _MODEL_NAME.fullmatch(name))]
-    whole = [step for step in steps if _meta_path(directory, step).exists()]
+    whole = whole_steps(directory)
     if not whole:
         raise UserError(f"there is no complete checkpoint in {directory}")
-    return max(whole)
+    return whole[-1]
 
 
 def load_any(
@@ -207,9 +227,17 @@ def model_from_state(
     device: torch.device | str,
     compute_dtype: torch.dtype | None = None,
 ) -> GPT:
-    """A model on `device` with these weights, which may be of an older or another program."""
+    """A model on `device` with these weights, which may be of an older or another program.
+
+    Raises UserError for weights that do not fit, and for a model that diverged: it can say nothing.
+    """
     device = torch.device(device)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+    if name := not_finite(state):
+        raise UserError(
+            f"the weights are not finite ({name} holds NaN or infinity): the training has diverged, "
+            "take an earlier checkpoint"
+        )
     config = config_from_meta(meta, state)
     with device:
         model = GPT(config, compute_dtype=compute_dtype or default_compute_dtype(device.type))
@@ -222,6 +250,11 @@ def model_from_state(
             f"these weights do not fit their configuration ({first[0].strip()})"
         ) from error
     return model
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor with a NaN or an infinity; "" if there is none."""
+    return next((name for name, one in state.items() if not torch.isfinite(one).all()), "")
 
 
 def config_from_meta(meta: Meta, state: State) -> GPTConfig:
@@ -287,11 +320,11 @@ def _load_path(path: Path, device: torch.device | str) -> tuple[State, Meta]:
     return content["model"], content["meta"]
 
 
-def _load(path: Path, device: torch.device | str) -> Any:
+def _load(path: Path, device: torch.device | str, *, mmap: bool = False) -> Any:
     if not path.exists():
         raise UserError(f"{path} is missing")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except MemoryError:
         raise
     except Exception as error:  # on a damaged file torch's reader raises anything

@@ -1,6 +1,7 @@
 """What a model is trained and validated on: how a checkpoint names it, and how it is opened again."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from nanochat.builtin import open_source
 from nanochat.errors import UserError
 from nanochat.rows.cache import RowCache
-from nanochat.source import Source, number_ranges
+from nanochat.source import Source, check_shard, number_ranges
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 
@@ -84,6 +85,19 @@ def count_train_shards(source: Source, num_shards: int | None) -> int:
         )
     source.ensure([*range(num_shards), source.val_shard])
     return num_shards
+
+
+def check_footers(source: Source, shards: Iterable[int]) -> None:
+    """Raise UserError for the first of these shards that is no parquet file with a column of text.
+
+    Days into a run is too late for that.
+    """
+    for shard in shards:
+        path = source.shard_path(shard)
+        try:
+            check_shard(path)
+        except ValueError as error:
+            raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def validation_rows(cache: RowCache, num_rows: int) -> np.ndarray:

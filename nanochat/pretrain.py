@@ -1,103 +1,31 @@
 """Pretraining on one machine, from settings to a checkpoint: what the training scripts call.
 
-The same rows, step, schedule and validation as a federation's site, without the federation.
+The same rows, step, schedule and validation as a federation's site, without the federation. What is
+trained is on disk before anything begins that may fail; what fails without warning is met by `_rescue`.
 """
 
+import contextlib
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from nanochat.acceleration import accelerated_block
-from nanochat.builtin import open_source
-from nanochat.common import get_base_dir, print0
-from nanochat.core_bundle import Task, ensure_bundle, evaluate_core, load_tasks
-from nanochat.data_spec import DataSpec, count_train_shards, validation_rows
-from nanochat.engine import Engine
-from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, build_gpt
-from nanochat.gpus import device_rows, peak_flops, settle_garbage
-from nanochat.interrupt import stop_on_signals
-from nanochat.kernels.choices import training_seconds
-from nanochat.layers import RunBlock
-from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
+from nanochat.agreement import Agreement
+from nanochat.common import print0
+from nanochat.data_spec import validation_rows
+from nanochat.gpus import peak_flops, settle_garbage
+from nanochat.interrupt import StopRequest, stop_on_signals
 from nanochat.memory import keep_freed_memory
-from nanochat.optim import MuonAdamW
-from nanochat.param_groups import make_optimizer
-from nanochat.progress import ProgressLog
-from nanochat.prompts import sample_texts
-from nanochat.resume import TrainingState, resolve_step, restore_run, save_run
-from nanochat.rows.cache import RowCache
+from nanochat.progress import Diverged, ProgressLog
+from nanochat.resume import LATEST, NotSaved, if_first
 from nanochat.rows.stream import EpochStream
-from nanochat.run_plan import batch_tokens, model_config, run_schedule, step_count
-from nanochat.schedule import Schedule, learning_rates, scale_lr_for_batch
+from nanochat.run_directory import check_room, own
+from nanochat.run_setup import Place, Setup, build, plan_run
+from nanochat.saving import Saver
 from nanochat.settings import Settings
-from nanochat.source import default_packing
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_name
-from nanochat.trainer import Trainer, rank_slice
-
-# what may change where a run continues: how it is watched, kept and (but for rounding) computed
-_FREE_TO_CHANGE = {
-    *("compile", "run", "tokenizer", "batch_size", "eval_every", "eval_rows", "eval_tokens"),
-    *(
-        "core_every",
-        "core_max_per_task",
-        "sample_every",
-        "save_every",
-        "resume_from_step",
-        "log_every",
-    ),
-    *("wandb_project", "wandb_mode"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where this process trains: one of `world_size` ranks."""
-
-    device: torch.device
-    rank: int
-    world_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """All that a run needs from this machine."""
-
-    config: GPTConfig
-    cache: RowCache
-    tokenizer: RustBPETokenizer
-    spec: DataSpec
-    num_shards: int
-    core_tasks: list[Task]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """A run that is ready to train; `settings` with what was computed filled in."""
-
-    settings: Settings
-    place: Place
-    inputs: Inputs
-    num_steps: int
-    schedule: Schedule
-    model: GPT
-    optimizer: MuonAdamW
-    trainer: Trainer
-
-    @property
-    def directory(self) -> Path:
-        """Of the run's checkpoints."""
-        return get_base_dir() / "base_checkpoints" / self.settings.tag
-
-    @property
-    def user_config(self) -> dict[str, Any]:
-        """The settings as a checkpoint keeps them."""
-        return {**asdict(self.settings), "num_shards": self.inputs.num_shards}
+from nanochat.watch import Watch, due
 
 
 def pretrain(
@@ -105,263 +33,187 @@ def pretrain(
 ) -> float:
     """Train a model and leave its checkpoint in `base_checkpoints/<tag>`; returns its last bpb.
 
-    All ranks of a process group call it together. Raises UserError before any long work.
+    All ranks of a process group call it together. Raises UserError before any long work, and
+    KeyboardInterrupt for a run that was asked to stop.
     """
     settings.check()
     if device.type == "cpu":
         keep_freed_memory()
-    setup = prepare(settings, Place(device=device, rank=rank, world_size=world_size))
-    state = _resumed(setup)
-    stream = EpochStream(
-        setup.inputs.cache,
-        num_shards=setup.inputs.num_shards,
-        seed=settings.seed,
-        epoch=state.epoch,
-        shard=state.shard,
-        row=state.row,
-    )
-    val_rows = validation_rows(setup.inputs.cache, setup.settings.eval_rows)
-    logger = ProgressLog(
-        setup.settings,
-        num_steps=setup.num_steps,
-        rank=rank,
-        done=state.step,
-        training_time_s=state.training_time_s,
-        token_flops=setup.model.estimate_flops(),
-        peak_flops=world_size * (peak_flops(device) or 0.0),
-    )
-    state, stopped = _train(setup, state, stream, _Watch(setup, val_rows, logger), logger)
-    logger.close()
-    setup.inputs.cache.close()
+    plan = plan_run(settings, Place(device=device, rank=rank, world_size=world_size))
+    agreement = Agreement()
+    with contextlib.ExitStack() as held:
+        held.callback(plan.inputs.cache.close)
+        for name in (
+            if_first(rank, lambda: held.enter_context(own(plan.directory)), agreement) or ()
+        ):
+            print0(f"removed {name}, which a killed save had left in {plan.directory}")
+        setup = build(plan)
+        if_first(rank, lambda: check_room(plan.directory, setup.checkpoint_bytes), agreement)
+        val_rows = agreement.together(
+            lambda: validation_rows(plan.inputs.cache, plan.settings.eval_rows)
+        )
+        logger = _open_log(setup)
+        run = _Run(setup, val_rows, logger, agreement)
+        try:
+            stopped = run.train()
+        except Exception:
+            logger.close(exit_code=1)
+            raise
+        logger.close()
     if stopped:
         raise KeyboardInterrupt
-    return math.nan if state.val_bpb is None else state.val_bpb  # None: it was not finite
+    bpb = run.state.val_bpb
+    return math.nan if bpb is None else bpb  # None: it was not finite
 
 
-def prepare(settings: Settings, place: Place) -> Setup:
-    """Open the data, plan the run and build what trains; prints what was decided."""
-    inputs = _open(settings)
-    config = inputs.config
-    with torch.device("meta"):
-        params = GPT(config, compute_dtype=torch.float32)
-    settings = replace(
-        settings,
-        total_batch_size=batch_tokens(settings, params),
-        eval_rows=inputs.spec.eval_rows,
-    )
-    settings = replace(settings, batch_size=_device_rows(settings, place))
-    num_steps = step_count(settings, params)
-    schedule = run_schedule(settings, params, num_steps)
-    print0(
-        f"{config.arch} model of depth {settings.depth}: "
-        f"{params.num_scaling_params()['total']:,} parameters, "
-        f"{num_steps} steps of {settings.total_batch_size:,} tokens on "
-        f"{place.world_size} x {place.device.type}"
-    )
-    model = build_gpt(config, device=place.device, seed=settings.seed)
-    rates = learning_rates(
-        config.arch,
-        lr=settings.lr,
-        matrix_lr=settings.matrix_lr,
-        embedding_lr=settings.embedding_lr,
-        unembedding_lr=settings.unembedding_lr,
-        scalar_lr=settings.scalar_lr,
-    ).scaled(scale_lr_for_batch(settings.total_batch_size))
-    optimizer = make_optimizer(model, rates, weight_decay=schedule.weight_decay)
-    trainer = Trainer(
-        model,
-        optimizer,
-        device=place.device,
-        device_batch_rows=settings.batch_size,
-        rank=place.rank,
-        world_size=place.world_size,
-        run_block=_run_block(settings, model, num_steps, place.world_size),
-    )
-    return Setup(
-        settings=settings,
-        place=place,
-        inputs=inputs,
-        num_steps=num_steps,
-        schedule=schedule,
-        model=model,
-        optimizer=optimizer,
-        trainer=trainer,
+def _open_log(setup: Setup) -> ProgressLog:
+    plan = setup.plan
+    return ProgressLog(
+        plan.settings,
+        num_steps=plan.num_steps,
+        rank=plan.place.rank,
+        done=setup.state.step,
+        training_time_s=setup.state.training_time_s,
+        token_flops=setup.model.estimate_flops(),
+        peak_flops=plan.place.world_size * (peak_flops(plan.place.device) or 0.0),
+        wandb_id=plan.wandb_id,
     )
 
 
-def _resumed(setup: Setup) -> TrainingState:
-    """Where the run begins; with `resume_from_step` that checkpoint is loaded into it."""
-    wanted, state = setup.settings.resume_from_step, TrainingState()
-    if wanted is None:
-        return state
-    directory, spec = setup.directory, setup.inputs.spec
-    step = resolve_step(directory, wanted)
-    if step is not None:
-        kept = {k: v for k, v in setup.user_config.items() if k not in _FREE_TO_CHANGE}
-        data = {"tokenizer_sha256": spec.tokenizer_sha256, "val_shard": spec.val_shard}
-        same = {"model_config": setup.inputs.config.to_meta(), "data": data, "user_config": kept}
-        state = restore_run(
-            directory,
-            step,
-            setup.model,
-            setup.optimizer,
-            same=same,
-            rank=setup.place.rank,
-            world_size=setup.place.world_size,
+class _Run:
+    """All steps of a run, with what is due after each; `state` says where it stands."""
+
+    def __init__(
+        self, setup: Setup, val_rows: np.ndarray, logger: ProgressLog, agreement: Agreement
+    ) -> None:
+        self.state = setup.state
+        self._setup, self._plan, self._settings = setup, setup.plan, setup.plan.settings
+        self._logger, self._agreement = logger, agreement
+        self._watch = Watch(setup, val_rows, logger, agreement)
+        self._saver = Saver(setup, agreement, logger.say)
+        self._stream = EpochStream(
+            setup.plan.inputs.cache,
+            num_shards=setup.plan.inputs.num_shards,
+            seed=setup.plan.settings.seed,
+            epoch=self.state.epoch,
+            shard=self.state.shard,
+            row=self.state.row,
         )
-    print0(f"continuing {directory} from step {state.step}")
-    if state.step >= setup.num_steps:
-        raise UserError(f"the run in {directory} is over: it has done its {setup.num_steps} steps")
-    return state
+        self._together = True  # what fails now fails on all ranks
 
+    def train(self) -> bool:
+        """Train to the end; True if a signal stopped it before. What is trained is saved either way."""
+        self._saver.announce()
+        with stop_on_signals(self._agreement) as stop:
+            try:
+                while self.state.step < self._plan.num_steps:
+                    rows = self._next_rows(stop)
+                    if rows is None:
+                        self._stop()
+                        return True
+                    self._step(rows)
+                    with self._logger.paused():
+                        if self._after_step(stop):
+                            return True
+                return False
+            except (Diverged, NotSaved):
+                raise  # nothing to save, or nowhere
+            except Exception as error:  # whatever it is, what is trained is worth more
+                self._rescue(error)
+                raise
 
-def _train(
-    setup: Setup, state: TrainingState, stream: EpochStream, watch: "_Watch", logger: ProgressLog
-) -> tuple[TrainingState, bool]:
-    """All steps with what is due after each; (where the run stands, whether a signal stopped it)."""
-    settings = setup.settings
-    step_rows = settings.total_batch_size // settings.max_seq_len
-    stopping = False
-    with stop_on_signals() as stop:
-        for step in range(state.step, setup.num_steps):
-            rows = stream.read(step_rows)
-            hyper = setup.schedule.at(step)
-            nats = setup.trainer.step(rows, hyper=hyper)
-            assert nats is not None
-            if step == state.step:
-                settle_garbage()
-            done, last = step + 1, step + 1 == setup.num_steps
-            logger.step(done, nats, hyper.lr_multiplier, stream.position)
-            state = state.moved(done, stream.position, logger.loss, logger.training_time_s)
-            stopping = stop.agreed() and not last
-            with logger.paused():
-                if not stopping:
-                    state = watch.after(state, last=last)
-                if stopping or _due(settings.save_every, done, last):
-                    _save(setup, state)
-                    logger.say(f"wrote {setup.directory / f'model_{done:06d}.pt'}")
-            if stopping:
-                logger.say(f"stopped after step {done}: continue with --resume-from-step latest")
-                break
-    return state, stopping
+    def _next_rows(self, stop: StopRequest) -> np.ndarray | None:
+        """The rows of the next step; None once the run was asked to stop."""
+        num_rows = self._settings.total_batch_size // self._settings.max_seq_len
+        rows = self._agreement.together(
+            lambda: self._stream.read(num_rows, should_stop=lambda: stop.asked)
+        )
+        return None if stop.agreed() else rows
 
+    def _step(self, rows: np.ndarray) -> None:
+        """One optimizer step; `state` moves with the weights."""
+        setup, step = self._setup, self.state.step
+        hyper = self._plan.schedule.at(step)
+        self._together = False
+        nats = setup.trainer.step(rows, hyper=hyper)
+        assert nats is not None
+        done = step + 1
+        self.state = self.state.moved(done, self._stream.position)
+        if step == setup.state.step:
+            settle_garbage()
+        read = due(self._settings.save_every, done, done == self._plan.num_steps)
+        position, logger = self._stream.position, self._logger
+        logger.step(done, nats, hyper.lr_multiplier, position, read=read)
+        self.state = replace(
+            self.state, train_loss=logger.loss, training_time_s=logger.training_time_s
+        )
+        self._together = True
 
-def _save(setup: Setup, state: TrainingState) -> None:
-    save_run(
-        setup.directory,
-        setup.model,
-        setup.optimizer,
-        _meta(setup, state),
-        rank=setup.place.rank,
-        world_size=setup.place.world_size,
-    )
-
-
-def _run_block(settings: Settings, model: GPT, num_steps: int, world_size: int) -> RunBlock:
-    """How a block is computed in training, chosen by the work of the whole run; prints the choice."""
-    flops = float(num_steps * settings.total_batch_size * model.estimate_flops())
-    threads, device_type = torch.get_num_threads(), model.get_device().type
-    seconds = training_seconds(flops, device_type, threads=threads, devices=world_size)
-    run_block, choices = accelerated_block(settings.compile, model=model, run_s=seconds)
-    print0(choices)
-    return run_block
-
-
-def _device_rows(settings: Settings, place: Place) -> int:
-    """Rows that each device takes at once: the least of what the ranks have room for."""
-    step_rows = settings.total_batch_size // settings.max_seq_len
-    rows = device_rows(
-        settings.batch_size,
-        device=place.device,
-        sequence_len=settings.max_seq_len,
-        rank_rows=-(-step_rows // place.world_size),
-    )
-    if place.world_size > 1:
-        least = torch.tensor(rows, device=place.device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        rows = int(least)
-    return rows
-
-
-def _due(every: int, done: int, last: bool) -> bool:
-    return last or (every > 0 and done % every == 0)
-
-
-class _Watch:
-    """The evaluations of a run: bits per byte, CORE, samples. All ranks call it together."""
-
-    def __init__(self, setup: Setup, val_rows: np.ndarray, logger: ProgressLog) -> None:
-        self._model, self._settings = setup.model, setup.settings
-        self._tokenizer, self._core_tasks = setup.inputs.tokenizer, setup.inputs.core_tasks
-        self._logger, self._rank = logger, setup.place.rank
-        mine = rank_slice(len(val_rows), rank=self._rank, world_size=setup.place.world_size)
-        self._val_rows = val_rows[mine]
-        token_bytes = self._tokenizer.token_bytes()
-        self._token_bytes = torch.tensor(token_bytes, device=self._model.get_device())
-
-    def after(self, state: TrainingState, *, last: bool) -> TrainingState:
-        """Do what is due after a step; `state` with the newest bpb."""
-        settings, done = self._settings, state.step
-        if _due(settings.eval_every, done, last):
-            bpb = self._bpb()
-            self._logger.evaluation(done, bpb)
-            state = state.validated(bpb)
-        if settings.core_every > 0 and _due(settings.core_every, done, last):
-            device, items = self._model.get_device(), settings.core_max_per_task
-            result = evaluate_core(
-                self._model, self._tokenizer, device, self._core_tasks, max_per_task=items
+    def _after_step(self, stop: StopRequest) -> bool:
+        """Save, then evaluate, if due; whether the run ends here, before its last evaluation."""
+        done, last = self.state.step, self.state.step == self._plan.num_steps
+        if last:
+            self._saver.keep(self.state)
+        elif due(self._settings.save_every, done, last):
+            self._saver.save(self.state)
+        if not self._watch.due(done, last=last):
+            return False
+        asked = stop.agreed()
+        try:
+            if not asked:
+                self._evaluate(stop, last=last)
+        except Exception:
+            asked = stop.agreed()  # it was given up for that, here or on another rank
+            if not asked:
+                raise
+        if asked and last:
+            tag = self._settings.tag
+            self._logger.say(
+                "stopped before the last evaluation, which this makes up for: "
+                f"python -m scripts.base_eval --checkpoint {tag}"
             )
-            self._logger.core(done, result)
-        sample = settings.sample_every > 0 and _due(settings.sample_every, done, last)
-        if sample and self._rank == 0:  # the others wait in their next collective
-            self._logger.samples(done, sample_texts(Engine(self._model, self._tokenizer)))
-        return state
+        return asked and last  # else the next rows are not read
 
-    def _bpb(self) -> float:
-        rows, at_once = self._val_rows, self._settings.batch_size
-        batches = (rows[i : i + at_once] for i in range(0, len(rows), at_once))
-        sums = bpb_sums(self._model, batches, self._token_bytes)
-        return bits_per_byte(*sum_over_ranks(*sums, device=self._model.get_device()))
+    def _evaluate(self, stop: StopRequest, *, last: bool) -> None:
+        validated = self._watch.validate(self.state, last=last, tick=stop.check)
+        if validated is not self.state:
+            self.state = validated
+            if self._saver.saved == validated.step:
+                self._saver.amend(validated)
+        self._watch.look(self.state.step, last=last, tick=stop.check)
 
+    def _stop(self) -> None:
+        """The run was asked to stop: save what it has."""
+        with self._logger.paused():
+            if self._saver.saved < self.state.step:
+                self._saver.keep(self.state)
+        self._logger.say(f"stopped after step {self.state.step}{self._how_to_continue}")
 
-def _open(settings: Settings) -> Inputs:
-    """Open all that the run needs from this machine; UserError if something is missing."""
-    source = open_source(settings.source)
-    num_shards = count_train_shards(source, settings.num_shards)
-    print0(
-        f"data: shards 0..{num_shards - 1} of {source.name} ({len(source.present_train())} training "
-        f"shards are here), validation shard {source.val_shard}"
-    )
-    tokenizer = get_tokenizer(settings.tokenizer)
-    config = model_config(settings, settings.depth, tokenizer.get_vocab_size())
-    spec = DataSpec(
-        source=source.name,
-        tokenizer=tokenizer_name(settings.tokenizer),
-        tokenizer_sha256=tokenizer.fingerprint(),
-        sequence_len=settings.max_seq_len,
-        packing=settings.packing or default_packing(source),
-        eval_rows=settings.validation_rows,
-        val_shard=source.val_shard,
-    )
-    cache = RowCache(source, tokenizer, sequence_len=settings.max_seq_len, packing=spec.packing)
-    return Inputs(
-        config=config,
-        cache=cache,
-        tokenizer=tokenizer,
-        spec=spec,
-        num_shards=num_shards,
-        core_tasks=load_tasks(ensure_bundle()) if settings.core_every > 0 else [],
-    )
+    @property
+    def _how_to_continue(self) -> str:
+        if not self.state.step or not self._saver.whole:
+            return ""
+        return f": continue with --resume-from-step {LATEST}"
+
+    def _rescue(self, error: Exception) -> None:
+        """Save what is trained, as a stop does, before `error` ends the run."""
+        step = self.state.step
+        if self._saver.saved >= step:
+            return
+        if self._setup.trainer.updating:
+            _tell(f"step {step + 1} failed while it changed the weights: they are not saved")
+            return
+        try:
+            if self._together or self._plan.place.world_size == 1:
+                self._saver.keep(self.state)
+            elif not self._saver.keep_alone(self.state):
+                return
+            _tell(f"saved step {step} before the end{self._how_to_continue}")
+        except Exception as another:  # noqa: BLE001 - the first one is what people must see
+            _tell(f"step {step} could not be saved: {another}")
 
 
-def _meta(setup: Setup, state: TrainingState) -> dict[str, Any]:
-    """A checkpoint's meta data: upstream's keys, and `data`, which our evaluation needs."""
-    return {
-        **state.to_meta(),
-        "model_config": setup.inputs.config.to_meta(),
-        "data": setup.inputs.spec.to_meta(),
-        "user_config": setup.user_config,
-        "device_batch_size": setup.settings.batch_size,
-        "max_seq_len": setup.settings.max_seq_len,
-        "total_batch_size": setup.settings.total_batch_size,
-    }
+def _tell(line: str) -> None:
+    """On stderr: after a failure stdout may be what failed."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -2,11 +2,10 @@
 
 import contextlib
 import math
-import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,17 @@ from nanochat.common import get_base_dir
 from nanochat.core_bundle import CoreResult
 from nanochat.errors import UserError
 from nanochat.settings import Settings
+from nanochat.wandb_run import WandbRun
+
+
+class Diverged(UserError):
+    """Loss or weights are not finite: there is nothing to go on with, and nothing to save."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}, the run has diverged: start another one with a lower --lr (checkpoints written "
+            "before are kept)"
+        )
 
 
 class ProgressLog:
@@ -32,10 +42,12 @@ class ProgressLog:
         training_time_s: float = 0.0,
         token_flops: float = 0.0,
         peak_flops: float = 0.0,
+        wandb_id: str = "",
     ) -> None:
         """For a run of `num_steps` of which `done` are done, after `training_time_s` of training.
 
-        `token_flops`: of training on one token; `peak_flops`: FLOP/s of all devices, 0 if unknown.
+        `token_flops`: of training on one token; `peak_flops`: FLOP/s of all devices, 0 if unknown;
+        `wandb_id`: of the W&B run, which a resumed run continues.
         """
         self.loss: float | None = None  # the last one that was read
         self.training_time_s = training_time_s  # without evaluations and checkpoints
@@ -44,7 +56,7 @@ class ProgressLog:
         # None: no bar without a terminal; the lines say the same
         quiet = None if rank == 0 else True
         self._bar = tqdm(total=num_steps, initial=done, unit="step", disable=quiet)
-        self._wandb = _open_wandb(settings) if rank == 0 else None
+        self._wandb = _open_wandb(settings, wandb_id) if rank == 0 else None
         self._pending: list[Tensor] = []
         self._token_flops, self._peak_flops = token_flops, peak_flops
         self._since = time.monotonic()
@@ -55,14 +67,16 @@ class ProgressLog:
         nats: Tensor,
         lr_multiplier: float,
         position: tuple[int, int, int, int | None],
+        *,
+        read: bool = False,
     ) -> None:
         """Record a step whose nats, those of this rank, are still on the device.
 
-        Raises UserError when a loss that is read is not finite.
+        `read`: look at the loss now, due or not. Raises Diverged when one that is read is not finite.
         """
         self._bar.update()
         self._pending.append(nats)
-        if done % self._log_every and done != self._num_steps:
+        if done % self._log_every and done != self._num_steps and not read:
             return
         total = torch.stack(self._pending).sum()
         if dist.is_available() and dist.is_initialized():
@@ -70,10 +84,7 @@ class ProgressLog:
         tokens = len(self._pending) * self._step_tokens
         self.loss = loss = float(total) / tokens  # waits for the device
         if not math.isfinite(loss):  # the same on all ranks: they stop together
-            raise UserError(
-                f"the loss is {loss} at step {done}, the run has diverged: start another one with a "
-                "lower --lr (checkpoints written before are kept)"
-            )
+            raise Diverged(f"the loss is {loss} at step {done}")
         now = time.monotonic()
         elapsed_s = max(now - self._since, 1e-9)
         rate, self._since, self._pending = tokens / elapsed_s, now, []
@@ -86,11 +97,10 @@ class ProgressLog:
             f"tokens_per_s={rate:,.0f} {self._speed(done, rate)}"
             f"epoch={epoch} shard={shard} shard_progress={progress}"
         )
-        values = {"step": done, "train/loss": loss, "train/lrm": lr_multiplier}
-        values["train/tok_per_s"] = rate
+        values = {"train/loss": loss, "train/lrm": lr_multiplier, "train/tok_per_s": rate}
         if self._peak_flops:
             values["train/mfu"] = self._mfu(rate)
-        self._record(values)
+        self._record(done, values)
 
     def _speed(self, done: int, rate: float) -> str:
         """What share of the devices' arithmetic is used, where that is known, and the time left."""
@@ -110,12 +120,12 @@ class ProgressLog:
 
     def evaluation(self, done: int, val_bpb: float) -> None:
         self.say(f"step={done} val_bpb={val_bpb:.6f}")
-        self._record({"step": done, "val/bpb": val_bpb})
+        self._record(done, {"val/bpb": val_bpb})
 
     def core(self, done: int, result: CoreResult) -> None:
         self.say(f"step={done} core={result.core:.6f}")
         tasks = {f"core/{label}": value for label, value in result.centred.items()}
-        self._record({"step": done, "core": result.core, **tasks})
+        self._record(done, {"core": result.core, **tasks})
 
     def samples(self, done: int, texts: list[str]) -> None:
         for text in texts:
@@ -125,14 +135,15 @@ class ProgressLog:
         if self._rank == 0:
             self._bar.write(line)
 
-    def close(self) -> None:
+    def close(self, *, exit_code: int = 0) -> None:
         self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=exit_code)
 
-    def _record(self, values: dict[str, Any]) -> None:
+    def _record(self, done: int, values: dict[str, float]) -> None:
         if self._wandb is not None:
-            self._wandb.log(values)
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._wandb.log({"step": done, **finite}, step=done)
 
 
 def _clock(seconds: float) -> str:
@@ -142,18 +153,17 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _open_wandb(settings: Settings) -> Any:
-    """A W&B run, or None without a project; online only with a key: nobody is asked for one."""
-    project, mode = settings.wandb_project, settings.wandb_mode
-    if not project or mode == "disabled":
+def _open_wandb(settings: Settings, run_id: str) -> WandbRun | None:
+    """A W&B run, or None without a project."""
+    if not settings.wandb_project:
         return None
-    import wandb  # slow to import, and not needed without a project
-
-    online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_API_KEY"))
-    return wandb.init(
-        project=project,
+    return WandbRun(
+        mode=settings.wandb_mode,
+        project=settings.wandb_project,
         name=settings.tag,
-        mode="online" if online else "offline",
-        dir=str(get_base_dir()),
+        run_id=run_id,
+        directory=get_base_dir(),
         config=asdict(settings),
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+        quiet=False,
     )

@@ -5,28 +5,35 @@ All ranks write their shards before rank 0 writes the meta file: a step that has
 """
 
 import math
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch.distributed as dist
-
+from nanochat.agreement import Agreement, PeerFailed
 from nanochat.checkpoint_manager import (
-    find_last_step,
     load_checkpoint,
+    load_meta,
+    load_optimizer_shards,
+    not_finite,
     optimizer_ranks,
     save_checkpoint,
     save_optimizer,
+    whole_steps,
 )
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.run_directory import remove_step
 
 LATEST = "latest"
+WORLD_SIZE = "world_size"  # in a checkpoint's `user_config`: whose optimizer shards it has
 _NO_BPB = sys.float_info.max  # upstream begins with infinity, which JSON does not have
 
 Meta = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +53,10 @@ class TrainingState:
         self,
         step: int,
         position: tuple[int, int, int, int | None],
-        train_loss: float | None,
-        training_time_s: float,
     ) -> "TrainingState":
-        """After `step` steps, at `EpochStream.position`."""
+        """After `step` steps, at `EpochStream.position`; its validation is still to come."""
         epoch, shard, row, _ = position
-        return replace(
-            self,
-            step=step,
-            epoch=epoch,
-            shard=shard,
-            row=row,
-            train_loss=train_loss,
-            training_time_s=training_time_s,
-        )
+        return replace(self, step=step, epoch=epoch, shard=shard, row=row, val_bpb=None)
 
     def validated(self, val_bpb: float) -> "TrainingState":
         """The same place with a new validation; what JSON cannot hold (no bytes: inf) is left out."""
@@ -110,82 +107,127 @@ class TrainingState:
             ) from error
 
 
+class NotSaved(UserError):
+    """The disk did not take a checkpoint; what is there of other steps is whole."""
+
+
 def save_run(
-    directory: Path, model: GPT, optimizer: MuonAdamW, meta: Meta, *, rank: int, world_size: int
+    directory: Path,
+    model: GPT,
+    optimizer: MuonAdamW,
+    meta: Meta,
+    *,
+    rank: int,
+    agreement: Agreement,
 ) -> None:
-    """Write the step `meta["step"]`, all ranks together; UserError when the disk is full."""
+    """Write the step `meta["step"]`, all ranks together; NotSaved, on all of them, if that fails."""
     step = meta["step"]
+
+    def finish() -> None:
+        save_checkpoint(directory, step, model.state_dict(), None, meta)
+
     try:
-        if rank == 0:  # of an earlier run here: killed now, it must not look whole
-            (directory / f"meta_{step:06d}.json").unlink(missing_ok=True)
-        _wait_for_all(world_size)
-        save_optimizer(directory, step, optimizer.state_dict(), rank)
-        _wait_for_all(world_size)
-        if rank == 0:
-            save_checkpoint(directory, step, model.state_dict(), None, meta)
+        agreement.together(lambda: save_optimizer(directory, step, optimizer.state_dict(), rank))
+        if_first(rank, finish, agreement)
+    except PeerFailed as error:
+        raise NotSaved(f"another process cannot write the checkpoint of step {step}") from error
     except OSError as error:
-        raise UserError(
+        raise NotSaved(
             f"cannot write the checkpoint of step {step} to {directory} ({error.strerror}): make "
-            f"room there and continue with --resume-from-step {LATEST}"
+            "room there"
         ) from error
 
 
-def _wait_for_all(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()
+def save_weights(directory: Path, model: GPT, meta: Meta) -> None:
+    """Write the step `meta["step"]` without the optimizer; by one process. Raises OSError."""
+    remove_step(directory, meta["step"])
+    save_checkpoint(directory, meta["step"], model.state_dict(), None, meta)
 
 
-def resolve_step(directory: Path, wanted: str) -> int | None:
-    """The step that `wanted` names, a number or "latest"; None for "latest" if there is none yet.
+def if_first(rank: int, action: Callable[[], T], agreement: Agreement) -> T | None:
+    """Do it on rank 0, whose failure is everybody's; None on the others."""
+    return agreement.together(lambda: action() if rank == 0 else None)
 
-    So the same command line starts a run and continues it, as a restarted job needs.
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStep:
+    """A step from which a run continues; `ranks` kept its optimizer."""
+
+    directory: Path
+    step: int
+    meta: Meta
+    ranks: int
+
+    @property
+    def user_config(self) -> Meta:
+        return _user_config(self.meta)
+
+    def check_same(self, same: Meta) -> None:
+        """Raise UserError, naming what differs, unless the meta data holds the values of `same`: a
+        mapping of values per key."""
+        for key, values in same.items():
+            for name, value in values.items():
+                saved = self.meta.get(key, {}).get(name)
+                if saved != value:
+                    raise UserError(
+                        f"the run in {self.directory} was started with {name} {saved!r}, not "
+                        f"{value!r}: continue it with that, or start another one with --run"
+                    )
+
+
+def find_saved(directory: Path, wanted: str | None) -> SavedStep | None:
+    """The step that `wanted` names, a number or "latest"; None for None, and for "latest" if there is none.
+
+    So the same command line starts a run and continues it, as a restarted job needs. "latest" is the
+    last step that has its optimizer.
     """
+    if wanted is None:
+        return None
     if wanted == LATEST:
-        try:
-            return find_last_step(directory)
-        except UserError:
-            return None
-    if not wanted.isdigit():
+        found = (_saved(directory, step) for step in reversed(whole_steps(directory)))
+        return next((one for one in found if one.ranks), None)
+    if not re.fullmatch("[0-9]{1,18}", wanted):
         raise UserError(f"--resume-from-step is {wanted!r}: give a number or {LATEST}")
-    return int(wanted)
+    return _saved(directory, int(wanted))
+
+
+def _saved(directory: Path, step: int) -> SavedStep:
+    meta = load_meta(directory, step)
+    ranks = _user_config(meta).get(WORLD_SIZE)
+    if ranks is None:  # files of older versions, and upstream's: they are counted
+        ranks = len(optimizer_ranks(directory, step))
+    return SavedStep(directory=directory, step=step, meta=meta, ranks=ranks)
+
+
+def _user_config(meta: Meta) -> Meta:
+    config: Meta = meta.get("user_config") or {}
+    return config
 
 
 def restore_run(
-    directory: Path,
-    step: int,
-    model: GPT,
-    optimizer: MuonAdamW,
-    *,
-    same: Meta,
-    rank: int,
-    world_size: int,
+    saved: SavedStep, model: GPT, optimizer: MuonAdamW, *, rank: int, world_size: int
 ) -> TrainingState:
-    """Put the weights and this rank's optimizer shard back; returns where the run stands.
+    """Put the weights and this rank's optimizer state back; returns where the run stands.
 
-    same: what the checkpoint's meta data must hold for this to be the same run, a value or a
-    mapping of values per key. Raises UserError, naming what differs, and for another number of ranks.
+    The run may have had another number of ranks: the optimizer's shards are cut anew. Raises UserError
+    if anything does not fit, and for weights that are not finite.
     """
-    ranks = optimizer_ranks(directory, step)
-    if ranks and ranks != list(range(world_size)):
-        raise UserError(
-            f"step {step} in {directory} holds the optimizer of {len(ranks)} processes and this "
-            f"run has {world_size}: continue it with {len(ranks)}"
-        )
-    weights, shard, meta = load_checkpoint(
-        directory, step, model.get_device(), load_optimizer=True, rank=rank
+    state = TrainingState.from_meta(saved.meta)
+    directory, step = saved.directory, saved.step
+    alike = saved.ranks in (0, world_size)  # 0: the file that is missing is named
+    weights, shard, _ = load_checkpoint(
+        directory, step, model.get_device(), load_optimizer=alike, rank=rank
     )
-    state = TrainingState.from_meta(meta)
-    for key, values in same.items():
-        for name, value in values.items():
-            saved = meta.get(key, {}).get(name)
-            if saved != value:
-                raise UserError(
-                    f"the run in {directory} was started with {name} {saved!r}, not {value!r}: "
-                    "continue it with that, or start another one with --run"
-                )
+    if name := not_finite(weights):
+        raise UserError(
+            f"the weights of step {step} in {directory} are not finite ({name}): continue from an "
+            "earlier step"
+        )
     try:
         model.load_state_dict(weights)
-        assert shard is not None
+        if shard is None:
+            shards = load_optimizer_shards(directory, step, saved.ranks)
+            shard = optimizer.recut(shards, rank=rank, world_size=world_size)
         optimizer.load_state_dict(shard)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --checkpoint RU
 """
 
 import json
+import math
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -92,7 +93,7 @@ def main() -> None:
             for text in result["samples"]:
                 print(f"sample: {text!r}")
     if args.json:
-        print0(json.dumps(result))
+        print0(json.dumps(result, allow_nan=False))
     compute_cleanup()
 
 
@@ -114,6 +115,11 @@ def _bpb(
     token_bytes = torch.tensor(tokenizer.token_bytes(), device=model.get_device())
     sums = bpb_sums(model, batches, token_bytes)
     bpb = bits_per_byte(*sum_over_ranks(*sums, device=model.get_device()))
+    if not math.isfinite(bpb):
+        raise UserError(
+            f"the bits per byte of this model are {bpb}: its loss is not finite, or its validation rows "
+            "stand for no text"
+        )
     return {"val_bpb": bpb, "eval_rows": len(rows)}
 
 

@@ -17,7 +17,8 @@ from nanochat.kernels.choices import COMPILE_MODES
 from nanochat.pretrain import pretrain
 from nanochat.rows.packing import PACKINGS
 from nanochat.schedule import SCHEDULE_KINDS
-from nanochat.settings import WANDB_MODES, Settings
+from nanochat.settings import Settings
+from nanochat.wandb_run import WANDB_MODES
 
 Add = Callable[..., None]
 
@@ -116,6 +117,7 @@ def _add_report_options(add: Add) -> None:
     add("--core-max-per-task", "--core-metric-max-per-task", help="items per task in those")
     add("--sample-every", help="steps between printed samples; 0: none")
     add("--save-every", help="steps between checkpoints; 0: only at the end")
+    add("--save-keep", help="newest checkpoints to keep; 0: all of them")
     add(
         "--resume-from-step", type=str, help="continue from this step: a number, or latest (if any)"
     )

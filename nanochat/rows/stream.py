@@ -136,14 +136,19 @@ class EpochStream:
         self._epoch = epoch
         self._stream = self._open(epoch, shard, row)
 
-    def read(self, num_rows: int) -> np.ndarray:
-        """The next rows, (num_rows, T+1): what an epoch's end lacks comes from the next epoch."""
+    def read(self, num_rows: int, *, should_stop: StopCheck | None = None) -> np.ndarray:
+        """The next rows, (num_rows, T+1): what an epoch's end lacks comes from the next epoch.
+
+        Fewer only once `should_stop()` is true while waiting for rows.
+        """
         parts: list[np.ndarray] = []
         missing, barren_epochs = num_rows, 0
         while missing:
-            rows = self._stream.read(missing)
+            rows = self._stream.read(missing, should_stop=should_stop)
             parts.append(rows)
             missing -= len(rows)
+            if missing and should_stop is not None and should_stop():
+                break
             if missing:
                 barren_epochs = 0 if len(rows) else barren_epochs + 1
                 if barren_epochs > 1:

@@ -15,7 +15,11 @@ import torch
 import nanochat_train
 from nanochat.checkpoint_manager import load_any, optimizer_ranks
 from nanochat.common import run_command_line
+from nanochat.gpt import GPTConfig, build_gpt
+from nanochat.param_groups import make_optimizer
 from nanochat.prompts import PROMPTS
+from nanochat.resume import find_saved, restore_run
+from nanochat.schedule import learning_rates
 from nanochat.settings import Settings
 from scripts import base_eval, base_train
 
@@ -166,8 +170,31 @@ def test_two_processes_under_torchrun_train_the_model_of_one_and_continue_it(
     assert (base_dir / "base_eval" / "two_000003.csv").exists()
 
     alone = [*arguments, "two", "--resume-from-step", "2"]
-    assert _call(base_train.main, *alone, monkeypatch=monkeypatch) == 2
-    assert "optimizer of 2 processes and this run has 1" in capsys.readouterr().err
+    before = [torch.load(directory / f"optim_000002_rank{r}.pt", weights_only=True) for r in (0, 1)]
+    assert _call(base_train.main, *alone, monkeypatch=monkeypatch) == 0
+    assert optimizer_ranks(directory, 3) == [0]
+    assert optimizer_ranks(directory / "replaced-1", 3) == [0, 1]  # those of the two are not lost
+    joined = _state_on_one_process(directory)
+    numbers = [group["params"][0] for group in joined["param_groups"]]
+    assert len(numbers) == 5
+    for number in numbers:
+        for name, moments in joined["state"][number].items():
+            if name != "step":
+                halves = [
+                    shard["state"][number][name] for shard in before if number in shard["state"]
+                ]
+                assert torch.equal(moments, torch.cat(halves)[: len(moments)]), (number, name)
+
+
+def _state_on_one_process(directory: Path) -> dict[str, Any]:
+    """The optimizer of step 2, as a process continues with it that is alone."""
+    saved = find_saved(directory, "2")
+    assert saved is not None and saved.ranks == 2
+    config = GPTConfig(**saved.meta["model_config"])
+    model = build_gpt(config, device=torch.device("cpu"), seed=0)
+    optimizer = make_optimizer(model, learning_rates("classic"), weight_decay=0.0)
+    restore_run(saved, model, optimizer, rank=0, world_size=1)
+    return optimizer.state_dict()
 
 
 def test_a_seed_decides_on_the_model(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +344,9 @@ def test_wandb_is_offline_without_a_key_and_off_without_a_project(
     calls: list[dict[str, object]] = []
 
     class Run:
-        def log(self, values: dict[str, object]) -> None: ...
+        def log(self, values: dict[str, object], step: int) -> None: ...
 
-        def finish(self) -> None: ...
+        def finish(self, exit_code: int) -> None: ...
 
     def init(**options: object) -> Run:
         calls.append(options)

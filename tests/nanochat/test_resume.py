@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, saving
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import run_command_line
 from nanochat.kernels.choices import what_compiling_lacks
@@ -225,6 +225,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_checkpoint(
         real(value, file)
 
     monkeypatch.setattr(checkpoint_manager.torch, "save", disk_for_one_step)
+    monkeypatch.setattr(saving, "ROOM_WAIT_S", 0.0)  # nobody will make room
     train = [*COMMON, "--source", str(corpus), "--run", "full", "--num-iterations", "4"]
     train += ["--save-every", "2"]
     assert _call(base_train.main, *train, monkeypatch=monkeypatch) == 2
