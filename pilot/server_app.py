@@ -26,7 +26,7 @@ from pilot.redis_url import redact_url
 from pilot.rules.ledger import Ledger
 from pilot.rules.rounds import Clock, MonotonicClock
 from pilot.run.directory import generated_name, next_term, open_run_dir
-from pilot.run.results import write_results
+from pilot.run.results import write_checkpoint, write_results
 from pilot.run.snapshot import latest_snapshot
 from pilot.run.state import RunState
 from pilot.server.console import configure_logging
@@ -123,6 +123,7 @@ def _lead(
                 run_dir=run_dir,
                 closed=simulation,
                 interrupted=stopped.is_set,
+                trained=lambda: _keep_unscored(state),
             ).run()
             _finish(state, run_dir, report)
             finished = True
@@ -150,6 +151,11 @@ def _resume_or_start(config: RunConfig, run_dir: Path) -> RunState:
     log.info("Training %s parameters on %s tokens", f"{parameters:,}", f"{total:,}")
     ledger = Ledger(num_shards=config.num_shards, epochs=config.epochs, shard_order=order)
     return RunState(config=config, weights=weights, ledger=ledger, total_tokens=total)
+
+
+def _keep_unscored(state: RunState) -> None:
+    """The model is worth more than its last figure, for which clients may be missing."""
+    log.info("Wrote %s; its last evaluation is to come", write_checkpoint(state))
 
 
 def _finish(state: RunState, run_dir: Path, report: Report) -> None:

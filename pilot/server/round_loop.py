@@ -39,10 +39,8 @@ _REDIS_EVERY_S = 1.0
 _PROGRESS_EVERY_S = 2.0
 _REPORT_WAITING_EVERY_S = 5.0
 _IDLE_TICK_S = 1.0  # while no client works
-# Clients that answer or are back within this time are waited for, once each time that some are missing.
-RETURN_S = 15.0
-# Rounds in a row in which workers gave nothing but errors, before the run gives up.
-MAX_FAILED_ROUNDS = 3
+RETURN_S = 15.0  # for which missing clients are waited for, once each time that some are
+MAX_FAILED_ROUNDS = 3  # in a row with nothing but errors, before the run gives up
 _EVALUATION_ATTEMPTS = 3
 
 
@@ -68,6 +66,7 @@ class RoundLoop:
         run_dir: where snapshots and the spool of the open round are kept.
         closed: no node will come that isn't there yet (a simulation).
         interrupted: asked at every tick; once it says True the round ends and RunInterrupted is raised.
+        trained: called once the last round is committed, before it is evaluated.
     """
 
     def __init__(
@@ -83,10 +82,12 @@ class RoundLoop:
         run_dir: Path,
         closed: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
+        trained: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.state, self.term = config, state, term
         self.mailbox, self.coordinator, self.report = mailbox, coordinator, report
-        self.clock, self.run_dir, self.interrupted = clock, run_dir, interrupted
+        self.clock, self.run_dir = clock, run_dir
+        self.interrupted, self._trained = interrupted, trained
         self.schedule = plan.schedule(config, total_tokens=state.total_tokens)
         state.wandb_id = report.telemetry.wandb_id
         redis_url = without_credentials(coordinator.url)
@@ -119,6 +120,7 @@ class RoundLoop:
             self._commit(closed, reason)  # 6. outer step, then commit
             self._check_failures(closed)
             wanted = 1
+        self._trained()
         self._evaluate_last_merge()
 
     # -- 0. hello --------------------------------------------------------------------------------
