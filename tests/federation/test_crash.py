@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import find_last_step, load_checkpoint
 from pilot.faults import POINTS
 from pilot.processes.local_redis import LocalRedis
 from pilot.run.snapshot import latest_snapshot
@@ -195,6 +196,17 @@ def test_full_disk_ends_the_server_with_a_sentence_and_it_resumes_to_the_same_bi
         return
     assert status == FAILED and "No space left on device" in log.splitlines()[-1], log
     finish(servers, run, undisturbed)
+
+
+def test_model_of_the_last_round_is_a_checkpoint_before_it_is_scored(servers: Servers) -> None:
+    status, log = servers.lead("unscored", fault="results.checkpoint:2")  # the second one is scored
+    assert status == -signal.SIGKILL, log
+    checkpoint = servers.base / "base_checkpoints" / "unscored"
+    weights, _, meta = load_checkpoint(checkpoint, find_last_step(checkpoint), "cpu")
+    snapshot = latest_snapshot(servers.directory("unscored") / "snapshots", report=print)
+    assert snapshot is not None and meta["val_bpb"] is None
+    torch.testing.assert_close(dict(weights), snapshot.model, rtol=0, atol=0)
+    assert not (servers.directory("unscored") / "final_model.pt").exists()
 
 
 def test_merged_replies_prove_that_every_row_was_merged_once(
