@@ -45,7 +45,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         name = signal.Signals(number).name
-        print(f"{name}: finishing and saving this step; press again to quit now", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe
+            print(
+                f"{name}: finishing and saving this step; press again to quit now", file=sys.stderr
+            )
 
 
 @contextlib.contextmanager

@@ -118,8 +118,8 @@ class _Run:
                 return False
             except (Diverged, NotSaved):
                 raise  # nothing to save, or nowhere
-            except Exception as error:  # whatever it is, what is trained is worth more
-                self._rescue(error)
+            except Exception:  # whatever it is, what is trained is worth more
+                self._rescue()
                 raise
 
     def _next_rows(self, stop: StopRequest) -> np.ndarray | None:
@@ -195,20 +195,22 @@ class _Run:
             return ""
         return f": continue with --resume-from-step {LATEST}"
 
-    def _rescue(self, error: Exception) -> None:
-        """Save what is trained, as a stop does, before `error` ends the run."""
-        step = self.state.step
+    def _rescue(self) -> None:
+        """Save what is trained, as a stop does, before an error ends the run."""
+        step, place = self.state.step, self._plan.place
         if self._saver.saved >= step:
             return
         if self._setup.trainer.updating:
             _tell(f"step {step + 1} failed while it changed the weights: they are not saved")
             return
+        together = self._together or place.world_size == 1
         try:
-            if self._together or self._plan.place.world_size == 1:
+            if together:
                 self._saver.keep(self.state)
             elif not self._saver.keep_alone(self.state):
                 return
-            _tell(f"saved step {step} before the end{self._how_to_continue}")
+            if place.rank == 0 or not together:
+                _tell(f"saved step {step} before the end{self._how_to_continue}")
         except Exception as another:  # noqa: BLE001 - the first one is what people must see
             _tell(f"step {step} could not be saved: {another}")
 

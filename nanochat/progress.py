@@ -132,8 +132,10 @@ class ProgressLog:
             self.say(f"step={done} sample: {text!r}")
 
     def say(self, line: str) -> None:
+        """Print a line, if it can be: a log on a full disk, or nobody who reads, ends no training."""
         if self._rank == 0:
-            self._bar.write(line)
+            with contextlib.suppress(OSError):
+                self._bar.write(line)
 
     def close(self, *, exit_code: int = 0) -> None:
         self._bar.close()

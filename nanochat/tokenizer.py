@@ -55,6 +55,7 @@ _FORMAT_NAME = "nanochat-bpe-"
 _FORMAT = f"{_FORMAT_NAME}1"
 _NUM_BYTES = 256
 MIN_VOCAB_SIZE = _NUM_BYTES + len(SPECIAL_TOKENS)
+_MAX_VOCAB_SIZE = 2**31 - 1  # rustbpe's limit
 
 
 class RustBPETokenizer:
@@ -323,7 +324,9 @@ def check_overwritable(directory: Path) -> None:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError unless all 256 bytes and the special tokens fit into `vocab_size`."""
+    """Raise UserError unless `vocab_size` holds all bytes and special tokens, and 31 bits hold it."""
+    if vocab_size > _MAX_VOCAB_SIZE:
+        raise UserError(f"a vocabulary of {vocab_size:,} is too large: at most {_MAX_VOCAB_SIZE:,}")
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"a vocabulary of {vocab_size} is too small: it needs at least {MIN_VOCAB_SIZE} "

@@ -328,6 +328,8 @@ def _check(key: str, value: Any, declared: Any) -> Scalar:
     low, high = declared.metadata["low"], declared.metadata["high"]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"run-config key {key}={value} must be finite")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ConfigError(f"run-config key {key}={value} must fit into 64 bits")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
         raise ConfigError(f"run-config key {key}={value} must be {bounds}")

@@ -3,7 +3,8 @@
 python -m scripts.base_train --depth 4 --source builtin …
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 --run baseline
 
-Ctrl-C finishes the step and saves it; the same command with `--resume-from-step latest` continues.
+Ctrl-C or SIGTERM finishes the step and saves it; so does whatever fails. The same command with
+`--resume-from-step latest` continues, on any number of processes.
 torchrun kills 30 s after Ctrl-C: give it `--shutdown-timeout SECONDS` if a step and its save take longer.
 """
 

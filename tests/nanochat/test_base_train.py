@@ -215,6 +215,9 @@ def test_vanilla_training_needs_nothing_prepared(
     output = capsys.readouterr().out
     assert "training on the built-in corpus" in output and "val_bpb=" in output
     assert (base_dir / "base_checkpoints" / "vanilla" / "model_000001.pt").exists()
+    resume = [*arguments, "--resume-from-step", "latest"]
+    assert _call(nanochat_train.main, *resume, monkeypatch=monkeypatch) == 2
+    assert "is over: it has done its 1 steps" in capsys.readouterr().err
 
 
 def test_the_vanilla_command_refuses_several_processes(

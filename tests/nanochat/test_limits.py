@@ -94,6 +94,11 @@ def test_a_step_is_written_in_plain_digits(wanted: str, tmp_path: pytest.TempPat
         (base_eval.main, ["--checkpoint", "x", "--eval-rows", "9" * 30], "must fit into 64 bits"),
         (chat_cli.main, ["--checkpoint", "x", "--temperature", "inf"], "--temperature is inf"),
         (chat_cli.main, ["--checkpoint", "x", "--seed", str(2**64)], "must fit into 64 bits"),
+        (
+            tok_train.main,
+            ["--vocab-size", str(2**33)],
+            "a vocabulary of 8,589,934,592 is too large",
+        ),
         (tok_train.main, ["--max-chars", "9" * 30], "--max-chars is " + "9" * 30),
     ],
 )

@@ -150,6 +150,17 @@ def test_an_exception_of_any_kind_ends_the_run_saved(
     assert find_last_step(_directory(base, "bug")) == 3
 
 
+def test_lines_that_cannot_be_written_end_no_training(
+    base: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanochat.progress.tqdm.write", full)
+    assert call(base_train.main, *_train(base, "mute"))[0] == 0
+    assert whole_steps(_directory(base, "mute")) == [4]
+
+
 def test_a_step_that_failed_in_the_optimizer_is_not_passed_off_as_one(
     base: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

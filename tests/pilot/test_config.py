@@ -93,6 +93,12 @@ def test_number_that_is_not_finite_is_refused(value: float) -> None:
             RunConfig.from_mapping({key: value})
 
 
+def test_whole_number_that_64_bits_do_not_hold_is_refused() -> None:
+    assert config(seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(ConfigError, match="seed=9223372036854775808 must fit into 64 bits"):
+        config(seed=2**63)
+
+
 def test_whole_number_is_taken_for_a_float_and_becomes_one() -> None:
     assert type(config(round_min_duration=5).round_min_duration) is float
     assert config(lr=1).training_keys() == config(lr=1.0).training_keys()
