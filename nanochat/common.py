@@ -52,9 +52,12 @@ def user_path(text: str | Path) -> Path:
     Resolved once, where it comes in: later, elsewhere or in another process it would be another
     one. Raises UserError for `~name` where nobody has that name.
     """
-    path = Path(os.path.expanduser(text))
-    if str(path).startswith("~"):
-        raise UserError(f"{text} is the home directory of nobody here: write the path out")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{text} is the home directory of nobody here: write the path out"
+        ) from error
     return path if path.is_absolute() else path.resolve()
 
 

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import importlib
 import json
-import os
 import pickle
 import re
 import warnings
@@ -239,8 +238,7 @@ def tokenizer_dir(name_or_path: str | Path = DEFAULT_DIRECTORY) -> Path:
     A bare name is a directory under the base directory. Anything with a slash, `.`, `..` and a
     `Path` is a path, seen from the working directory.
     """
-    name = tokenizer_name(name_or_path)
-    return Path(name) if os.path.isabs(name) else get_base_dir() / name
+    return get_base_dir() / tokenizer_name(name_or_path)  # an absolute path stays itself
 
 
 def tokenizer_name(name_or_path: str | Path) -> str:
