@@ -53,7 +53,7 @@ def accelerated_block(
     return run, make_choices(
         device_type=device.type,
         dtype=model.compute_dtype,
-        windows=model.windows,
+        windows=tuple(min(window, model.config.sequence_len) for window in model.windows),
         length=model.config.sequence_len,
         has_flash3=flash3_for(device) is not None,
         compiling=choice,

@@ -13,7 +13,7 @@ import torch
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.sampling import sample_next_token
+from nanochat.sampling import sample_next_token, seeded_generator
 from nanochat.tokenizer import RustBPETokenizer
 
 __all__ = ["Engine", "KVCache", "sample_next_token", "stream_text"]
@@ -58,7 +58,7 @@ class Engine:
             )
         if max_tokens == 0 or num_samples == 0:
             return
-        rng = torch.Generator(device).manual_seed(seed)
+        rng = seeded_generator(seed, device)
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=device)
         prompt = self._cache(1, len(tokens))
         logits = model(ids, kv_cache=prompt)[:, -1]  # (1, vocab_size)
@@ -116,15 +116,20 @@ class Engine:
 
     def _cache(self, rows: int, length: int) -> KVCache:
         config = self.model.config
-        return KVCache(
-            batch_size=rows,
-            num_heads=config.n_kv_head,
-            seq_len=length,
-            head_dim=config.head_dim,
-            num_layers=config.n_layer,
-            device=self.model.get_device(),
-            dtype=self.model.compute_dtype,
-        )
+        try:
+            return KVCache(
+                batch_size=rows,
+                num_heads=config.n_kv_head,
+                seq_len=length,
+                head_dim=config.head_dim,
+                num_layers=config.n_layer,
+                device=self.model.get_device(),
+                dtype=self.model.compute_dtype,
+            )
+        except (RuntimeError, MemoryError) as error:  # torch has no class for the CPU's
+            raise UserError(
+                f"{rows} samples of {length} tokens do not fit this device's memory: ask for fewer"
+            ) from error
 
 
 def stream_text(tokenizer: RustBPETokenizer, tokens: Iterable[int]) -> Iterator[str]:

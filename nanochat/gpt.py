@@ -26,7 +26,7 @@ from nanochat.kv_cache import KVCache
 from nanochat.layers import Block, Embedding, Linear, Mix, RunBlock, run_block
 from nanochat.optim import MuonAdamW
 from nanochat.param_groups import make_optimizer
-from nanochat.sampling import sample_next_token
+from nanochat.sampling import sample_next_token, seeded_generator
 from nanochat.schedule import learning_rates
 
 __all__ = ["GPT", "GPTConfig", "Linear", "build_gpt", "config_for_depth", "norm"]
@@ -57,7 +57,10 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         # fp16 cannot hold the small updates of a table that has no fp32 master copy
         table_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
-        self.windows = layer_windows(config.pattern, config.n_layer, config.sequence_len)
+        positions = _ROTARY_LENGTH_FACTOR * config.sequence_len
+        # Beyond sequence_len modern's L is a window, as upstream's is; classic sees all, as transformers' does
+        full = config.sequence_len if config.is_modern else positions
+        self.windows = layer_windows(config.pattern, config.n_layer, config.sequence_len, full=full)
         self.transformer = _Transformer(config, self.windows, table_dtype)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         if config.is_modern:
@@ -74,7 +77,7 @@ class GPT(nn.Module):
                     if config.has_value_embedding(i)
                 }
             )
-        shape = (1, _ROTARY_LENGTH_FACTOR * config.sequence_len, 1, config.head_dim // 2)
+        shape = (1, positions, 1, config.head_dim // 2)
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(shape, dtype=compute_dtype), persistent=False)
 
@@ -226,7 +229,7 @@ class GPT(nn.Module):
         Recomputes the whole sequence for each token: plain, and the reference for faster ways.
         """
         device = self.get_device()
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = seeded_generator(seed, device)
         ids = torch.tensor([tokens], dtype=torch.long, device=device)
         for _ in range(max_tokens):
             logits = self._logits(self._hidden(ids)[:, -1])  # (1, vocab_size)

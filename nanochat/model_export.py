@@ -150,6 +150,7 @@ def model_card(model: GPT, meta: dict[str, Any], *, name: str, vocab_size: int) 
             else "not measured"
         ),
         "Rows": f"{config.sequence_len} tokens, packed as {data.get('packing', 'unknown')}",
+        "Positions": f"trained on {config.sequence_len}; further ones are computed, and untrained",
         "Tokenizer": f"byte-pair, {vocab_size:,} tokens, SHA-256 {data.get('tokenizer_sha256', '?')}",
     }
     lines = [
@@ -163,7 +164,9 @@ def model_card(model: GPT, meta: dict[str, Any], *, name: str, vocab_size: int) 
         *('tokenizer = AutoTokenizer.from_pretrained("this folder")',),
         *('model = AutoModelForCausalLM.from_pretrained("this folder")',),
         *('ids = tokenizer("The capital of France is", return_tensors="pt")',),
-        *("print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))", "```"),
+        *("print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))", "```", ""),
+        "Texts of unequal length are padded on the left with `<|bos|>` (`padding=True`); pass the "
+        "attention mask with them.",
         *("", "## Configuration", "", "| key | value |", "|---|---|"),
         *(f"| `{key}` | `{value}` |" for key, value in config.to_meta().items()),
     ]

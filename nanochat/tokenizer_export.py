@@ -172,6 +172,7 @@ def _config(tokenizer: RustBPETokenizer, sequence_len: int | None) -> dict[str, 
         "bos_token": BOS,
         "eos_token": BOS,  # separates documents: where the next one begins, this one ends
         "pad_token": BOS,  # hidden by the attention mask; without one, no batch of unequal texts
+        "padding_side": "left",  # generation continues at the right
         "additional_special_tokens": others,
         "clean_up_tokenization_spaces": False,
     }

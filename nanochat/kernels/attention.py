@@ -51,16 +51,20 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def layer_windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
+def layer_windows(
+    pattern: str, n_layer: int, sequence_len: int, *, full: int | None = None
+) -> tuple[int, ...]:
     """How many tokens back each layer sees: the pattern of S and L tiled, the last layer always L.
 
-    L is the whole sequence, S a quarter of it, rounded up to a multiple of 128.
+    L is the whole sequence (or `full`, for generation beyond it), S a quarter of `sequence_len`,
+    rounded up to a multiple of 128.
     """
+    full = sequence_len if full is None else full
     tile = _SHORT_WINDOW_DIVISOR * _WINDOW_MULTIPLE
     short = (sequence_len + tile - 1) // tile * _WINDOW_MULTIPLE
-    windows = {"L": sequence_len, "S": short}
+    windows = {"L": full, "S": short}
     tiled = [windows[pattern[i % len(pattern)]] for i in range(n_layer)]
-    tiled[-1] = sequence_len
+    tiled[-1] = full
     return tuple(tiled)
 
 

@@ -1,5 +1,6 @@
 """Generation: the KV cache computes what a full forward computes, and the engine stops where it must."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,9 @@ def test_sampling_follows_the_softmax_of_the_k_likeliest() -> None:
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.02)
     with pytest.raises(ValueError, match="temperature"):
         sample_next_token(logits, rng, temperature=-1.0)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be finite"):
+            sample_next_token(logits, rng, temperature=wrong)
     with pytest.raises(ValueError, match="top_k"):
         sample_next_token(logits, rng, top_k=0)
 
@@ -211,3 +215,16 @@ def test_characters_of_several_tokens_come_whole(tokenizer: RustBPETokenizer) ->
     assert list(stream_text(tokenizer, tokenizer.encode(text))) == list(text)
     cut = tokenizer.encode("ï")[:1]
     assert list(stream_text(tokenizer, cut)) == ["�"]
+
+
+def test_a_seed_that_torch_does_not_take_is_a_sentence(engine: Engine) -> None:
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(UserError, match="out of range"):
+            list(engine.generate([1], max_tokens=1, seed=seed))
+    for seed in (2**64 - 1, -(2**63)):
+        assert len(list(engine.generate([1], max_tokens=1, seed=seed))) == 1
+
+
+def test_more_samples_than_memory_are_a_sentence(engine: Engine) -> None:
+    with pytest.raises(UserError, match="do not fit this device's memory: ask for fewer"):
+        list(engine.generate([1], num_samples=10**12, max_tokens=9))

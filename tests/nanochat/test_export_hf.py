@@ -98,6 +98,12 @@ def test_transformers_computes_the_same_logits_from_the_same_ids(
         difference = (theirs.eval()(ids).logits - ours(ids)).abs().max()
     assert float(difference) < 1e-4
 
+    # beyond the rows that it was trained on, too
+    long = torch.randint(512, (1, 400), generator=generator)
+    with torch.inference_mode():
+        difference = (theirs(long).logits - ours(long)).abs().max()
+    assert float(difference) < 1e-4
+
     auto = transformers.AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
         expected = tokenizer.encode(text, prepend="<|bos|>")
@@ -109,6 +115,26 @@ def test_transformers_computes_the_same_logits_from_the_same_ids(
     said = theirs.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.size(1) :].tolist()
     expected = list(ours.generate(prompt[0].tolist(), 12, temperature=0.0))
     assert said == expected[: len(said)] and (len(said) == 12 or said[-1] == auto.bos_token_id)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_texts_of_unequal_length_are_continued_in_one_batch_as_one_by_one(
+    base_dir: Path, prepared_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _checkpoint(base_dir, prepared_base / "tokenizer_512", "mine", table=torch.float32)
+    out = tmp_path / "exported"
+    assert _call("--checkpoint", "mine", "--out", str(out), monkeypatch=monkeypatch) == 0
+    auto = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert auto.padding_side == "left" and auto.pad_token == "<|bos|>"
+    assert model.generation_config.pad_token_id == auto.bos_token_id
+    texts = ["The ", "A much longer text than the first one, of many tokens"]
+    batch = auto(texts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    together = model.generate(**batch, **options)[:, -6:]
+    for text, expected in zip(texts, together, strict=True):
+        alone = model.generate(**auto(text, return_tensors="pt"), **options)[0, -6:]
+        assert alone.tolist() == expected.tolist()
 
 
 def test_the_folder_holds_a_card_of_the_run_and_nothing_to_execute(
@@ -125,6 +151,7 @@ def test_the_folder_holds_a_card_of_the_run_and_nothing_to_execute(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for said in ("# d3", "fineweb-edu", "7,000", "1.2346 bits per byte", "| `n_kv_head` | `2` |"):
         assert said in card
+    assert "| Positions | trained on 160; further ones" in card and "padded on the left" in card
     assert f"{parameters:,}" in card and "| `lr` | `0.02` |" in card
     assert [path.name for path in out.parent.iterdir()] == ["d3"]
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}  # others may load it

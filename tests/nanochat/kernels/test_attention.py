@@ -180,6 +180,7 @@ def test_windows_tile_the_pattern_and_the_last_layer_sees_all() -> None:
     assert layer_windows("S", 2, 2049)[0] == 640  # a quarter, rounded up to a multiple of 128
     assert layer_windows("S", 2, 512)[0] == 128
     assert layer_windows("L", 3, 64) == (64, 64, 64)
+    assert layer_windows("SL", 3, 64, full=640) == (128, 640, 640)
 
 
 def test_rotary_rotates_halves_by_position_times_frequency() -> None:
