@@ -4,6 +4,7 @@ python -m scripts.chat_cli --checkpoint RUN
 python -m scripts.chat_cli --checkpoint RUN --prompt "Once upon a time" --num-samples 4 --seed 1
 """
 
+import io
 import sys
 from argparse import Namespace
 
@@ -13,6 +14,9 @@ from nanochat.checkpoint_manager import checkpoint_tokenizer, load_any
 from nanochat.common import ArgumentParser, check_device_type, run_command_line
 from nanochat.engine import Engine
 from nanochat.errors import UserError
+from nanochat.sampling import check_seed
+
+_MOST = 2**31  # of any number here
 
 
 def _parser() -> ArgumentParser:
@@ -38,13 +42,20 @@ def _parser() -> ArgumentParser:
 def _check(args: Namespace) -> None:
     for name, least in (("num_samples", 1), ("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
         value = getattr(args, name)
+        option = f"--{name.replace('_', '-')}"
         if not value >= least:  # NaN too
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+            raise UserError(f"{option} is {value}: it must be at least {least}")
+        if value > _MOST:
+            raise UserError(f"{option} is {value}: it must be at most {_MOST}")
+    check_seed(args.seed)
 
 
 def main() -> None:
     args = _parser().parse_args()
     _check(args)
+    for stream in (sys.stdin, sys.stdout):  # what a terminal sends or cannot show ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     device = torch.device(check_device_type(args.device_type))
     model, meta = load_any(args.checkpoint, device)
     engine = Engine(model, checkpoint_tokenizer(meta, model.config))
@@ -57,7 +68,10 @@ def main() -> None:
         "type text for it to complete; an empty line ends"
     )
     while prompt := _ask():
-        _continue(engine, prompt, args)
+        try:
+            _continue(engine, prompt, args)
+        except UserError as error:  # of this line, such as its length: the next one may be shorter
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _ask() -> str:
@@ -74,8 +88,9 @@ def _continue(engine: Engine, prompt: str, args: Namespace) -> None:
     tokens = engine.tokenizer.encode(prompt, prepend=engine.bos)
     top_k = args.top_k or None
     if args.num_samples == 1:
-        _write(prompt)
-        for text in engine.stream(tokens, args.max_tokens, args.temperature, top_k, args.seed):
+        texts = engine.stream(tokens, args.max_tokens, args.temperature, top_k, args.seed)
+        _write(prompt + next(texts, ""))  # a prompt that is refused is not repeated
+        for text in texts:
             _write(text)
         _write("\n")
         return

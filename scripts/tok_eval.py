@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--max-chars", type=int, default=20_000_000, help="characters to read")
     args = parser.parse_args()
 
+    if args.max_chars < 1:
+        raise UserError(f"--max-chars is {args.max_chars}: it must be at least 1")
     tokenizer = get_tokenizer(args.tokenizer)
     source = open_source(args.source)
     batches = parquets_iter_batched("val", source=source)

@@ -74,6 +74,9 @@ def test_it_asks_for_texts_until_an_empty_line(
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--max-tokens", "400", "-p", "x"], "320 positions"),
+        (["--temperature", "inf"], "--temperature is inf"),
+        (["--seed", str(2**64)], "the seed 18446744073709551616 is out of range"),
+        (["--num-samples", str(10**12)], "--num-samples is 1000000000000"),
         (["--checkpoint", "nobody"], "no model called 'nobody'"),
     ],
 )
@@ -87,6 +90,43 @@ def test_a_mistake_is_one_sentence(
     assert _call("--checkpoint", checkpoint, *arguments, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_a_line_that_is_too_long_costs_one_line_and_is_not_repeated(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'long ' * 100}\nHello\n"))
+    options = ["--checkpoint", checkpoint, "--max-tokens", "4"]
+    assert _call(*options, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert (
+        said.err.count("\n") == 1 and "a prompt of 501 tokens and 4 more are too many" in said.err
+    )
+    assert "long" not in said.out and "> Hello" in said.out
+
+
+def test_bytes_that_are_no_text_are_read_and_what_cannot_be_shown_is_replaced(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xc3\xa9\n\n"), encoding="utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", typed)
+    monkeypatch.setattr(sys, "stdout", shown)
+    options = ["--checkpoint", checkpoint, "--max-tokens", "1"]
+    assert _call(*options, monkeypatch=monkeypatch) == 0
+    shown.seek(0)
+    assert "> caf? ?" in shown.read()
+
+
+def test_the_coldest_temperature_there_is_takes_the_likeliest(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = set()
+    for temperature in ("0", "1e-30", "1e-45", "5e-324"):
+        options = ["--checkpoint", checkpoint, "--max-tokens", "8", "-p", "Once", "-t", temperature]
+        assert _call(*options, monkeypatch=monkeypatch) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1
 
 
 def test_another_tokenizer_than_the_models_is_refused(
