@@ -76,15 +76,20 @@ class RustBPETokenizer:
         """Train on documents; `vocab_size` counts the special tokens.
 
         The same for the same texts on any number of threads (default: all cores). Raises UserError
-        if `vocab_size` is out of range, or larger than the text can fill.
+        if `vocab_size` is out of range, or larger than the text can fill, and TypeError for one str.
         """
         check_vocab_size(vocab_size)
+        if isinstance(text_iterator, str):
+            raise TypeError("training takes documents, not one str: put it in a list")
         trainer = load_rustbpe().Tokenizer()
         num_mergeable = vocab_size - len(SPECIAL_TOKENS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of too little text: an error below
             trainer.train_from_iterator(
-                iter(text_iterator), num_mergeable, pattern=SPLIT_PATTERN, num_threads=num_threads
+                map(valid_text, text_iterator),
+                num_mergeable,
+                pattern=SPLIT_PATTERN,
+                num_threads=num_threads,
             )
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) < num_mergeable:
@@ -330,6 +335,17 @@ def check_vocab_size(vocab_size: int) -> None:
             f"a vocabulary of {vocab_size} is too small: it needs at least {MIN_VOCAB_SIZE} "
             f"({_NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
+
+
+def valid_text(text: str) -> str:
+    """`text` as tiktoken encodes it: halves of surrogate pairs, which have no UTF-8, become U+FFFD."""
+    if not isinstance(text, str) or text.isascii():  # what is no str is refused where it is used
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def has_long_space(text: str) -> bool:

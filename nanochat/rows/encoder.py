@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanochat.tokenizer import RustBPETokenizer, has_long_space, load_rustbpe
+from nanochat.tokenizer import RustBPETokenizer, has_long_space, load_rustbpe, valid_text
 
 
 def _probe() -> str:
@@ -43,13 +43,25 @@ class BatchEncoder:
         return digest.hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, (n,), n = 0 for an empty one; the arrays cannot be written to."""
+        """The ids of each text, (n,), n = 0 for an empty one; the arrays cannot be written to.
+
+        Raises TypeError for one str.
+        """
+        if isinstance(texts, str):
+            raise TypeError("a batch is a list of texts, not one str")
         plain = ["" if has_long_space(text) else text for text in texts]
-        encoded = self._fast.batch_encode_bytes(
-            plain, id_bytes=self._dtype.itemsize, num_threads=self._num_threads
-        )
+        try:
+            encoded = self._encode_plain(plain)
+        except UnicodeEncodeError:
+            encoded = self._encode_plain([valid_text(text) for text in plain])
         ids = [np.frombuffer(each, dtype=self._dtype) for each in encoded]
         for i, text in enumerate(texts):
             if plain[i] is not text:
                 ids[i] = np.array(self._tokenizer.encode(text), dtype=self._dtype)
         return ids
+
+    def _encode_plain(self, texts: list[str]) -> list[bytes]:
+        encoded: list[bytes] = self._fast.batch_encode_bytes(
+            texts, id_bytes=self._dtype.itemsize, num_threads=self._num_threads
+        )
+        return encoded

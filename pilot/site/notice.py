@@ -24,7 +24,10 @@ def notice_files(configured: str) -> list[Path]:
 
 def notice_path(file: str) -> Path:
     """The absolute path that `file` means in this working directory; `~` is this user's home."""
-    return Path(os.path.expanduser(file)).absolute()
+    try:
+        return Path(file).expanduser().absolute()
+    except RuntimeError:  # the home of nobody: no such file
+        return Path(file).absolute()
 
 
 def noticed(files: Sequence[Path]) -> str:

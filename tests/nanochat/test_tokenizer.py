@@ -249,13 +249,13 @@ def test_a_tokenizer_of_another_program_is_not_overwritten(
     theirs = base_dir / "theirs" / name
     theirs.parent.mkdir()
     theirs.write_bytes(OTHERS_FILES[name])
+    write = {
+        "train": lambda: train_and_save((pytest.fail("it was read") for _ in "x"), 300, "theirs"),
+        "builtin": lambda: ensure_builtin_tokenizer("theirs", 300),
+        "save": lambda: trained.save(theirs.parent),
+    }[how]
     with pytest.raises(UserError, match=rf"{name} was not made by this program.*move it away"):
-        if how == "train":
-            train_and_save((pytest.fail("it was read") for _ in "x"), 300, "theirs")
-        elif how == "builtin":
-            ensure_builtin_tokenizer("theirs", 300)
-        else:
-            trained.save(theirs.parent)
+        write()
     assert [path.name for path in theirs.parent.iterdir()] == [name]
     assert theirs.read_bytes() == OTHERS_FILES[name]
 

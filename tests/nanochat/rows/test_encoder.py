@@ -39,6 +39,26 @@ def test_ids_are_those_of_the_tokenizer(trained: RustBPETokenizer, num_threads: 
     assert [has_long_space(text) for text in TEXTS] == [False] * 4 + [True, False]
 
 
+def test_halves_of_surrogate_pairs_are_the_same_everywhere(trained: RustBPETokenizer) -> None:
+    lone = ["a\ud800b", "\udfff", "whole \ud83d\ude00 pair", "plain é"]
+    replaced = ["a\ufffdb", "\ufffd", "whole 😀 pair", "plain é"]
+    encoder = BatchEncoder(trained, dtype=np.dtype("<u2"))
+    expected = trained.encode(replaced)
+    assert [ids.tolist() for ids in encoder.encode(lone)] == expected
+    assert trained.encode(lone) == expected and trained.encode(lone[0]) == expected[0]
+    tokenizers = [RustBPETokenizer.train_from_iterator(each * 50, 270) for each in (lone, replaced)]
+    assert tokenizers[0].fingerprint() == tokenizers[1].fingerprint()
+
+
+def test_one_str_is_no_list_of_documents(trained: RustBPETokenizer) -> None:
+    with pytest.raises(TypeError, match="not one str: put it in a list"):
+        RustBPETokenizer.train_from_iterator("one document", 270)
+    with pytest.raises(TypeError, match="not one str"):
+        BatchEncoder(trained, dtype=np.dtype("<u2")).encode("one document")
+    with pytest.raises(TypeError, match="got bytes"):
+        RustBPETokenizer.train_from_iterator([b"bytes"], 270)  # type: ignore[list-item]
+
+
 def test_ids_beyond_16_bits_are_whole(tmp_path: Path) -> None:
     ranks = byte_tokenizer(tmp_path, num_pairs=1 << 16).enc._mergeable_ranks
     encoding = tiktoken.Encoding(
