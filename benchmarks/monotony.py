@@ -52,7 +52,8 @@ SEQUENCE_LEN = 512
 MERGES = 24  # of a vocabulary on one kind: enough for a token as long as the text
 LEAST_S = 1e-3
 
-Work = Callable[[str], Any]
+# (what makes the input of a text, what is measured on that input)
+Work = tuple[Callable[[str], Any], Callable[[Any], Any]]
 
 
 def text_of(kind: str, num_bytes: int) -> str:
@@ -77,8 +78,8 @@ def ranks_of(text: str) -> dict[bytes, int]:
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
-def works(tokenizer: RustBPETokenizer) -> dict[str, tuple[Work, Work]]:
-    """Name → (what makes the input of a text, what is measured on that input)."""
+def works(tokenizer: RustBPETokenizer) -> dict[str, Work]:
+    """All that a document meets, by name."""
     encoder = BatchEncoder(tokenizer, dtype=row_dtype(tokenizer.get_vocab_size()))
 
     def itself(text: str) -> str:
@@ -109,7 +110,7 @@ def packed(tokenizer: RustBPETokenizer, ids: np.ndarray) -> int:
     return rows
 
 
-def seconds(work: tuple[Work, Work], text: str, repeat: int) -> float:
+def seconds(work: Work, text: str, repeat: int) -> float:
     make, measured = work
     material, best = make(text), float("inf")
     for _ in range(repeat):
@@ -119,7 +120,7 @@ def seconds(work: tuple[Work, Work], text: str, repeat: int) -> float:
     return best
 
 
-def measure(kind: str, all_works: dict[str, tuple[Work, Work]], size: int, repeat: int) -> Any:
+def measure(kind: str, all_works: dict[str, Work], size: int, repeat: int) -> Any:
     """Seconds and ratios of every work on one kind."""
     row: dict[str, Any] = {"kind": kind, "bytes": size, "seconds": {}, "ratio": {}}
     for name, work in all_works.items():

@@ -70,7 +70,7 @@ class RunConfig:
     num_shards: int = _key(240, "number of the source's training shards to use", low=1)
     epochs: int = _key(1, "passes over the shards before the data is exhausted", low=1)
     tokenizer: str = _key(
-        "tokenizer", "tokenizer directory: a name under the base directory, or a path"
+        "tokenizer", "tokenizer directory: a name under each site's base directory, or a path there"
     )
     packing: str = _key(
         "bestfit", "how documents are packed into rows", choices=("bestfit", "stream")

@@ -65,7 +65,7 @@ def test_bad_utf8_that_arrow_itself_refuses_is_said_with_what_to_do(tmp_path):
     pq.write_table(pa.table({"text": pa.array(["a", "b"]).dictionary_encode().cast(kind)}), path)
     assert list(iter_texts(path)) == [["a", "b"]]
     pq.write_table(pa.table({"text": bad_strings().dictionary_encode().cast(kind)}), path)
-    with pytest.raises(UserError, match="not UTF-8, in a column .*: write it as plain strings"):
+    with pytest.raises(UserError, match=r"not UTF-8, in a column .*: write it as plain strings"):
         list(iter_texts(path))
 
 

@@ -1,4 +1,4 @@
-"""Text that repeats one thing costs what other text costs: work is counted here, `benchmarks.monotony` times it."""
+"""Text that repeats one thing costs what other text costs: counted here, timed by `benchmarks.monotony`."""
 
 import json
 import re
