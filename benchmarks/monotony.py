@@ -28,7 +28,8 @@ from nanochat.engine import stream_text
 from nanochat.errors import UserError
 from nanochat.rows.encoder import BatchEncoder
 from nanochat.rows.packing import PACKINGS, make_packer, row_dtype
-from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer, load_rustbpe, space_pieces
+from nanochat.text import space_pieces
+from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer, load_rustbpe
 from nanochat.tokenizer_export import merges
 
 KINDS = {  # what is repeated

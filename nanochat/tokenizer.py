@@ -11,9 +11,8 @@ import hashlib
 import importlib
 import json
 import pickle
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import tiktoken
 from nanochat.common import get_base_dir, user_path
 from nanochat.errors import UserError
 from nanochat.files import atomic_file, atomic_write_bytes
+from nanochat.text import LONGEST_SPACE, space_pieces, valid_text
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +43,6 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-# tiktoken's regex engine panics on a run of some 500,000 spaces (measured, 0.14): one such document
-# must not cost the whole shard, so longer runs than this are encoded in pieces.
-_LONGEST_SPACE = 100_000
-# Tried once per run, at its beginning: tried everywhere, it would cost a run's length at each of its spaces.
-_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{_LONGEST_SPACE},}}")
 DEFAULT_DIRECTORY = "tokenizer"
 TOKENIZER_FILE, PICKLE_FILE, _TOKEN_BYTES = "tokenizer.json", "tokenizer.pkl", "token_bytes.pt"
 _FORMAT_NAME = "nanochat-bpe-"
@@ -207,7 +202,7 @@ class RustBPETokenizer:
         ]
 
     def _encode_text(self, text: str) -> list[int]:
-        if len(text) <= _LONGEST_SPACE:
+        if len(text) <= LONGEST_SPACE:
             return self.enc.encode_ordinary(text)
         return [id for piece in space_pieces(text) for id in self.enc.encode_ordinary(piece)]
 
@@ -335,32 +330,6 @@ def check_vocab_size(vocab_size: int) -> None:
             f"a vocabulary of {vocab_size} is too small: it needs at least {MIN_VOCAB_SIZE} "
             f"({_NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
-
-
-def valid_text(text: str) -> str:
-    """`text` as tiktoken encodes it: halves of surrogate pairs, which have no UTF-8, become U+FFFD."""
-    if not isinstance(text, str) or text.isascii():  # what is no str is refused where it is used
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def has_long_space(text: str) -> bool:
-    """Whether a run of white space in `text` is longer than tiktoken's engine can take."""
-    return len(text) > _LONGEST_SPACE and _LONG_SPACE.search(text) is not None
-
-
-def space_pieces(text: str) -> Iterator[str]:
-    """`text` in pieces that tiktoken's engine can take: long runs of white space are cut."""
-    begin = 0
-    for run in _LONG_SPACE.finditer(text):
-        for end in range(run.start(), run.end() + 1, _LONGEST_SPACE):
-            yield text[begin:end]
-            begin = end
-    yield text[begin:]
 
 
 def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> tiktoken.Encoding:

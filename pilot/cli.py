@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -22,15 +22,19 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from pilot.config import RunConfig, load_run_config
+from pilot.coordination.coordinator import resolve_url
+from pilot.coordination.lock import ServerWatch
 from pilot.errors import PilotError
 from pilot.launch import connection as connections
 from pilot.launch.bundle import stage
 from pilot.launch.connection import Connection
 from pilot.launch.flower_run import FlowerRun, Outcome
+from pilot.launch.keep import keep_running
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
 from pilot.processes.signals import end_signals_handled_by
 from pilot.redis_url import redact_url
+from pilot.run_name import generated_name
 
 PROGRESS_MARK = (
     "shard_progress="  # of the server's progress lines: `client_0: loss=… shard_progress=…`
@@ -69,9 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     app = arguments.app.expanduser().resolve()
     project = _read_project(app)
     overrides = load_run_config(arguments.run_config)
+    config = None
     if project.get("project", {}).get("name") == "pilot":
         defaults = project["tool"]["flwr"]["app"].get("config", {})
-        RunConfig.from_mapping({**defaults, **overrides})
+        config = RunConfig.from_mapping({**defaults, **overrides})
     connection = connections.read_connection(arguments.connection, connections.find_flwr_home(app))
     console = Console(sys.stdout)
     with contextlib.closing(console):
@@ -80,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
             outcome = _run_locally(connection, app, project, overrides, console)
         else:
             connections.check_reachable(connection)
-            outcome = _run_remotely(connection, app, project, overrides, console)
+            kept = config if arguments.keep else None
+            outcome = _run_remotely(connection, app, project, overrides, kept, console)
     if outcome.succeeded:
         return 0
     reason = f": {outcome.details}" if outcome.details else ""
@@ -133,16 +139,40 @@ def _run_remotely(
     app: Path,
     project: Mapping[str, Any],
     overrides: Mapping[str, Any],
+    kept: RunConfig | None,
     console: "Console",
 ) -> Outcome:
-    """A run on the SuperLink of a deployment."""
+    """A run on the SuperLink of a deployment; `kept`: the configuration of one that is resumed if it fails."""
     scratch = Path(tempfile.mkdtemp(prefix="pilot-"))
     env = {**connections.flower_environment(), "FLWR_HOME": str(connection.flwr_home)}
-    flower = FlowerRun(connection.name, stage(app, project, scratch), env)
-    try:
-        flower.submit(_write_overrides(scratch, overrides))
+    bundle, run_name = stage(app, project, scratch), ""
+    if kept is not None:
+        run_name = kept.run_name or generated_name()
+        overrides = {**overrides, "run-name": run_name}
+    path = _write_overrides(scratch, overrides)
+    watch = _server_watch(kept, run_name)
+    flower = FlowerRun(connection.name, bundle, env)
+
+    def submit() -> FlowerRun:
+        nonlocal flower
+        if flower.run_id is not None:
+            connections.check_reachable(connection)
+        flower = FlowerRun(connection.name, bundle, env)
+        if watch is not None:
+            watch.begin()
+        flower.submit(path)
         console.show(f"Run {flower.run_id} at {redact_url(connection.address)}")
-        return flower.follow(console.show)
+        return flower
+
+    def follow(run: FlowerRun, show: Callable[[str], None]) -> Outcome:
+        if watch is None:
+            return run.follow(show)
+        return run.follow(show, watch.failure, ends_within_s=0.0)  # Redis knows a good end
+
+    try:
+        if kept is None:
+            return follow(submit(), console.show)
+        return keep_running(submit, follow, console.show, run_name=run_name)
     except KeyboardInterrupt:
         console.show("Stopping the run")
         flower.wait_for_id(timeout_s=15)  # the run may have been submitted just now
@@ -150,7 +180,15 @@ def _run_remotely(
         raise
     finally:
         flower.close()
+        if watch is not None:
+            watch.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _server_watch(config: RunConfig | None, run_name: str) -> ServerWatch | None:
+    """Sees in the run's Redis, if this machine knows it, that a server is gone; Flower takes a minute."""
+    url = resolve_url(config.redis_url) if config is not None else ""
+    return ServerWatch(url, run_name) if url else None
 
 
 class Console:
@@ -267,6 +305,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Path(),
         metavar="DIR",
         help="directory of the Flower app (default: the current one)",
+    )
+    command.add_argument(
+        "--keep",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="resume a deployed run whose server is gone (a simulation ends with this command)",
     )
     command.set_defaults(function=run)
     return parser

@@ -25,10 +25,11 @@ from pilot.processes.local_redis import LocalRedis
 from pilot.redis_url import redact_url
 from pilot.rules.ledger import Ledger
 from pilot.rules.rounds import Clock, MonotonicClock
-from pilot.run.directory import generated_name, next_term, open_run_dir
+from pilot.run.directory import next_term, open_run_dir
 from pilot.run.results import write_checkpoint, write_results
 from pilot.run.snapshot import latest_snapshot
 from pilot.run.state import RunState
+from pilot.run_name import generated_name
 from pilot.server.console import configure_logging
 from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
@@ -102,14 +103,15 @@ def _lead(
     try:
         state = _resume_or_start(config, run_dir)
         log.info("Redis: %s", redact_url(url))
-        with Telemetry(
+        telemetry_of_run = Telemetry(
             run_dir,
             config_dict=config.to_mapping(),
             wandb_mode=config.wandb_mode,
             wandb_project=config.wandb_project,
             run_name=config.run_name,
             wandb_id=state.wandb_id,
-        ) as telemetry:
+        )
+        with coordinator.lock_renewed(), telemetry_of_run as telemetry:
             report = Report(telemetry)
             report.run_started(state, term)
             RoundLoop(

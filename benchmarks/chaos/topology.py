@@ -5,7 +5,7 @@
     SuperLink ── line ── SuperNode of a site (under `pilot node`)
 
 A *line* is a port of the proxy (`proxy.py`). The supervisor is a thread that does what systemd would do for
-Redis, SuperLink and SuperNodes, and what an operator would do for the run: submit it again with its run-name.
+Redis, SuperLink, SuperNodes and `pilot run`, which itself resumes a run whose server is gone.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ from pilot.processes.scratch import free_port
 
 SUPERVISE_S = 0.25
 RESTART_S = 1.0  # between two starts of the same service
-SUBMIT_TIMEOUT_S = 90.0
 HOOKS = Path(__file__).parent / "hooks"
 
 
@@ -120,7 +119,7 @@ PROGRAMS = {
 
 
 class Server:
-    """The run: submitted, and submitted again with the same run-name whenever its process is gone."""
+    """The run, which `pilot run` resumes whenever its server is gone; itself it is kept running, too."""
 
     def __init__(
         self,
@@ -132,15 +131,15 @@ class Server:
         env: Mapping[str, str],
         log: Path,
     ) -> None:
-        self._mark, self._port, self._app, self._config = mark, port, app, config
-        self._env, self._log = env, log
+        self._mark, self._port = mark, port
         self.run_dir = run_dir
-        self._submission: subprocess.Popen[bytes] | None = None
-        self._submitted_at = float("-inf")
-        self._seen = True  # the process of the last submission has been seen
-        self.started_at = 0.0  # wall clock, when its process was last seen for the first time
+        command = [str(BIN / "pilot"), "run", "local-deployment", "--app", str(app)]
+        command += ["--run-config", str(config)]
+        self._command = Service("run", command, env, log)
+        self.started_at = (
+            0.0  # wall clock, when the last server's process was seen for the first time
+        )
         self._pid = 0
-        self.submissions = 0
 
     def processes(self) -> list[psutil.Process]:
         """The running ServerApp processes."""
@@ -152,46 +151,13 @@ class Server:
 
     def supervise(self) -> None:
         pids = [process.pid for process in self.processes()]
-        if pids:
-            if self._pid not in pids:
-                self._pid, self.started_at, self._seen = pids[-1], time.time(), True
-            return
-        now = time.monotonic()
-        if self._submission is not None and self._submission.poll() is None:
-            if now - self._submitted_at > SUBMIT_TIMEOUT_S:
-                end_group(self._submission)
-            return
-        accepted = self._submission is not None and self._submission.returncode == 0
-        if accepted and not self._seen and now - self._submitted_at < SUBMIT_TIMEOUT_S / 3:
-            return  # its process is yet to start
+        if pids and self._pid not in pids:
+            self._pid, self.started_at = pids[-1], time.time()
         if not self.finished and listening(self._port):
-            self._submit(now)
-
-    def _submit(self, now: float) -> None:
-        command = [
-            str(BIN / "flwr"),
-            "run",
-            str(self._app),
-            "local-deployment",
-            "--run-config",
-            str(self._config),
-        ]
-        with self._log.open("ab") as output:
-            self._submission = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=dict(self._env),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self._submitted_at, self._seen = now, False
-        self.submissions += 1
+            self._command.supervise()
 
     def close(self) -> None:
-        if self._submission is not None:
-            end_group(self._submission)
+        self._command.close()
 
 
 class Federation:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanochat.tokenizer import RustBPETokenizer, has_long_space, load_rustbpe, valid_text
+from nanochat.text import has_long_space, valid_text
+from nanochat.tokenizer import RustBPETokenizer, load_rustbpe
 
 
 def _probe() -> str:

@@ -32,6 +32,7 @@ import redis
 from pilot.coordination import scripts
 from pilot.coordination.heartbeats import COUNTER, Ages, Heard
 from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
+from pilot.coordination.lock import LockRenewal
 from pilot.redis_url import redact_url
 from pilot.rules.rounds import Clock, MonotonicClock
 from pilot.wire.messages import Fence, Heartbeat, plain
@@ -105,6 +106,10 @@ class ServerCoordinator:
                 f"run {self._link.run} is already led by process {other.get('pid')} on "
                 f"{other.get('host')}: stop it or choose another run-name"
             )
+
+    def lock_renewed(self) -> LockRenewal:
+        """A context in which the lock is renewed also while this thread has no time to `tick`."""
+        return LockRenewal(self.url, self._link.key("server"), self._identity, SERVER_EXPIRY_S)
 
     # -- the round and the run -------------------------------------------------------------------
 

@@ -25,6 +25,10 @@ redis.call('PERSIST', KEYS[2])
 redis.call('PERSIST', KEYS[3])
 return holder and 1 or 2
 """
+# KEYS: server. ARGV: our identity, expiry in ms.
+RENEW = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+"""
 # KEYS: server, then keys. ARGV: our identity, then (value, expiry in ms) per key; "" deletes the key.
 NOTE = """
 local holder = redis.call('GET', KEYS[1])

@@ -63,6 +63,7 @@ class FlowerRun:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._log_ended = False
+        self._grace_s = DEAD_SERVER_S
         self._seen = 0  # lines of the run's log so far
         self._before: list[str] = []  # what flwr printed before the run had an id
 
@@ -85,12 +86,18 @@ class FlowerRun:
                     self.run_id = found.group(1)
 
     def follow(
-        self, show: Callable[[str], None], failure: Callable[[], str | None] = lambda: None
+        self,
+        show: Callable[[str], None],
+        failure: Callable[[], str | None] = lambda: None,
+        *,
+        ends_within_s: float | None = None,
     ) -> Outcome:
         """Show the run's log until the run has ended.
 
-        `failure` says why the server is gone, or None: Flower alone would not notice for a minute.
+        `failure` says why the server is gone, or None: Flower alone would not notice for a minute. Flower
+        has `ends_within_s` from then on to say that the run has ended well (default: DEAD_SERVER_S).
         """
+        self._grace_s = DEAD_SERVER_S if ends_within_s is None else ends_within_s
         quiet_until = math.inf
         while True:
             for line in self._log_lines(failure):
@@ -100,7 +107,7 @@ class FlowerRun:
                 return outcome
             if (reason := failure()) is not None:
                 # after an ordinary end, too, the process is gone shortly before the status says so
-                quiet_until = min(quiet_until, time.monotonic() + DEAD_SERVER_S)
+                quiet_until = min(quiet_until, time.monotonic() + self._grace_s)
                 if time.monotonic() >= quiet_until:
                     return Outcome("finished:failed", reason)
             else:
@@ -145,7 +152,7 @@ class FlowerRun:
         )
 
     def _log_lines(self, failure: Callable[[], str | None]) -> Iterator[str]:
-        """New lines of the log, until the stream ends or the server has been gone for DEAD_SERVER_S."""
+        """New lines of the log, until the stream ends or the server has been gone for a while."""
         count, dead_since = 0, math.inf
         while not self._log_ended:
             line = self._next_line()
@@ -159,7 +166,7 @@ class FlowerRun:
                     yield line.rstrip("\n")
             elif failure() is not None:
                 dead_since = min(dead_since, time.monotonic())
-                if time.monotonic() - dead_since > DEAD_SERVER_S:
+                if time.monotonic() - dead_since > self._grace_s:
                     self.close()
 
     def _next_line(self) -> str | None:

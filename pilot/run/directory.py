@@ -7,9 +7,7 @@ final_model.pt  the run is finished
 """
 
 import contextlib
-import datetime
 import logging
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +24,6 @@ log = logging.getLogger("pilot")
 
 class RunDirError(PilotError):
     """This run can't be led from here now."""
-
-
-def generated_name() -> str:
-    """A name nobody has used: date, time and four random hex digits."""
-    now = datetime.datetime.now().astimezone()
-    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 @contextlib.contextmanager

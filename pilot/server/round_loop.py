@@ -60,10 +60,8 @@ class RoundLoop:
         state: what the run is before its next round; updated in place, round by round.
         term: the number of this start of the server.
         mailbox: messages to and from Flower's nodes.
-        coordinator: the server's half of Redis.
-        report: all that people see.
-        clock: the only source of time and of pauses.
-        run_dir: where snapshots and the spool of the open round are kept.
+        coordinator, report: the server's half of Redis; all that people see.
+        clock, run_dir: the only source of time; where snapshots and the open round's spool are kept.
         closed: no node will come that isn't there yet (a simulation).
         interrupted: asked at every tick; once it says True the round ends and RunInterrupted is raised.
         trained: called once the last round is committed, before it is evaluated.

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks import monotony
-from nanochat import tokenizer as module
+from nanochat import text as module
 from nanochat.rows.encoder import BatchEncoder
-from nanochat.tokenizer import RustBPETokenizer, has_long_space, space_pieces
+from nanochat.text import has_long_space, space_pieces
+from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer_export import merges
 
-LIMIT = module._LONGEST_SPACE
+LIMIT = module.LONGEST_SPACE
 
 
 @pytest.fixture(scope="module")

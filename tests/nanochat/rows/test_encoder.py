@@ -9,7 +9,8 @@ import tiktoken
 
 from nanochat.rows.encoder import BatchEncoder
 from nanochat.rows.packing import row_dtype
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, has_long_space
+from nanochat.text import has_long_space
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 from ..data_kit import byte_tokenizer, texts
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import filelock
 import pytest
 
-from pilot.run.directory import RunDirError, generated_name, next_term, open_run_dir
+from pilot.run.directory import RunDirError, next_term, open_run_dir
+from pilot.run_name import generated_name
 
 ROOT = Path(__file__).resolve().parents[3]
 OTHER_SERVER = """

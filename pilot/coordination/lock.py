@@ -1,0 +1,117 @@
+"""The run's lock in Redis, from both sides: renewed by a thread of the server, looked at by `pilot run`.
+
+The round loop renews the lock at each of its ticks. It can't while it writes a snapshot, which takes minutes
+for a big model, and an observer must not think that the server is dead then.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from pilot.coordination import scripts
+from pilot.processes.ancestry import alive
+
+RENEW_S = 3.0
+ABSENT_S = 3.0  # that the lock must have been gone for, besides the time it takes to expire
+_LOOK_S = 1.0
+_TIMEOUT_S = 2.0
+
+
+def _connect(url: str) -> "redis.Redis":
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        encoding_errors="replace",
+        socket_timeout=_TIMEOUT_S,
+        socket_connect_timeout=_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+class LockRenewal:
+    """A context in which a lock is renewed as long as it is ours."""
+
+    def __init__(self, url: str, key: str, identity: str, expiry_s: float) -> None:
+        self._redis = _connect(url)
+        self._arguments = (scripts.RENEW, 1, key, identity, str(int(expiry_s * 1000)))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="run's lock", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._redis.close()
+
+    def _run(self) -> None:
+        while not self._over.wait(RENEW_S):
+            with contextlib.suppress(redis.RedisError, OSError):  # the round loop says so
+                self._redis.eval(*self._arguments)
+
+
+class ServerWatch:
+    """Whether the server of a run is there, as far as Redis knows: `begin`, then ask for its `failure`.
+
+    `failure` is meant to be asked all the time; it asks Redis once a second.
+    """
+
+    def __init__(self, url: str, run: str) -> None:
+        self._key = f"pilot:{run}:"
+        self._redis = _connect(url)
+        self._before = ""  # the lock of an earlier server, perhaps a dead one
+        self._holder = ""
+        self._gone_since: float | None = None
+        self._next_look = 0.0
+        self._found: str | None = None
+
+    def begin(self) -> None:
+        """A new server is about to start."""
+        self._holder, self._gone_since, self._found = "", None, None
+        with contextlib.suppress(redis.RedisError, OSError):
+            self._before = self._lock()
+
+    def failure(self) -> str | None:
+        """Why the server that has led the run since `begin` is gone; None if it may be there."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self._found = self._look(now)
+        return self._found
+
+    def _look(self, now: float) -> str | None:
+        try:
+            holder = self._lock()
+            state = self._redis.hget(f"{self._key}run", "state")
+        except (redis.RedisError, OSError):
+            self._gone_since = None
+            return None
+        if holder and holder != self._before:
+            self._holder, self._gone_since = holder, None
+            return self._dead_here(holder)
+        if not self._holder or state != "running":
+            return None  # it is yet to come, or has ended in good order
+        if self._gone_since is None:
+            self._gone_since = now
+        return "its lock in Redis has expired" if now - self._gone_since >= ABSENT_S else None
+
+    def _dead_here(self, holder: str) -> str | None:
+        """A process of this machine need not be waited for."""
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads(holder)
+            if found["host"] == socket.gethostname() and not alive(int(found["pid"])):
+                return "its process was killed"
+        return None
+
+    def _lock(self) -> str:
+        return str(self._redis.get(f"{self._key}server") or "")
+
+    def close(self) -> None:
+        self._redis.close()
