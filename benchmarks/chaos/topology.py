@@ -149,6 +149,11 @@ class Server:
     def finished(self) -> bool:
         return (self.run_dir / "final_model.pt").exists()
 
+    @property
+    def over(self) -> bool:
+        """Whether the run has its results, and all that led it has ended."""
+        return self.finished and not self._command.alive and not self.processes()
+
     def supervise(self) -> None:
         pids = [process.pid for process in self.processes()]
         if pids and self._pid not in pids:
@@ -272,7 +277,7 @@ class Federation:
         Raises what the supervisor has raised.
         """
         deadline = time.monotonic() + timeout_s
-        while not (self.server.finished and not self.server.processes()):
+        while not self.server.over:
             if self.error is not None:
                 raise self.error
             if time.monotonic() >= deadline or stop.wait(SUPERVISE_S):

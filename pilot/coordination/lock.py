@@ -87,23 +87,23 @@ class ServerWatch:
         return self._found
 
     def _look(self, now: float) -> str | None:
-        try:
-            holder = self._lock()
-            state = self._redis.hget(f"{self._key}run", "state")
-        except (redis.RedisError, OSError):
-            self._gone_since = None
-            return None
+        holder, state = None, None  # unknown while Redis is away
+        with contextlib.suppress(redis.RedisError, OSError):
+            holder, state = self._lock(), self._redis.hget(f"{self._key}run", "state")
         if holder and holder != self._before:
             self._holder, self._gone_since = holder, None
-            return self._dead_here(holder)
-        if not self._holder or state != "running":
+        if not self._holder or state in ("finished", "interrupted"):
             return None  # it is yet to come, or has ended in good order
-        if self._gone_since is None:
-            self._gone_since = now
+        if dead := self._dead_here(self._holder):
+            return dead
+        if holder != "" or state != "running":
+            self._gone_since = None
+            return None
+        self._gone_since = now if self._gone_since is None else self._gone_since
         return "its lock in Redis has expired" if now - self._gone_since >= ABSENT_S else None
 
     def _dead_here(self, holder: str) -> str | None:
-        """A process of this machine need not be waited for."""
+        """A process of this machine is looked at: neither its lock nor Redis need be waited for."""
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             found = json.loads(holder)
             if found["host"] == socket.gethostname() and not alive(int(found["pid"])):

@@ -91,6 +91,22 @@ def test_a_killed_process_of_this_machine_is_known_at_once_and_its_heir_lives(
         assert watch.failure() is None
 
 
+def test_a_killed_process_of_this_machine_is_known_although_redis_has_lost_everything(
+    redis_url: str, tmp_path: Path, watch: ServerWatch
+) -> None:
+    command = [sys.executable, "-c", LEADER, redis_url, str(tmp_path)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        redis.Redis.from_url(redis_url) as raw,
+    ):
+        assert process.stdout is not None and process.stdout.readline() == b"leads\n"
+        assert watch.failure() is None
+        process.kill()
+        process.wait()
+        raw.flushdb()
+    assert watch.failure() == "its process was killed"
+
+
 def test_the_lock_of_a_server_elsewhere_must_expire(
     redis_url: str, tmp_path: Path, watch: ServerWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
