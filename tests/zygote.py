@@ -23,8 +23,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, Any
+
+from pilot.processes.scratch import free_port
 
 TESTS = Path(__file__).resolve().parent
 PRELOAD = (
@@ -152,6 +155,28 @@ class Zygote:
         child = self.start(arguments, **options)
         out, err = child.communicate()
         return subprocess.CompletedProcess(list(arguments), child.wait(), out, err)
+
+    def ranks(
+        self, arguments: Sequence[str | Path], world_size: int, *, env: Mapping[str, str]
+    ) -> "list[subprocess.CompletedProcess[str]]":
+        """`world_size` processes that find one another as torchrun's do; if one fails, the others are ended."""
+        shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        children = [
+            self.start(arguments, env={**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world_size)
+        ]
+        with ThreadPoolExecutor(world_size) as pool:
+            outputs = [pool.submit(child.communicate) for child in children]
+            for output in as_completed(outputs):
+                output.result()
+                if any(child.returncode for child in children):
+                    for child in children:
+                        child.send_signal(signal.SIGTERM)
+        return [
+            subprocess.CompletedProcess(list(arguments), child.wait(), *output.result())
+            for child, output in zip(children, outputs, strict=True)
+        ]
 
     def _connect(self) -> socket.socket:
         deadline = time.monotonic() + _START_S

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from zygote import Zygote
 
 import nanochat_train
 from nanochat.checkpoint_manager import load_any, optimizer_ranks
@@ -117,25 +118,26 @@ def test_two_processes_under_torchrun_train_the_model_of_one_and_continue_it(
     base_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    zygote: Zygote,
 ) -> None:
     arguments = ["--", *TINY, "--source", str(corpus), "--schedule", "upstream", "--seed", "3"]
     arguments += ["--save-every", "2", "--run"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     directory = base_dir / "base_checkpoints" / "two"
     ends: list[list[Any]] = []
+    train = ["-m", "scripts.base_train", *arguments, "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for more in ([], ["--resume-from-step", "2"]):
         for path in directory.glob("*_000003*"):
             path.unlink()
-        run = subprocess.run(
-            [sys.executable, *command, "-m", "scripts.base_train", *arguments, "two", *more],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("step=3 val_bpb=") == 1  # rank 0 speaks for all
+        if more:
+            ranks = zygote.ranks([*train, *more], 2, env=environment)
+        else:
+            run = [sys.executable, *command, *train]
+            ranks = [subprocess.run(run, env=environment, capture_output=True, text=True)]
+        assert not any(rank.returncode for rank in ranks), [rank.stderr for rank in ranks]
+        output = "".join(rank.stdout for rank in ranks)
+        assert output.count("step=3 val_bpb=") == 1  # rank 0 speaks for all
         assert optimizer_ranks(directory, 3) == [0, 1]
         names = ("model_000003.pt", "optim_000003_rank0.pt", "optim_000003_rank1.pt")
         ends.append([torch.load(directory / name, weights_only=True) for name in names])
@@ -152,16 +154,9 @@ def test_two_processes_under_torchrun_train_the_model_of_one_and_continue_it(
 
     make_bundle(base_dir / "eval_bundle")
     evaluate = ["--checkpoint", "two", "--eval", "core,bpb", "--device-type", "cpu", "--json"]
-    pair = subprocess.run(
-        [sys.executable, *command, "-m", "scripts.base_eval", "--", *evaluate],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert pair.returncode == 0, pair.stderr
-    told = json.loads(pair.stdout)  # once
+    pair = zygote.ranks(["-m", "scripts.base_eval", "--", *evaluate], 2, env=environment)
+    assert not any(rank.returncode for rank in pair), [rank.stderr for rank in pair]
+    told = json.loads("".join(rank.stdout for rank in pair))  # once
     capsys.readouterr()
     assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
     told_alone = json.loads(capsys.readouterr().out)

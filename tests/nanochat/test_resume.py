@@ -1,7 +1,6 @@
 """A run that was killed, interrupted or refused goes on as if nothing had been, or says why not."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from zygote import Child, Zygote
 
 from nanochat import checkpoint_manager, saving
 from nanochat.checkpoint_manager import load_checkpoint
@@ -69,17 +69,11 @@ def _everything(directory: Path, step: int, ranks: int = 1) -> dict[str, Any]:
     return {"weights": weights, "shards": shards, "meta": meta}
 
 
-def _begin(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def _begin(zygote: Zygote, *arguments: str) -> Child:
+    return zygote.start(arguments, stderr_to_stdout=True)
 
 
-def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def _wait_for(path: Path, process: Child) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -90,7 +84,13 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     ("arch", "dtype", "steps"), [("classic", "float32", STEPS), ("modern", "bfloat16", 4)]
 )
 def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(
-    arch: str, dtype: str, steps: int, corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str,
+    dtype: str,
+    steps: int,
+    corpus: Path,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    zygote: Zygote,
 ) -> None:
     monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
     half = steps // 2
@@ -98,7 +98,7 @@ def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(
     train += ["--num-iterations", str(steps), "--save-every", str(half)]
     assert _call(base_train.main, *train, "--run", "whole", monkeypatch=monkeypatch) == 0
 
-    broken = _begin("-m", "scripts.base_train", *train, "--run", "broken")
+    broken = _begin(zygote, "-m", "scripts.base_train", *train, "--run", "broken")
     _wait_for(_directory(base_dir, "broken") / f"meta_{half:06d}.json", broken)
     broken.kill()
     broken.wait()
@@ -119,10 +119,12 @@ def test_compiled_steps_of_two_processes_are_those_of_one(corpus: Path, base_dir
     train = [*COMMON, "--source", str(corpus), "--compile", "on"]
     train += ["--num-iterations", "4", "--save-every", "2"]
 
-    def run(*arguments: str) -> None:
-        process = _begin("-m", "scripts.base_train", *train, *arguments)
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0 and "compile: on" in output, output
+    def run(
+        *arguments: str,
+    ) -> None:  # an interpreter of its own, as the compiler's workers want it
+        command = [sys.executable, "-m", "scripts.base_train", *train, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and "compile: on" in done.stdout, done.stdout + done.stderr
 
     run("--run", "whole")
     whole, broken = (_directory(base_dir, name) for name in ("whole", "broken"))
@@ -134,10 +136,10 @@ def test_compiled_steps_of_two_processes_are_those_of_one(corpus: Path, base_dir
 
 
 def test_ctrl_c_ends_the_step_saves_it_and_the_run_goes_on(
-    corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, base_dir: Path, zygote: Zygote
 ) -> None:
     train = [*COMMON, "--source", str(corpus), "--num-iterations", "4000", "--save-every", "1"]
-    run = _begin("-m", "scripts.base_train", *train, "--run", "stopped")
+    run = _begin(zygote, "-m", "scripts.base_train", *train, "--run", "stopped")
     directory = _directory(base_dir, "stopped")
     _wait_for(directory / "meta_000002.json", run)
     run.send_signal(signal.SIGINT)

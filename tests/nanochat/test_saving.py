@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from zygote import Zygote
 
 from nanochat import saving, watch
 from nanochat.checkpoint_manager import (
@@ -265,32 +265,32 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_saves(
     assert optimizer_ranks(_directory(base, run), 4) == [0]
 
 
-def _with_a_failing_rank(base: Path, run: str, where: str) -> str:
+def _with_a_failing_rank(zygote: Zygote, base: Path, run: str, where: str) -> str:
     """Two processes of which the second fails; what they say on stderr."""
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    program = [str(Path(__file__).with_name("failing_rank.py")), "--"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *program, *_train(base, run, "--eval-every", "2")],
-        env={**environment, "FAILS": where},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
+    program = [Path(__file__).with_name("failing_rank.py"), "--"]
+    program += _train(base, run, "--eval-every", "2")
+    ranks = zygote.ranks(program, 2, env={**environment, "FAILS": where})
+    said = "".join(rank.stderr for rank in ranks)
+    assert all(rank.returncode for rank in ranks) and "rank 1: this rank fails" in said, said
+    return said
+
+
+def test_what_fails_on_one_process_only_ends_all_of_them_saved(base: Path, zygote: Zygote) -> None:
+    assert "another process of this run failed" in _with_a_failing_rank(
+        zygote, base, "one", "evaluation"
     )
-    assert done.returncode != 0 and "rank 1: this rank fails" in done.stderr, done.stderr
-    return done.stderr
-
-
-def test_what_fails_on_one_process_only_ends_all_of_them_saved(base: Path) -> None:
-    assert "another process of this run failed" in _with_a_failing_rank(base, "one", "evaluation")
     directory = _directory(base, "one")
     assert whole_steps(directory) == [2] and optimizer_ranks(directory, 2) == [0, 1]
     assert _meta(directory, 2)["user_config"]["world_size"] == 2
 
 
-def test_a_process_that_fails_while_others_wait_in_a_step_saves_the_weights(base: Path) -> None:
-    assert "saved step 2 before the end" in _with_a_failing_rank(base, "alone-in-step", "step")
+def test_a_process_that_fails_while_others_wait_in_a_step_saves_the_weights(
+    base: Path, zygote: Zygote
+) -> None:
+    assert "saved step 2 before the end" in _with_a_failing_rank(
+        zygote, base, "alone-in-step", "step"
+    )
     directory = _directory(base, "alone-in-step")
     assert whole_steps(directory) == [2]
     assert load_any(directory, "cpu")[1]["user_config"]["world_size"] == 0
