@@ -173,10 +173,8 @@ def main() -> None:
     parser.add_argument("--packing", help="for --prepare: bestfit or stream; none: the source's")
     args = parser.parse_args()
 
-    for name in ("workers", "max_seq_len"):
-        if getattr(args, name) < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} is {getattr(args, name)}: it must be at least 1")
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}: it must be at least 1")
     source = get_source(args.source)
     if source.name == "builtin":
         prepare_builtin()

@@ -255,6 +255,12 @@ def test_a_directorys_highest_shard_is_its_validation_shard(tmp_path):
     assert source.manifest_sha256() == ""
 
 
+def test_no_workers_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dataset", "-n", "1", "--workers", "0"])
+    with pytest.raises(UserError, match="--workers is 0"):
+        dataset.main()
+
+
 def test_a_directory_is_checked_and_reported(tmp_path, capsys, monkeypatch):
     write_shard(tmp_path, 0, texts(5, seed=0))
     monkeypatch.setattr(sys, "argv", ["dataset", "--source", str(tmp_path)])

@@ -63,3 +63,8 @@ def test_public_tokenizers_are_rows_of_the_table(arguments, monkeypatch, capsys)
 def test_a_missing_tokenizer_is_a_sentence(arguments, monkeypatch, capsys, tmp_path):
     assert run_main(monkeypatch, [arguments[0], f"--tokenizer={tmp_path / 'none'}"]) == 2
     assert capsys.readouterr().err.startswith("error: there is no tokenizer in")
+
+
+def test_no_characters_to_read_are_a_sentence(arguments, monkeypatch, capsys):
+    assert run_main(monkeypatch, [*arguments, "--max-chars=0"]) == 2
+    assert capsys.readouterr().err == "error: --max-chars is 0: it must be at least 1\n"
