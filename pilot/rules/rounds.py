@@ -23,6 +23,13 @@ _GRACE_FACTOR = 3.0
 _GRACE_MIN_S = 10.0
 # What starting a worker group and moving a small model costs, until it has been measured (seconds).
 _FIXED_COST_S = 15.0
+# A client that was asked is given this many times what it needed to begin before, or what the slowest other
+# needed, and at least this long (seconds): it may have to start its workers anew.
+_BEGIN_FACTOR, _BEGIN_MIN_S = 2.0, 2 * _FIXED_COST_S
+# Rounds in a row for which a client came too late, before no round waits for it to begin ...
+MAX_LATE_ROUNDS = 3
+# ... but one in this many: it may have become faster
+_LATE_AGAIN_EVERY = 10
 
 
 class Clock(Protocol):
@@ -93,7 +100,9 @@ class RoundView:
     `tokens` trained on so far, by live signs and replies; `tokens_per_s` of those at work.
     Clients: `pending` owe a reply; `silent` of those are not heard any more; `training` have begun to
     train or have replied with work; `replied` is how many of those have replied; `waiting` are new ones
-    that could take work. `rows_left`: some row can still be leased.
+    that could take work. `rows_left`: some row can still be leased. `starting` were sent rows and may still
+    begin, the last of them in at most `begin_left_s` seconds: until then neither tokens nor the minimum
+    duration end the round, or they would have been asked for nothing.
     """
 
     elapsed_s: float
@@ -105,6 +114,8 @@ class RoundView:
     waiting: int = 0
     tokens_per_s: float = 0.0
     rows_left: bool = True
+    starting: int = 0
+    begin_left_s: float = 0.0
 
 
 def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
@@ -125,12 +136,14 @@ def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
         return EndReason.MAX_DURATION
     if rules.fixed_steps:
         return None
-    if 0 < rules.target_tokens <= view.tokens:
+    reached = 0 < rules.target_tokens <= view.tokens
+    if reached and not view.starting:
         return EndReason.TARGET_TOKENS
     if view.tokens >= rules.run_tokens_left:
-        return EndReason.RUN_TOKENS
+        return EndReason.TARGET_TOKENS if reached else EndReason.RUN_TOKENS
     if (
-        rules.target_tokens == 0
+        not view.starting
+        and rules.target_tokens == 0
         and view.elapsed_s >= rules.min_duration_s
         and view.training + view.waiting >= rules.quorum
     ):
@@ -140,15 +153,17 @@ def end_reason(rules: RoundRules, view: RoundView) -> EndReason | None:
 
 def remaining_s(rules: RoundRules, view: RoundView) -> float:
     """Seconds until the round ends, as far as one can tell now."""
-    left = rules.max_duration_s - view.elapsed_s
+    at_most = left = rules.max_duration_s - view.elapsed_s
     if not rules.fixed_steps:
-        if view.tokens >= rules.tokens_wanted:
+        if view.tokens >= rules.run_tokens_left:
             return 0.0
-        if view.tokens_per_s > 0:
+        if view.tokens >= rules.tokens_wanted:
+            left = 0.0
+        elif view.tokens_per_s > 0:
             left = min(left, (rules.tokens_wanted - view.tokens) / view.tokens_per_s)
         if rules.target_tokens == 0 and view.training + view.waiting >= rules.quorum:
             left = min(left, rules.min_duration_s - view.elapsed_s)
-    return max(0.0, left)
+    return max(0.0, min(at_most, max(left, view.begin_left_s)))
 
 
 def join_min_remaining_s(configured_s: float, fixed_costs_s: Sequence[float]) -> float:
@@ -159,6 +174,20 @@ def join_min_remaining_s(configured_s: float, fixed_costs_s: Sequence[float]) ->
     if configured_s > 0:
         return configured_s
     return 2 * (statistics.median(fixed_costs_s) if fixed_costs_s else _FIXED_COST_S)
+
+
+def begin_patience_s(begin_s: float | None, others_s: Sequence[float]) -> float:
+    """Seconds from its order for which a round waits for a client to take its first step.
+
+    `begin_s` is what the client needed before (None: not known yet), `others_s` what others needed.
+    """
+    longest_s = max(others_s, default=0.0) if begin_s is None else begin_s
+    return max(_BEGIN_MIN_S, _BEGIN_FACTOR * longest_s)
+
+
+def waits_for_beginning(late_rounds: int) -> bool:
+    """Whether a round waits for a client to begin that came too late for its last `late_rounds` rounds."""
+    return late_rounds < MAX_LATE_ROUNDS or late_rounds % _LATE_AGAIN_EVERY == 0
 
 
 def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:

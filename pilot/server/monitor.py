@@ -9,10 +9,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from pilot.coordination.heartbeats import Heard
-from pilot.rules.rounds import RoundView, silence_s
+from pilot.rules.rounds import (
+    MAX_LATE_ROUNDS,
+    EndReason,
+    RoundView,
+    begin_patience_s,
+    silence_s,
+    waits_for_beginning,
+)
 from pilot.server.open_round import OpenRound, SentOrder
 from pilot.server.report import Report
-from pilot.wire.messages import TrainReply
+from pilot.wire.messages import StopReason, TrainReply
 
 # A client that was sent work and has sent no heartbeat for this long, and for this many times as long as
 # it took before, is not coming.
@@ -27,6 +34,8 @@ _FASTEST_FACTOR = 100.0
 _SHORTEST_ROUND_S = 1e-3
 # No client has trained this many times more in a round than its rate lets expect by then
 _AHEAD_FACTOR = 4.0
+# What a client says it was stopped by, if the round was over before its first step
+_OVER = {*EndReason, StopReason.LATER_ROUND, StopReason.DEADLINE}
 
 
 @dataclass
@@ -43,6 +52,8 @@ class RoundMonitor:
     _blind_at_s: float = -math.inf  # when Redis last failed: no client can be heard then
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _updated_at_s: float = 0.0
+    _begun: set[str] = field(default_factory=set)  # orders, by message id, with a step done
+    _late: set[str] = field(default_factory=set)  # clients for whom the round was over too soon
 
     def update(self, heard: Mapping[str, Heard], now_s: float, *, blind: bool = False) -> None:
         """Take in the last heartbeats of the clients that owe a reply; changes are reported once.
@@ -62,6 +73,8 @@ class RoundMonitor:
                 if self._heard_at_s.get(name, -math.inf) < order.sent_at_s:
                     order.client.start_s = now_s - order.sent_at_s
                 self._heard_at_s[name] = now_s - heard[name].age_s
+                if heard[name].heartbeat.step > 0 and order.message_id not in self._begun:
+                    self._begin(order, now_s)
             if self._is_silent(order, now_s):
                 silent.add(name)
         owing = {order.client.name for order in pending}
@@ -100,6 +113,7 @@ class RoundMonitor:
         beats = {name: last.heartbeat for name, last in self.heard.items()}
         training = {n: b for n, b in beats.items() if n not in self.silent and b.step > 0}
         trained = {one.order.client.name for one in self.open_round.accepted}
+        begin_left_s = self._begin_left_s(now_s, trained)
         return RoundView(
             elapsed_s=now_s - self.open_round.opened_at_s,
             tokens=self.open_round.tokens + sum(self._trained(now_s).values()),
@@ -110,7 +124,37 @@ class RoundMonitor:
             waiting=waiting,
             tokens_per_s=sum(beat.tokens_per_s for beat in training.values()),
             rows_left=rows_left,
+            starting=len(begin_left_s),
+            begin_left_s=max(begin_left_s.values(), default=0.0),
         )
+
+    def _begin(self, order: SentOrder, now_s: float) -> None:
+        self._begun.add(order.message_id)
+        order.client.begin_s = now_s - order.sent_at_s
+
+    def _begin_left_s(self, now_s: float, trained: Collection[str]) -> dict[str, float]:
+        """Client → seconds in which it may still take its first step of this round; all that are waited for.
+
+        Each has this once a round: not with another lease, nor after its order came to nothing. While Redis
+        fails for this server it cannot see who has begun, and nobody is waited for.
+        """
+        if self._blind_at_s == self._updated_at_s:
+            return {}
+        known = {order.client.name: order.client.begin_s for order in self.open_round.pending}
+        left = {}
+        for order in self.open_round.pending:
+            client, name = order.client, order.client.name
+            if order.lease is None or client.hello.warning or name in self.silent:
+                continue
+            if name in trained or self.open_round.clients[name].fruitless:
+                continue
+            if order.message_id in self._begun or not waits_for_beginning(client.late_rounds):
+                continue
+            others = [begin_s for other, begin_s in known.items() if begin_s and other != name]
+            due_s = order.sent_at_s + begin_patience_s(client.begin_s, others)
+            if now_s < due_s:
+                left[name] = due_s - now_s
+        return left
 
     def _trained(self, now_s: float) -> dict[str, int]:
         """Tokens of the open orders so far, by client: what heartbeats say, as far as it can be true.
@@ -175,8 +219,38 @@ class RoundMonitor:
             )
             client.tokens_per_s = reply.tokens / train_s
             client.fixed_cost_s = max(0.0, away_s - train_s)
+        if reply.tokens > 0:
+            client.late_rounds = 0
+            if order.message_id not in self._begun:  # between two heartbeats: it took no longer
+                self._begin(order, now_s)
+        elif order.lease is not None and self.ended_at_s and reply.stopped_by in _OVER:
+            self._note_late(order)
         if self.ended_at_s is not None:
             client.upload_s = now_s - self.ended_at_s
+
+    def note_late_beginners(self) -> None:
+        """At the close: clients that have not begun take longer to than was known; the next round knows it."""
+        for order in self.open_round.pending:
+            if order.client.name in self.unbegun and order.lease is not None:
+                self._note_late(order)
+
+    def _note_late(self, order: SentOrder) -> None:
+        client, ended_at_s = order.client, self.ended_at_s
+        if ended_at_s is None or client.name in self._late | self.silent:
+            return
+        if client.name in {one.order.client.name for one in self.open_round.accepted}:
+            return  # it has given work, and came too late with another lease only
+        self._late.add(client.name)
+        client.late_rounds += 1
+        client.begin_s = max(client.begin_s or 0.0, ended_at_s - order.sent_at_s)
+        if client.late_rounds == MAX_LATE_ROUNDS:
+            self.report.client_too_late(
+                self.open_round.number,
+                client.name,
+                rounds=client.late_rounds,
+                begin_s=client.begin_s,
+                round_s=ended_at_s - self.open_round.opened_at_s,
+            )
 
     def note_slow_uploads(self, waited_s: float) -> None:
         """Clients still awaited after `waited_s` take longer than they did: next time the wait is longer."""

@@ -103,6 +103,17 @@ class Report:
         what = f"gets no work for {seconds:g} s: its last {refused} replies were refused"
         self._client_event("client_cooling", number, name, what, refused=refused)
 
+    def client_too_late(
+        self, number: int, name: str, *, rounds: int, begin_s: float, round_s: float
+    ) -> None:
+        """`begin_s`: what it was given to begin; `round_s`: how long the round was."""
+        what = (
+            f"could take no step in its last {rounds} rounds: it needs more than {begin_s:.0f} s to begin, and "
+            f"ROUND {number} was over after {round_s:.0f} s. Rounds go on without waiting for it: raise "
+            "target-tokens, round-min-duration or round-max-duration, or give the client a faster line"
+        )
+        self._client_event("client_too_late", number, name, what, rounds=rounds, begin_s=begin_s)
+
     def _client_event(self, kind: str, number: int, name: str, what: str, **fields: Any) -> None:
         self.telemetry.event(kind, f"Client {name} {what}", round=number, client=name, **fields)
 

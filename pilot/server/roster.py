@@ -24,8 +24,9 @@ _MAX_REFUSALS, _MAX_REASON_CHARS = 100, 300  # that are remembered, and shown in
 class Client:
     """A node that answered, and what its last round showed (None before there was one).
 
-    `start_s` passed from sending an order to its first heartbeat, `upload_s` from the end of the round to
-    the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
+    `start_s` passed from sending an order to its first heartbeat, `begin_s` to its first step, `upload_s` from
+    the end of the round to the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
+    `late_rounds`: the rounds in a row, up to the last, that had ended before it could take a step.
     """
 
     name: str
@@ -33,8 +34,10 @@ class Client:
     hello: HelloReply
     tokens_per_s: float | None = None
     start_s: float | None = None
+    begin_s: float | None = None
     upload_s: float | None = None
     fixed_cost_s: float | None = None
+    late_rounds: int = 0
 
     def remember(self, before: "Client | None") -> None:
         """Take over what was measured of a node of the same name."""
@@ -42,6 +45,7 @@ class Client:
             self.tokens_per_s = before.tokens_per_s
             self.start_s, self.upload_s = before.start_s, before.upload_s
             self.fixed_cost_s = before.fixed_cost_s
+            self.begin_s, self.late_rounds = before.begin_s, before.late_rounds
 
 
 @dataclass

@@ -180,8 +180,7 @@ class RoundLoop:
 
     @property
     def _monitor(self) -> RoundMonitor:
-        """What is known of the open round: between `_begin` and `_collect` there is one."""
-        assert self._current is not None
+        assert self._current is not None  # between `_begin` and `_collect` there is one
         return self._current
 
     @property
@@ -326,6 +325,7 @@ class RoundLoop:
                 break
         if measured:
             monitor.note_slow_uploads(patience_s)
+            monitor.note_late_beginners()
         for order in open_round.pending:
             self.mailbox.abandon(order.message_id)
         reason = f"no reply within the {patience_s:.0f} s of grace"

@@ -12,11 +12,13 @@ from pilot.rules.rounds import (
     MonotonicClock,
     RoundRules,
     RoundView,
+    begin_patience_s,
     end_reason,
     grace_s,
     join_min_remaining_s,
     remaining_s,
     silence_s,
+    waits_for_beginning,
 )
 
 RULES = RoundRules(
@@ -63,6 +65,13 @@ VIEW = RoundView(elapsed_s=5.0, tokens=0, training=2, pending=2)
         (TARGET, {"tokens": 1000}, EndReason.TARGET_TOKENS),
         (replace(TARGET, run_tokens_left=300), {"tokens": 300}, EndReason.RUN_TOKENS),
         (TARGET, {"elapsed_s": 100.0}, EndReason.MAX_DURATION),
+        # who was asked and may still begin is waited for, but not beyond the run's tokens or the maximum
+        (TARGET, {"tokens": 500, "starting": 1}, None),
+        (TARGET, {"tokens": 1000, "starting": 1}, EndReason.TARGET_TOKENS),
+        (TARGET, {"tokens": 500, "starting": 1, "elapsed_s": 100.0}, EndReason.MAX_DURATION),
+        (TARGET, {"pending": 0, "replied": 2, "starting": 0}, EndReason.ALL_REPLIED),
+        (RULES, {"elapsed_s": 10.0, "starting": 1}, None),
+        (RULES, {"tokens": 1000, "starting": 1}, EndReason.RUN_TOKENS),
         (FIXED, {"tokens": 10**9, "elapsed_s": 99.0}, None),
         (FIXED, {"elapsed_s": 100.0}, EndReason.MAX_DURATION),
         (FIXED, {"pending": 0, "replied": 2}, EndReason.ALL_REPLIED),
@@ -118,6 +127,9 @@ def test_clock_never_goes_back() -> None:
         (TARGET, {"tokens": 400}, 95.0),
         (TARGET, {"tokens": 500}, 0.0),  # all have used up their leases: nobody is at work
         (FIXED, {"tokens": 400, "tokens_per_s": 50.0}, 95.0),
+        (TARGET, {"tokens": 600, "starting": 1, "begin_left_s": 20.0}, 20.0),
+        (TARGET, {"tokens": 600, "starting": 1, "begin_left_s": 200.0}, 95.0),
+        (TARGET, {"tokens": 1000, "starting": 1, "begin_left_s": 20.0}, 0.0),
     ],
 )
 def test_what_is_left_of_a_round_follows_from_what_will_end_it(
@@ -143,3 +155,17 @@ def test_grace_is_three_times_the_slowest_upload_within_its_bounds() -> None:
 def test_silence_is_three_heartbeats_and_not_less_than_two_seconds() -> None:
     assert silence_s(5.0) == 15.0
     assert silence_s(0.2) == 2.0
+
+
+def test_client_may_take_twice_as_long_to_begin_as_before_or_as_the_slowest_other() -> None:
+    assert begin_patience_s(40.0, [90.0]) == 80.0
+    assert begin_patience_s(None, [50.0, 20.0]) == 100.0
+    assert begin_patience_s(None, []) == begin_patience_s(1.0, []) == 30.0
+    assert [waits_for_beginning(late) for late in (0, 2, 3, 9, 10, 11)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]

@@ -130,6 +130,66 @@ def test_who_had_not_begun_at_the_end_of_a_round_is_not_waited_for(watched: Watc
     assert watched.awaited == ["a", "b"], "it can't be heard"
 
 
+def leased(watched: Watched, name: str) -> SentOrder:
+    """The order of `name`, now with rows to train on."""
+    lease = Lease(1, name, (Segment(0, 0, 0, 4),), last=False)
+    watched.orders[name] = replace(watched.orders[name], lease=lease)
+    watched.round.add(watched.orders[name])
+    return watched.orders[name]
+
+
+def test_who_was_sent_rows_and_may_still_begin_is_counted_until_its_patience_is_over(
+    watched: Watched,
+) -> None:
+    def starting(now_s: float, **heard: Heard) -> tuple[int, float]:
+        watched.silent(now_s, a=beat(), **heard)
+        view = watched.monitor.view(now_s, waiting=0, rows_left=True)
+        return view.starting, view.begin_left_s
+
+    client = leased(watched, "b").client
+    assert starting(104.0) == (1, 26.0)
+    assert starting(105.0, b=beat(step=0)) == (1, 25.0), "it has begun to evaluate"
+    client.begin_s = 40.0
+    assert starting(110.0, b=beat(step=0)) == (1, 70.0)
+    assert starting(112.0, b=beat(step=1)) == (0, 0.0)
+    assert client.begin_s == 12.0
+    client.begin_s = None
+    watched.monitor._begun.discard("m-b")
+    assert starting(131.0) == (0, 0.0)
+    assert starting(120.0, b=beat(age=5.0)) == (0, 0.0), "it is silent"
+
+
+def test_nobody_is_waited_for_to_begin_who_cannot_be_heard(watched: Watched) -> None:
+    client = leased(watched, "b").client
+    watched.silent(104.0, blind=True)
+    assert watched.monitor.view(104.0, waiting=0, rows_left=True).starting == 0
+    watched.silent(105.0, a=beat())
+    assert watched.monitor.view(105.0, waiting=0, rows_left=True).starting == 1
+    client.hello = HelloReply(warning="cannot reach Redis")
+    assert watched.monitor.view(105.0, waiting=0, rows_left=True).starting == 0
+
+
+def test_round_that_was_over_before_a_client_began_makes_the_next_one_wait_longer(
+    watched: Watched,
+) -> None:
+    order = leased(watched, "b")
+    watched.silent(104.0, a=beat())
+    watched.monitor.ended_at_s = 150.0
+    watched.monitor.note_late_beginners()
+    assert (order.client.begin_s, order.client.late_rounds) == (50.0, 1)
+    over = TrainReply(fence=order.fence, client="b", stopped_by="target-tokens")
+    watched.monitor.measure(order, over, 160.0)
+    assert order.client.late_rounds == 1, "once a round"
+    watched.monitor._late.clear()
+    for other in ("SIGTERM", "lease used up", "leaving"):
+        watched.monitor.measure(order, replace(over, stopped_by=other), 160.0)
+    assert order.client.late_rounds == 1
+    watched.monitor.measure(order, over, 160.0)
+    assert order.client.late_rounds == 2
+    watched.monitor.measure(order, replace(over, tokens=8, train_s=1.0), 160.0)
+    assert (order.client.begin_s, order.client.late_rounds) == (60.0, 0)
+
+
 def test_where_nobody_is_heard_all_are_waited_for_at_the_end(watched: Watched) -> None:
     watched.silent(110.0)
     watched.monitor.ended_at_s = 110.0
