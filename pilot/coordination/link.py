@@ -15,11 +15,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from pilot.errors import PilotError
+from pilot.processes.waiting import wait_until
 from pilot.redis_url import check_redis_url, redact_url
 from pilot.rules.rounds import Clock, MonotonicClock
 
 URL_VARIABLE = "PILOT_REDIS_URL"
 TIMEOUT_S = 2.0
+_KEYS_S = 3.0
 PAUSE_S = 4.0  # after a timeout: at most a third of a caller's time is spent waiting
 
 log = logging.getLogger("pilot")
@@ -94,6 +96,25 @@ class RedisLink:
 
     def close(self) -> None:
         self.redis.close()
+
+
+def check_run(url: str, run: str) -> None:
+    """Raise CoordinatorError, with one sentence, if no Redis answers at `url` or it is not that of `run`."""
+    ping(url)
+    link = RedisLink(url, run)
+    keys = [link.key("server"), link.key("round")]
+    try:
+        # one that has lost its keys gets them back within a second
+        found = wait_until(lambda: bool(link.redis.exists(*keys)), timeout_s=_KEYS_S, poll_s=0.2)
+    except redis.RedisError as error:
+        raise CoordinatorError(f"cannot read Redis at {redact_url(url)} ({error})") from error
+    finally:
+        link.close()
+    if not found:
+        raise CoordinatorError(
+            f"the Redis at {redact_url(url)} holds nothing of run {run}, so it is another one than the "
+            f"server's: set {URL_VARIABLE} to the server's Redis"
+        )
 
 
 def ping(url: str) -> None:

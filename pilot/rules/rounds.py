@@ -30,6 +30,8 @@ _BEGIN_FACTOR, _BEGIN_MIN_S = 2.0, 2 * _FIXED_COST_S
 MAX_LATE_ROUNDS = 3
 # ... but one in this many: it may have become faster
 _LATE_AGAIN_EVERY = 10
+# A client that cannot hear the end of a round trains for this share of its expected length.
+_BLIND_SHARE = 0.7
 
 
 class Clock(Protocol):
@@ -188,6 +190,30 @@ def begin_patience_s(begin_s: float | None, others_s: Sequence[float]) -> float:
 def waits_for_beginning(late_rounds: int) -> bool:
     """Whether a round waits for a client to begin that came too late for its last `late_rounds` rounds."""
     return late_rounds < MAX_LATE_ROUNDS or late_rounds % _LATE_AGAIN_EVERY == 0
+
+
+def fixed_cost_s(measured_s: float | None) -> float:
+    """Seconds that a round costs a client besides training, as `measured_s` or as it is with a small model."""
+    return _FIXED_COST_S if measured_s is None else measured_s
+
+
+def blind_seconds(
+    config: RunConfig, lengths_s: Sequence[float], elapsed_s: float = 0.0
+) -> float | None:
+    """Seconds for which a client may train that cannot hear the end of the round; None: not known yet.
+
+    `lengths_s` of the last rounds, `elapsed_s` of this one. With fixed steps it ends by itself.
+    """
+    whole_s = config.round_max_duration - elapsed_s
+    if config.round_steps:
+        return max(0.0, whole_s)
+    if config.target_tokens:
+        if not lengths_s:
+            return None
+        expected_s = min(lengths_s)
+    else:
+        expected_s = config.round_min_duration
+    return max(0.0, min(whole_s, _BLIND_SHARE * expected_s - elapsed_s))
 
 
 def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:

@@ -9,6 +9,7 @@ from pilot.config import RunConfig
 from pilot.rules.ledger import Lease
 from pilot.rules.rounds import Clock
 from pilot.run.state import RunState
+from pilot.server.blind import BlindClients
 from pilot.server.mailbox import Mailbox
 from pilot.server.open_round import OpenRound, SentOrder
 from pilot.server.roster import Client
@@ -27,6 +28,7 @@ class Dispatcher:
     mailbox: Mailbox
     clock: Clock
     redis_url: str
+    blind: BlindClients
 
     def hello_order(self) -> HelloOrder:
         config = self.config
@@ -40,6 +42,7 @@ class Dispatcher:
         They share one copy of the model: a simulation keeps every order until its reply is there.
         """
         model = to_arrays(encode(self.state.weights))
+        limited = not evaluate_only and not all(client.blind for client in clients)
         rows, shares, leases = self.config.eval_rows, self._shares(clients), {}
         if not evaluate_only:
             wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in clients}
@@ -47,8 +50,16 @@ class Dispatcher:
         for i, client in enumerate(clients):
             eval_rows = (i * rows // len(clients), (i + 1) * rows // len(clients))
             lease, share = leases.get(client.name), shares[client.name]
+            seconds_left = self._seconds_left(open_round, client, limited=limited)
             self._send(
-                open_round, client, share, lease, eval_rows, model, run_is_over=evaluate_only
+                open_round,
+                client,
+                share,
+                lease,
+                eval_rows,
+                model,
+                seconds_left,
+                run_is_over=evaluate_only,
             )
 
     def join(self, open_round: OpenRound, client: Client) -> None:
@@ -57,7 +68,18 @@ class Dispatcher:
         share = self._shares(clients)[client.name]
         model = to_arrays(encode(self.state.weights))
         lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share))
-        self._send(open_round, client, share, lease, (0, 0), model)
+        limited = not all(one.blind for one in clients)
+        seconds_left = self._seconds_left(open_round, client, limited=limited)
+        self._send(open_round, client, share, lease, (0, 0), model, seconds_left)
+
+    def _seconds_left(self, open_round: OpenRound, client: Client, *, limited: bool) -> float:
+        """How long the order may take; `limited`: less, for one that cannot hear when the round ends."""
+        elapsed_s = self.clock.now_s() - open_round.opened_at_s
+        whole_s = max(0.0, self.config.round_max_duration - elapsed_s)
+        if not (limited and client.blind):
+            return whole_s
+        seconds = self.blind.seconds(elapsed_s)
+        return whole_s if seconds is None else seconds
 
     def _send(
         self,
@@ -67,12 +89,12 @@ class Dispatcher:
         lease: Lease | None,
         eval_rows: tuple[int, int],
         model: ArrayRecord,
+        seconds_left: float,
         *,
         run_is_over: bool = False,
     ) -> None:
         lease_id = lease.lease_id if lease else 0
         fence = Fence(self.config.run_name, self.term, open_round.number, lease_id)
-        elapsed_s = self.clock.now_s() - open_round.opened_at_s
         order = TrainOrder(
             fence=fence,
             client=client.name,
@@ -81,7 +103,7 @@ class Dispatcher:
             processes=self.config.client_processes or client.hello.devices,
             segments=list(lease.segments) if lease else [],
             lease_is_tail=lease.last if lease else False,
-            seconds_left=max(0.0, self.config.round_max_duration - elapsed_s),
+            seconds_left=seconds_left,
             committed_tokens=self.state.tokens,
             total_tokens=self.state.total_tokens,
             share=share,
@@ -93,7 +115,8 @@ class Dispatcher:
         message_id = self.mailbox.send(client.node_id, "train", to_header(order), model)
         open_round.asked(client.name)
         if message_id:
-            open_round.add(SentOrder(message_id, client, fence, lease, self.clock.now_s()))
+            now_s = self.clock.now_s()
+            open_round.add(SentOrder(message_id, client, fence, lease, now_s, now_s + seconds_left))
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 

@@ -29,6 +29,9 @@ _START_FACTOR = 4.0
 # frozen or cut off for a moment and has a whole reply to give. So the wait is as long as all together need to
 # train what it has trained, but no longer than this after it fell silent.
 _REPRIEVE_S = 10.0
+# A client that cannot hear the end of a round is waited for if it ends by itself within this share of its
+# length.
+_UNAWARE_SHARE = 0.25
 # No client trains this many times faster than its orders and replies show (seconds of overhead, of training).
 _FASTEST_FACTOR = 100.0
 _SHORTEST_ROUND_S = 1e-3
@@ -103,7 +106,7 @@ class RoundMonitor:
         starts = [one.client.start_s or 0.0 for one in (order, *self.open_round.pending)]
         longest_s = starts[0] or max(starts)  # its own, else what others needed
         # 0: its first round and everybody's, or it can't reach Redis: nothing follows from silence
-        if not longest_s or client.hello.warning:
+        if not longest_s or client.blind:
             return False
         since_s = max(order.sent_at_s, self._blind_at_s, self._heard_at_s.get(client.name, 0.0))
         return now_s - since_s > max(_START_MIN_S, _START_FACTOR * longest_s)
@@ -144,7 +147,7 @@ class RoundMonitor:
         left = {}
         for order in self.open_round.pending:
             client, name = order.client, order.client.name
-            if order.lease is None or client.hello.warning or name in self.silent:
+            if order.lease is None or client.blind or name in self.silent:
                 continue
             if name in trained or self.open_round.clients[name].fruitless:
                 continue
@@ -178,13 +181,13 @@ class RoundMonitor:
         """Orders whose reply is worth waiting for.
 
         Left out are clients that have been silent for longer than their reprieve and, once the round has
-        ended, those that had not begun by then.
+        ended, those that had not begun by then, or do not know it and train on.
         """
-        unbegun = self.unbegun
+        left_out = self.unbegun | self.unaware
         return [
             order
             for order in self.open_round.pending
-            if order.client.name not in unbegun
+            if order.client.name not in left_out
             and self._updated_at_s - self._silent_since_s.get(order.client.name, math.inf)
             < self._reprieve_s(order.client.name)
         ]
@@ -200,7 +203,25 @@ class RoundMonitor:
             if self._heard_at_s.get(order.client.name, -math.inf) < order.sent_at_s
             and self._blind_at_s < order.sent_at_s  # else it may have begun
         ]
-        return {client.name for client in unheard if not client.hello.warning}
+        return {client.name for client in unheard if not client.blind}
+
+    @property
+    def unaware(self) -> set[str]:
+        """Clients without Redis that train on after the end of the round, by the seconds of their order."""
+        if self.ended_at_s is None:
+            return set()
+        length_s = self.ended_at_s - self.open_round.opened_at_s
+        until_s = self.ended_at_s + min(_REPRIEVE_S, _UNAWARE_SHARE * length_s)
+        pending = self.open_round.pending
+        return {one.client.name for one in pending if one.client.blind and one.due_s > until_s}
+
+    @property
+    def why_not_awaited(self) -> dict[str, str]:
+        """Client → why its reply is not waited for any more, in words for people."""
+        why = dict.fromkeys(self.unbegun, "its client had not begun when the round ended")
+        why |= dict.fromkeys(self.silent, "its client is silent")
+        without = "its client cannot use Redis and did not hear that the round was over"
+        return why | dict.fromkeys(self.unaware, without)
 
     def _reprieve_s(self, name: str) -> float:
         clients = [order.client for order in self.open_round.pending]

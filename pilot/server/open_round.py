@@ -7,10 +7,11 @@ accepted is refused with a reason, and its rows go back.
 
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -38,13 +39,17 @@ MAX_FRUITLESS_ORDERS = 3
 
 @dataclass(frozen=True)
 class SentOrder:
-    """What one message asks of one client; `lease` is None if it is only to evaluate."""
+    """What one message asks of one client; `lease` is None if it is only to evaluate.
+
+    At `due_s` it ends by its own time, if nothing else has ended it (0: not known).
+    """
 
     message_id: str
     client: Client
     fence: Fence
     lease: Lease | None
     sent_at_s: float = 0.0
+    due_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,12 +297,8 @@ class OpenRound:
             self._state.ledger.give_back(order.lease.lease_id)
         self._report.reply_refused(order.client.name, order.fence, reason)
 
-    def give_up(
-        self, reason: str, *, silent: Collection[str] = (), unbegun: Collection[str] = ()
-    ) -> None:
-        """The wait is over: what is still out is refused for `reason`, its rows go back."""
-        reasons = dict.fromkeys(unbegun, "its client had not begun when the round ended")
-        reasons |= dict.fromkeys(silent, "its client is silent")
+    def give_up(self, reason: str, reasons: Mapping[str, str] = MappingProxyType({})) -> None:
+        """The wait is over: what is still out is refused for `reason`, or its client's; its rows go back."""
         for order in self.pending:
             self._lose(order, reasons.get(order.client.name, reason))
 

@@ -114,6 +114,19 @@ class Report:
         )
         self._client_event("client_too_late", number, name, what, rounds=rounds, begin_s=begin_s)
 
+    def client_left_out(
+        self, number: int, name: str, reason: str, *, seconds: float | None, needs_s: float
+    ) -> None:
+        """`seconds` that an order could give it (None: not known yet), `needs_s` what it needs to begin."""
+        why = "how long rounds last is not known yet"
+        if seconds is not None:
+            why = f"it could train for {seconds:.0f} s and needs {needs_s:.0f} s to begin"
+        what = (
+            f"gets no order for ROUND {number}, since it would not hear its end ({reason}) and {why}: let it "
+            "reach the run's Redis (PILOT_REDIS_URL), or make rounds longer"
+        )
+        self._client_event("client_left_out", number, name, what, reason=reason)
+
     def _client_event(self, kind: str, number: int, name: str, what: str, **fields: Any) -> None:
         self.telemetry.event(kind, f"Client {name} {what}", round=number, client=name, **fields)
 

@@ -16,6 +16,7 @@ from pilot.server.report import Report
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, plain, to_header
 
 ASK_AGAIN_S = 30.0
+BLIND_AGAIN_S = 60.0  # a client without Redis: it may reach it by now
 LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the client
 _MAX_REFUSALS, _MAX_REASON_CHARS = 100, 300  # that are remembered, and shown in one line
 
@@ -38,6 +39,12 @@ class Client:
     upload_s: float | None = None
     fixed_cost_s: float | None = None
     late_rounds: int = 0
+
+    @property
+    def blind(self) -> bool:
+        """Whether it cannot use the run's Redis: it sends no heartbeats, and hears of no end of a round."""
+        said = self.hello.redis  # None: of a client of before that question
+        return bool(self.hello.warning) if said is None else not said
 
     def remember(self, before: "Client | None") -> None:
         """Take over what was measured of a node of the same name."""
@@ -98,8 +105,15 @@ class Roster:
             return False
         node_id = self._asked.pop(answer.message_id)
         hello, name = _hello(answer), answer.name or f"node {node_id}"
+        known = self._accepted.get(name)
+        again = known is not None and known.node_id == node_id
         if hello.error:
+            if again and not answer.lost:
+                del self._accepted[name]
             self._refuse(name, node_id, hello.error, LOST_AGAIN_S if answer.lost else ASK_AGAIN_S)
+            return True
+        if again and known is not None and known.hello == hello:  # nothing has changed
+            self._known[node_id] = self._ask_again_s(known)
             return True
         if hello.warning:
             self.report.client_warned(name, hello.warning)
@@ -118,12 +132,16 @@ class Roster:
                 continue
             client.remember(self._measured.get(name))
             self._accepted[name] = self._measured[name] = client
+            self._known[client.node_id] = self._ask_again_s(client)
             self.joined(client)
             self.refusals.pop(name, None)
             self.refusals.pop(f"node {client.node_id}", None)
             self.report.client_accepted(name, client.hello)
             if other := _other_versions(client.hello.versions):
                 self.report.client_warned(name, other)
+
+    def _ask_again_s(self, client: Client) -> float:
+        return self.clock.now_s() + BLIND_AGAIN_S if client.blind else float("inf")
 
     def _find_agreement(self) -> bool:
         """Fix what to agree on, once enough clients do."""
@@ -182,7 +200,9 @@ class Roster:
 
     @property
     def questions_open(self) -> bool:
-        return bool(self._asked)
+        """Whether a node that is no client yet was asked what it is and has not answered."""
+        accepted = {client.node_id for client in self._accepted.values()}
+        return not accepted.issuperset(self._asked.values())
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -26,6 +26,7 @@ from pilot.rules.rounds import (
 )
 from pilot.run.snapshot import write_snapshot
 from pilot.run.state import RoundRecord, RunState
+from pilot.server.blind import BlindClients
 from pilot.server.dispatch import Dispatcher
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.monitor import RoundMonitor, uploads_s
@@ -88,8 +89,8 @@ class RoundLoop:
         self.interrupted, self._trained = interrupted, trained
         self.schedule = plan.schedule(config, total_tokens=state.total_tokens)
         state.wandb_id = report.telemetry.wandb_id
-        redis_url = without_credentials(coordinator.url)
-        self.dispatcher = Dispatcher(config, state, term, mailbox, clock, redis_url)
+        url, self.blind = without_credentials(coordinator.url), BlindClients(config, state, report)
+        self.dispatcher = Dispatcher(config, state, term, mailbox, clock, url, self.blind)
         self.roster = Roster(
             mailbox,
             self.dispatcher.hello_order(),
@@ -187,7 +188,8 @@ class RoundLoop:
     def _round(self) -> OpenRound:
         return self._monitor.open_round
 
-    def _open(self, clients: list[Client]) -> None:
+    def _open(self, there: list[Client]) -> None:
+        clients = self.blind.askable(there)
         self._begin(self.state.round_number + 1)
         nodes = {client.name: client.node_id for client in clients}
         self.report.round_opened(self._round.number, self.state, self.schedule, nodes)
@@ -196,13 +198,8 @@ class RoundLoop:
 
     def _begin(self, number: int) -> None:
         self.coordinator.open_round(number)
-        open_round = OpenRound(
-            number,
-            self.state,
-            self.report,
-            spool=self.run_dir / "spool",
-            opened_at_s=self.clock.now_s(),
-        )
+        spool, now_s = self.run_dir / "spool", self.clock.now_s()
+        open_round = OpenRound(number, self.state, self.report, spool=spool, opened_at_s=now_s)
         self._current = RoundMonitor(open_round, self.report, self.config.heartbeat)
 
     # -- 3. train, 4. end ------------------------------------------------------------------------
@@ -227,8 +224,8 @@ class RoundLoop:
     def _newcomers(self) -> list[Client]:
         """Clients that could work in the open round and don't: they came late, used up their lease, or
         their last order came to nothing."""
-        ready = self._available(to_train=True)
-        return [client for client in ready if self._round.may_have_order(client.name)]
+        new = [c for c in self._available(to_train=True) if self._round.may_have_order(c.name)]
+        return self.blind.askable(new, self._round, self.clock.now_s())
 
     def _view(self) -> RoundView:
         new = [c for c in self._newcomers() if not self._round.used_up_lease(c.name)]
@@ -329,7 +326,7 @@ class RoundLoop:
         for order in open_round.pending:
             self.mailbox.abandon(order.message_id)
         reason = f"no reply within the {patience_s:.0f} s of grace"
-        open_round.give_up(reason, silent=monitor.silent, unbegun=monitor.unbegun)
+        open_round.give_up(reason, monitor.why_not_awaited)
         self._current = None
         return open_round
 

@@ -16,7 +16,7 @@ from nanochat.rows.encoder import BatchEncoder
 from nanochat.source import Source, get_source
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_dir
 from pilot.config import RunConfig
-from pilot.coordination.coordinator import ping, resolve_url
+from pilot.coordination.link import check_run, resolve_url
 from pilot.errors import PilotError
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes
 
@@ -81,8 +81,10 @@ def hello(order: HelloOrder) -> HelloReply:
         encoder = BatchEncoder(data.tokenizer, dtype=np.dtype(np.uint32))
     except (UserError, PilotError, OSError) as error:
         return HelloReply(error=str(error), host=socket.gethostname())
+    reaches, warning = _redis(order)
     return HelloReply(
-        warning=_redis_warning(order.redis_url),
+        warning=warning,
+        redis=reaches,
         devices=devices,
         device_name=device_name,
         host=socket.gethostname(),
@@ -121,11 +123,11 @@ def _devices(config: RunConfig) -> tuple[int, str]:
     return config.client_processes or 1, f"{kind} ({os.cpu_count()} cores)"
 
 
-def _redis_warning(url: str) -> str:
-    """A sentence if Redis cannot be used here: rounds then end by the seconds in each order."""
+def _redis(order: HelloOrder) -> tuple[bool, str]:
+    """Whether the run's Redis can be used here, and a sentence if not: each order then ends by its seconds."""
     try:
-        if resolved := resolve_url(url):
-            ping(resolved)
+        if resolved := resolve_url(order.redis_url):
+            check_run(resolved, order.run)
+        return bool(resolved), ""
     except PilotError as error:
-        return str(error)
-    return ""
+        return False, str(error)

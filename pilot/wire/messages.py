@@ -136,7 +136,7 @@ class HelloReply:
 
     `fingerprints` maps what all clients must agree on (tokenizer, rows, validation rows, corpus, code)
     to hex SHA-256; `versions` what may differ and is told; `shards` are the training shards on its disk;
-    `devices` the processes it can run.
+    `devices` the processes it can run; `redis`: whether it reaches the run's Redis (None: it does not say).
     """
 
     error: str = _text()
@@ -147,6 +147,7 @@ class HelloReply:
     shards: list[int] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    redis: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +271,7 @@ def _conform(value: Any, kind: Any, most_chars: int | None = None) -> Any:
     Raises ValueError if it isn't one.
     Texts are made plain and cut to `most_chars`; without it they stay as they are.
     """
-    if kind == Fence | None or kind == float | None:
+    if kind in (Fence | None, float | None, bool | None):
         return None if value is None else _conform(value, get_args(kind)[0])
     if kind is Fence and isinstance(value, dict):
         names = _fields(Fence)

@@ -68,13 +68,19 @@ class ScriptedSite:
     react: Reaction = lambda order, reply, update: None
     orders: list[TrainOrder] = field(default_factory=list)
     delay_s: float = 0.0
+    redis: bool | None = None
+    host: str = "here"
 
     def __call__(self, kind: str, content: RecordDict) -> RecordDict:
         header, _ = from_records(content)
         order = from_header(header)
         if not isinstance(order, TrainOrder):
             hello = HelloReply(
-                error=self.error, shards=self.shards, fingerprints=self.fingerprints, host="here"
+                error=self.error,
+                shards=self.shards,
+                fingerprints=self.fingerprints,
+                host=self.host,
+                redis=self.redis,
             )
             return to_records(to_header(hello) | {"node_name": self.name}, [])
         self.orders.append(order)

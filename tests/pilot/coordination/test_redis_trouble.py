@@ -166,3 +166,16 @@ def test_nothing_is_tried_for_a_while_after_a_timeout(
     monkeypatch.setattr(link, "_try_again_at", time.monotonic())
     assert link.attempt("writing", ask) and not link.failing
     link.close()
+
+
+def test_redis_that_is_not_the_runs_own_is_told_from_the_one_that_is(tmp_path: Path) -> None:
+    with LocalRedis() as ours, LocalRedis() as another:
+        leader = ServerCoordinator(ours.url, "r", term=1, run_dir=tmp_path)
+        link_module.check_run(ours.url, "r")
+        with pytest.raises(link_module.CoordinatorError, match="holds nothing of run r") as raised:
+            link_module.check_run(another.url, "r")
+        assert "set PILOT_REDIS_URL to the server's Redis" in str(raised.value)
+        leader.finish()
+        url = another.url
+    with pytest.raises(link_module.CoordinatorError, match="cannot reach Redis"):
+        link_module.check_run(url, "r")

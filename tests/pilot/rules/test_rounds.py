@@ -13,6 +13,7 @@ from pilot.rules.rounds import (
     RoundRules,
     RoundView,
     begin_patience_s,
+    blind_seconds,
     end_reason,
     grace_s,
     join_min_remaining_s,
@@ -169,3 +170,15 @@ def test_client_may_take_twice_as_long_to_begin_as_before_or_as_the_slowest_othe
         True,
         False,
     ]
+
+
+def test_who_cannot_hear_the_end_of_a_round_trains_for_seven_tenths_of_what_it_will_last() -> None:
+    timed = RunConfig(round_min_duration=40.0, round_max_duration=100.0)
+    assert blind_seconds(timed, []) == 28.0
+    assert blind_seconds(timed, [], 10.0) == 18.0
+    assert blind_seconds(timed, [], 50.0) == 0.0
+    tokens = RunConfig(target_tokens=8, round_min_duration=1.0, round_max_duration=100.0)
+    assert blind_seconds(tokens, []) is None
+    assert blind_seconds(tokens, [30.0, 20.0]) == 14.0
+    assert blind_seconds(tokens, [1000.0], 10.0) == 90.0
+    assert blind_seconds(RunConfig(round_steps=2, round_max_duration=900.0), [], 100.0) == 800.0

@@ -10,6 +10,7 @@ from flwr.app import RecordDict
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
 from pilot.run.state import RunState
+from pilot.server.blind import BlindClients
 from pilot.server.dispatch import Dispatcher
 from pilot.server.mailbox import Mailbox
 from pilot.server.open_round import OpenRound
@@ -47,14 +48,18 @@ class Server:
         self.state = RunState(self.config, WEIGHTS, ledger, total_tokens=1_000_000)
         self.grid, self.clock = ManualGrid(*nodes), ManualClock()
         box = Mailbox(self.grid, self.clock)  # type: ignore[arg-type]  # what Grid is used for
-        self.dispatcher = Dispatcher(self.config, self.state, 5, box, self.clock, "unix:///r.sock")
         telemetry = Telemetry(
             directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
+        )
+        report = Report(telemetry)
+        blind = BlindClients(self.config, self.state, report)
+        self.dispatcher = Dispatcher(
+            self.config, self.state, 5, box, self.clock, "unix:///r.sock", blind
         )
         self.open = OpenRound(
             2,
             self.state,
-            Report(telemetry),
+            report,
             spool=directory / "spool",
             opened_at_s=self.clock.at_s,
         )

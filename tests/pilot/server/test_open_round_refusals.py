@@ -236,7 +236,7 @@ def test_who_is_still_out_at_the_end_of_the_grace_is_refused_and_its_rows_go_bac
     one: Round,
 ) -> None:
     one.accept("a")
-    one.open.give_up("no reply", silent={"c"})
+    one.open.give_up("no reply", {"c": "its client is silent"})
     assert one.open.lost == {"b": "no reply", "c": "its client is silent"}
     assert one.open.failures == {} and one.rows_open == {one.orders["a"].fence.lease_id}
     assert not one.accept("b"), "a late reply isn't this round's any more"

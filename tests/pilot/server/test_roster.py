@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 
 from pilot.server.mailbox import LOST_AFTER_S, Mailbox
 from pilot.server.report import Report
-from pilot.server.roster import ASK_AGAIN_S, LOST_AGAIN_S, Roster, natural
+from pilot.server.roster import ASK_AGAIN_S, BLIND_AGAIN_S, LOST_AGAIN_S, Roster, natural
 from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, to_header
 
@@ -221,6 +221,39 @@ def test_answer_to_another_message_is_not_taken() -> None:
     them.grid.answer(message_id, {})
     (answer,) = them.box.poll()
     assert not them.roster.handle_answer(answer)
+
+
+def test_site_without_redis_is_asked_again_each_minute_and_nothing_is_told_twice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    them = Federation(1, 2)
+    them.says(1, "a", redis=False)
+    them.says(2, "b", redis=True)
+    them.roster.accepted()[0].tokens_per_s = 7.0
+    for _ in range(2):
+        them.clock.at_s += BLIND_AGAIN_S
+        them.turn()
+        assert not them.roster.questions_open, "no round waits for that"
+        them.says(1, "a", redis=False)
+    assert (len(them.grid.to(1)), len(them.grid.to(2))) == (3, 1)
+    assert caplog.text.count("Client a joined") == 1
+    assert them.roster.accepted()[0].blind
+    them.clock.at_s += BLIND_AGAIN_S
+    them.turn()
+    them.says(1, "a", redis=True)
+    site = them.roster.accepted()[0]
+    assert not site.blind and site.tokens_per_s == 7.0
+    them.clock.at_s += BLIND_AGAIN_S
+    them.turn()
+    assert len(them.grid.to(1)) == 4
+
+
+def test_site_of_before_the_question_is_without_redis_if_it_warned() -> None:
+    them = Federation(1, 2)
+    them.says(1, "a", warning="cannot reach Redis")
+    them.says(2, "b")
+    assert [site.blind for site in them.roster.accepted()] == [True, False]
 
 
 def test_warning_of_a_site_is_told(caplog: pytest.LogCaptureFixture) -> None:

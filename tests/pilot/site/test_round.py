@@ -255,6 +255,7 @@ def test_hello_says_what_sites_must_agree_on(site: Path) -> None:
     reply = hello(HelloOrder(run="r", config=config.to_mapping(), redis_url=""))
     assert reply.error == "" and reply.shards == [0, 1] and reply.devices == 1
     assert code_hashes().items() <= reply.fingerprints.items() and reply.warning == ""
+    assert reply.redis is False, "it was told of none"
     assert reply.versions == {"torch": torch.__version__}
     again = hello(HelloOrder(run="r", config=config.to_mapping(), redis_url=""))
     assert again == reply
@@ -287,6 +288,7 @@ def test_site_that_cannot_reach_redis_warns_and_takes_part(site: Path) -> None:
     order = HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url="unix:///no.sock")
     reply = hello(order)
     assert "cannot reach Redis" in reply.warning and reply.error == ""
+    assert reply.redis is False
 
 
 def test_too_few_validation_rows_are_told_with_their_number(site: Path) -> None:

@@ -336,3 +336,13 @@ def test_hashes_of_code_are_those_of_both_packages_here() -> None:
         "nanochat package": package_hash("nanochat"),
     }
     assert len({len(one) for one in code_hashes().values()} | {64}) == 1
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_hello_says_whether_redis_is_reached_and_an_old_one_says_nothing(said: bool | None) -> None:
+    assert from_header(to_header(HelloReply(redis=said))) == HelloReply(redis=said)
+    old = to_header(HelloReply())
+    del old["redis"]
+    assert from_header(old) == HelloReply(redis=None)
+    with pytest.raises(ValueError, match="redis is a str"):
+        from_header(old | {"redis": "yes"})
