@@ -6,7 +6,9 @@ that is leaving takes no new work: it says so at once.
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -17,7 +19,7 @@ from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.errors import PilotError
 from pilot.site import in_flight
-from pilot.site.handle import WorkerError, WorkerHandle
+from pilot.site.handle import SuperNodeGone, WorkerError, WorkerHandle
 from pilot.site.notice import notice_files, noticed
 from pilot.wire.messages import (
     AnyMessage,
@@ -51,11 +53,20 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    return Message(answer(message.content, node_name(context)), reply_to=message)
+    try:
+        content = answer(message.content, node_name(context))
+    except SuperNodeGone as error:
+        # Flower would go on trying to deliver a reply for minutes, beside the next SuperNode of this site
+        print(f"{error}: ending", file=sys.stderr, flush=True)
+        os._exit(1)
+    return Message(content, reply_to=message)
 
 
 def answer(content: RecordDict, name: str) -> RecordDict:
-    """What the client called `name` says to a message, whatever happens in its worker."""
+    """What the client called `name` says to a message, whatever happens in its worker.
+
+    Raises SuperNodeGone if nobody is left to say it to.
+    """
     header, parts = from_records(content)
     try:
         order = from_header(header)
@@ -127,6 +138,8 @@ def _ask_worker(
         ) as worker:
             with _sigterm_drains(worker):
                 return worker.ask(header, parts)
+    except SuperNodeGone:
+        raise
     except (WorkerError, OSError) as error:
         return _failure(header, str(error)), []
 

@@ -13,7 +13,7 @@ the GPUs (docs/flower.md). Therefore
   it has read the byte STAY before: a ClientApp writes that when it exits in good order and the group is
   resident;
 - a group whose connection closes while it works on an order ends;
-- the group watches the SuperNode, and while we wait for it we check that our own parent is still there.
+- the group watches the SuperNode, and while we wait for the group we watch SuperExec and SuperNode, too.
 """
 
 import contextlib
@@ -44,6 +44,10 @@ class WorkerError(RuntimeError):
     """The worker group died or could not start; the message is the reason that it recorded."""
 
 
+class SuperNodeGone(WorkerError):
+    """Nobody is left to take this ClientApp's answer."""
+
+
 class WorkerHandle:
     """A worker group of `processes` ranks, which belongs to us between enter and exit.
 
@@ -60,6 +64,9 @@ class WorkerHandle:
         self._processes, self._device = processes, device
         self._idle_s, self._name = idle_s, name
         self._parent = os.getppid()
+        self._above = (ancestors(os.getpid()) or [])[
+            1:
+        ]  # SuperExec and SuperNode, if there are any
         self._group: subprocess.Popen[bytes] | None = None
         self._pid = 0  # of the group's supervisor
         self._resident: GroupDirectory | None = None
@@ -160,8 +167,8 @@ class WorkerHandle:
         return theirs
 
     def _check_parent(self) -> None:
-        if os.getppid() != self._parent:
-            raise WorkerError("the SuperNode of this client is gone")
+        if os.getppid() != self._parent or not all(map(alive, self._above)):
+            raise SuperNodeGone("the SuperNode of this client is gone")
 
     def _recorded_failure(self, default: str) -> str:
         """The reason that the failed group recorded, once it has had the time to do so."""

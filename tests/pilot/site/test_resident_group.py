@@ -1,6 +1,7 @@
 """Resident worker groups: the next ClientApp finds them, and they end when none can come any more."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -168,6 +169,41 @@ def test_group_that_died_between_two_orders_is_replaced_and_supernodes_death_end
     supernode.process.wait()
     until(lambda: gone(members), limit_s=10.0)
     until(lambda: not second.group_dir.exists(), limit_s=10.0)
+
+
+WHOLE_CLIENTAPP = """
+import json, sys
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from pilot import client_app
+from pilot.wire.records import to_records
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+message = Message(to_records(json.loads(sys.argv[1]), []), 1, "train")
+context = Context(1, 1, {"name": "c"}, RecordDict(), {})
+print("works", flush=True)
+client_app.train(message, context)
+"""
+
+
+def test_clientapp_ends_with_its_supernode_in_mid_round_and_tries_to_reply_to_nobody(
+    site: Path, supernode: SuperNode, redis_url: str, leader: ServerCoordinator
+) -> None:
+    order = train_order(site_config(site, round_steps=0), ENDLESS, redis_url=redis_url)
+    command = [sys.executable, "-c", WHOLE_CLIENTAPP, json.dumps(to_header(order))]
+    command += ["--parent-pid", str(supernode.process.pid)]
+    env = {**os.environ, "PILOT_SCRATCH_DIR": str(site)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "works\n"
+        until(lambda: len(family(process.pid)) > 1)
+        members = family(process.pid)
+        supernode.process.kill()
+        supernode.process.wait()
+        until(lambda: gone(members), limit_s=10.0)
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "the SuperNode of this client is gone: ending" in errors
 
 
 @pytest.mark.parametrize("orders_before", [0, 1])
