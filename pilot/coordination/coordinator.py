@@ -29,7 +29,7 @@ from typing import Any
 
 import redis
 
-from pilot.coordination import scripts
+from pilot.coordination import link, scripts
 from pilot.coordination.heartbeats import COUNTER, Ages, Heard
 from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
 from pilot.coordination.lock import LockRenewal
@@ -90,7 +90,8 @@ class ServerCoordinator:
             self._link.close()
             if isinstance(error, CoordinatorError):
                 raise
-            raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({error})") from error
+            reason = link.explained(error)
+            raise CoordinatorError(f"cannot use Redis at {redact_url(url)} ({reason})") from error
 
     def _lead(self) -> None:
         """Take the run's lock. One of this host and run directory was left by a dead server: the caller

@@ -24,6 +24,9 @@ TIMEOUT_S = 2.0
 _KEYS_S = 3.0
 PAUSE_S = 4.0  # after a timeout: at most a third of a caller's time is spent waiting
 
+SETTLED_S = 10.0  # without a refusal: only then is an outage of reading or of writing over
+_ALL = "all"
+
 log = logging.getLogger("pilot")
 T = TypeVar("T")
 
@@ -56,7 +59,9 @@ class RedisLink:
             retry=Retry(NoBackoff(), 0),
         )
         self._failing: set[str] = set()  # of "reading", "writing"
-        self._down_since = self._try_again_at = float("-inf")
+        self._outages: dict[str, float] = {}  # of these that Redis refuses, or _ALL → since when
+        self._works_since_s: dict[str, float] = {}  # during an outage
+        self._try_again_at = float("-inf")
 
     def key(self, name: str) -> str:
         return f"pilot:{self.run}:{name}"
@@ -69,33 +74,62 @@ class RedisLink:
     def attempt(self, what: str, action: Callable[[], T]) -> T | None:
         """The result of `action`, or None while Redis fails. The begin and the end of an outage are logged.
 
-        `what` is "reading" or "writing": a Redis that is full, or cannot save, refuses only writes.
+        `what` is "reading" or "writing": a Redis that is full, or cannot save, refuses only writes. That is an
+        outage of its own, which is over once none has been refused for some seconds.
         """
         if self._clock.now_s() < self._try_again_at:
             return None
         try:
             result = action()
         except (redis.RedisError, OSError) as error:
-            now = self._clock.now_s()
-            if not self._failing:
-                self._down_since = now
-                url = redact_url(self.url)
-                log.warning(
-                    "Redis at %s unavailable while %s (%s); continuing without it", url, what, error
-                )
-            self._failing.add(what)
-            if isinstance(error, redis.TimeoutError | TimeoutError):
-                self._try_again_at = now + PAUSE_S
+            self._note_failure(what, error)
             return None
-        if what in self._failing:
-            self._failing.discard(what)
-            if not self._failing:
-                away_s = self._clock.now_s() - self._down_since
-                log.warning("Redis at %s is back after %.1f s", redact_url(self.url), away_s)
+        self._note_success(what)
         return result
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        now_s = self._clock.now_s()
+        self._failing.add(what)
+        self._works_since_s.pop(what, None)
+        if isinstance(error, redis.TimeoutError | TimeoutError):
+            self._try_again_at = now_s + PAUSE_S
+        refused = isinstance(error, redis.ResponseError)  # it answers, but does not do this
+        kind, since_s = what if refused else _ALL, now_s
+        if refused:
+            since_s = self._outages.pop(_ALL, now_s)
+        if kind not in self._outages:
+            self._outages[kind] = since_s
+            url, why = redact_url(self.url), explained(error)
+            log.warning(
+                "Redis at %s unavailable while %s (%s); continuing without it", url, what, why
+            )
+
+    def _note_success(self, what: str) -> None:
+        self._failing.discard(what)
+        if not self._outages:
+            return
+        now_s = self._clock.now_s()
+        works_since_s = self._works_since_s.setdefault(what, now_s)
+        if _ALL in self._outages and not self._failing:
+            self._end_outage(_ALL, "", now_s)
+        # at the limit of its memory, Redis refuses one write and takes the next
+        if what in self._outages and now_s - works_since_s >= SETTLED_S:
+            self._end_outage(what, f" for {what}", works_since_s)
+
+    def _end_outage(self, kind: str, for_what: str, at_s: float) -> None:
+        away_s = at_s - self._outages.pop(kind)
+        self._works_since_s.pop(kind, None)
+        log.warning("Redis at %s is back%s after %.1f s", redact_url(self.url), for_what, away_s)
 
     def close(self) -> None:
         self.redis.close()
+
+
+def explained(error: Exception) -> str:
+    """What Redis or its client says, with the cure where one is known."""
+    if isinstance(error, redis.ResponseError) and "maxmemory" in str(error):
+        return f"{error} It is full: raise its maxmemory, or give the run a Redis of its own"
+    return str(error)
 
 
 def check_run(url: str, run: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from pilot.coordination import link as link_module
 from pilot.coordination.coordinator import ClientCoordinator, CoordinatorError, ping, resolve_url
 from pilot.processes.local_redis import LocalRedis
 from pilot.processes.scratch import free_port
@@ -15,6 +16,7 @@ from pilot.wire.messages import Fence, Heartbeat
 
 from ...waiting import until
 from ..coordinator_kit import client, keys, server
+from ..grid_fixture import ManualClock
 
 # -- outages -------------------------------------------------------------------------------------
 
@@ -160,8 +162,9 @@ def test_environment_wins_over_the_configuration(monkeypatch: pytest.MonkeyPatch
 
 
 def test_redis_that_refuses_writes_only_is_one_line_not_one_a_beat(
-    tcp_redis: LocalRedis, caplog: pytest.LogCaptureFixture
+    tcp_redis: LocalRedis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(link_module, "SETTLED_S", 0.0)
     with client(tcp_redis.url) as half, redis.Redis.from_url(tcp_redis.url) as operator:
         operator.config_set("maxmemory", "1")  # full: each write is refused, reading works
         for _ in range(3):
@@ -172,3 +175,61 @@ def test_redis_that_refuses_writes_only_is_one_line_not_one_a_beat(
         operator.config_set("maxmemory", "0")
         half.send_heartbeat(Heartbeat(tokens=1), expiry_s=60)
         assert counted(caplog, "is back") == 1
+
+
+def test_redis_at_the_limit_of_its_memory_does_not_flap_in_the_log_and_is_named_with_its_cure(
+    tcp_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = ManualClock()
+    link = link_module.RedisLink(tcp_redis.url, "r", clock)
+    with redis.Redis.from_url(tcp_redis.url) as operator:
+        for limit in ("1", "0", "1", "0", "1", "0"):  # as keys expire and others come
+            operator.config_set("maxmemory", limit)
+            wrote = link.attempt("writing", lambda: link.redis.set("x", "1"))
+            assert bool(wrote) == (limit == "0")
+            link.attempt("reading", lambda: link.redis.get("x"))
+            clock.at_s += 5.0
+        assert counted(caplog, "unavailable while writing") == counted(caplog, "unavailable") == 1
+        assert counted(caplog, "It is full: raise its maxmemory") == 1
+        assert counted(caplog, "is back") == 0
+        clock.at_s += 5.0
+        link.attempt("writing", lambda: link.redis.set("x", "1"))
+        assert counted(caplog, "is back for writing after 25.0 s") == 1
+        operator.config_set("maxmemory", "1")
+        with pytest.raises(CoordinatorError, match="It is full: raise its maxmemory"):
+            server(tcp_redis.url, tmp_path)
+    link.close()
+
+
+def test_reading_and_writing_that_are_refused_are_two_outages_and_away_is_one(
+    tcp_redis: LocalRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = ManualClock()
+    link = link_module.RedisLink(tcp_redis.url, "r", clock)
+    kinds = ("reading", "writing")
+
+    def both(error: Exception | None) -> None:
+        for kind in kinds:
+            link.attempt(kind, lambda: _raise(error))
+        clock.at_s += 1.0
+
+    for _ in range(3):
+        both(redis.ConnectionError("away"))
+    assert counted(caplog, "unavailable") == 1 and link.failing
+    both(None)
+    assert counted(caplog, "is back after 3.0 s") == 1 and not link.failing
+    for _ in range(3):
+        both(redis.ResponseError("no permission"))
+    assert [counted(caplog, f"unavailable while {kind} (no permission)") for kind in kinds] == [
+        1,
+        1,
+    ]
+    for _ in range(12):
+        both(None)
+    assert [counted(caplog, f"is back for {kind} after 3.0 s") for kind in kinds] == [1, 1]
+    link.close()
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -81,6 +81,7 @@ def test_training_goes_on_and_all_is_as_before_when_redis_is_back(
 ) -> None:
     monkeypatch.setattr(link_module, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(link_module, "PAUSE_S", 0.3)
+    monkeypatch.setattr(link_module, "SETTLED_S", 0.3)
     caplog.set_level(logging.DEBUG)
     commands = 0
     execute = redis.Connection.send_command
