@@ -111,7 +111,9 @@ class Dispatcher:
             eval_end_row=eval_rows[1],
             last_merged_fence=self.state.last_merged.get(client.name),
             run_is_over=run_is_over,
+            note=client.note,
         )
+        client.note = ""
         message_id = self.mailbox.send(client.node_id, "train", to_header(order), model)
         open_round.asked(client.name)
         if message_id:

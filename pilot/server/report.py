@@ -82,6 +82,17 @@ class Report:
     def client_refused(self, name: str, reason: str) -> None:
         log.warning("Client %s is refused: %s", name, reason)
 
+    def name_contested(self, name: str, *, holder: str, other: str) -> None:
+        """A node on the host `other` wants the name that a living client on the host `holder` has."""
+        self.telemetry.event(
+            "name_contested",
+            f"A node on {other or '?'} says that it is {name}, and so does one on {holder or '?'} that is "
+            "alive: the newer one is refused. Give each client a name of its own, or stop one of them",
+            client=name,
+            holder=holder,
+            other=other,
+        )
+
     def client_left(self, name: str) -> None:
         log.info("Client %s left", name)
 

@@ -7,7 +7,7 @@ answer that `min_clients` clients share.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pilot.rules.rounds import Clock
 from pilot.run.state import versions
@@ -17,6 +17,7 @@ from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, plain, to_h
 
 ASK_AGAIN_S = 30.0
 BLIND_AGAIN_S = 60.0  # a client without Redis: it may reach it by now
+TAKEN_AGAIN_S = 10.0  # its name was another's, who may have died
 LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the client
 _MAX_REFUSALS, _MAX_REASON_CHARS = 100, 300  # that are remembered, and shown in one line
 
@@ -39,6 +40,7 @@ class Client:
     upload_s: float | None = None
     fixed_cost_s: float | None = None
     late_rounds: int = 0
+    note: str = ""  # what its next order tells the people of its site
 
     @property
     def blind(self) -> bool:
@@ -70,9 +72,15 @@ class Roster:
     fingerprints: dict[str, str]
     closed: bool = False  # no node will come that isn't there yet
     joined: Callable[[Client], None] = lambda client: None  # called for each client that may train
+    silent: Callable[[str], bool] = lambda name: (
+        False
+    )  # whether a client owes a reply and is not heard
     refusals: dict[str, str] = field(default_factory=dict)  # client → sentence
     _asked: dict[str, int] = field(default_factory=dict)  # message id → node id
     _known: dict[int, float] = field(default_factory=dict)  # node → when to ask it (again)
+    _why_refused: dict[int, str] = field(
+        default_factory=dict
+    )  # node → sentence, for its next hello
     _answered: dict[str, Client] = field(default_factory=dict)
     _accepted: dict[str, Client] = field(default_factory=dict)
     _measured: dict[str, Client] = field(
@@ -87,9 +95,11 @@ class Roster:
         """Ask nodes that are new, and once in a while those that were refused; forget those that went."""
         online, now_s = self.mailbox.nodes(), self.clock.now_s()
         self._known = {node: ask_s for node, ask_s in self._known.items() if node in online}
+        self._why_refused = {n: why for n, why in self._why_refused.items() if n in online}
         for node_id in sorted(online):
             if now_s >= self._known.get(node_id, now_s) and not self.mailbox.busy(node_id):
-                message_id = self.mailbox.send(node_id, "query", to_header(self.order))
+                order = replace(self.order, note=self._why_refused.get(node_id, ""))
+                message_id = self.mailbox.send(node_id, "query", to_header(order))
                 if message_id:
                     self._asked[message_id] = node_id
                     self._known[node_id] = float("inf")
@@ -117,10 +127,39 @@ class Roster:
             return True
         if hello.warning:
             self.report.client_warned(name, hello.warning)
+        if holder := self._alive_elsewhere(name, node_id, hello):
+            self._refuse_name(holder, node_id, hello)
+            return True
         # a newer node of the same name supersedes the older
         self._answered[name] = Client(name, node_id, hello)
         self._admit()
         return True
+
+    def _alive_elsewhere(self, name: str, node_id: int, hello: HelloReply) -> Client | None:
+        """The client that has this name on another machine and lives, as far as Redis and Flower know.
+
+        On the same machine it was restarted: Flower needs a minute to miss the node of before.
+        """
+        holder = self._accepted.get(name) or self._answered.get(name)
+        if holder is None or holder.node_id == node_id or holder.hello.host == hello.host:
+            return None
+        lives = holder.node_id in self.mailbox.nodes() and not self.silent(name)
+        return holder if lives else None
+
+    def _refuse_name(self, holder: Client, node_id: int, hello: HelloReply) -> None:
+        """Tell both that want the name `holder` has."""
+        name = holder.name
+        if node_id not in self._why_refused:
+            self.report.name_contested(name, holder=holder.hello.host, other=hello.host)
+        holder.note = (
+            f"a node on {hello.host or 'another machine'} also says that it is {name}: if it isn't yours, "
+            "let only nodes with a registered key in (docs/deployment.md)"
+        )
+        reason = (
+            f"the name {name} is taken by a client on {holder.hello.host or 'another machine'} that is alive: "
+            "stop that one, or choose another name (pilot node --name)"
+        )
+        self._refuse(f"node {node_id}", node_id, reason, TAKEN_AGAIN_S)
 
     def _admit(self) -> None:
         if not self.fingerprints and not self._find_agreement():
@@ -134,6 +173,7 @@ class Roster:
             self._accepted[name] = self._measured[name] = client
             self._known[client.node_id] = self._ask_again_s(client)
             self.joined(client)
+            self._why_refused.pop(client.node_id, None)
             self.refusals.pop(name, None)
             self.refusals.pop(f"node {client.node_id}", None)
             self.report.client_accepted(name, client.hello)
@@ -167,7 +207,7 @@ class Roster:
     def _refuse(self, name: str, node_id: int, reason: str, again_s: float) -> None:
         if self.refusals.get(name) != reason:
             self.report.client_refused(name, reason)
-        self.refusals[name] = reason
+        self.refusals[name] = self._why_refused[node_id] = reason
         while len(self.refusals) > _MAX_REFUSALS:  # a node may say another name each time
             del self.refusals[next(iter(self.refusals))]
         self._known[node_id] = self.clock.now_s() + again_s  # somebody may repair it

@@ -100,6 +100,7 @@ class RoundLoop:
             state.fingerprints,
             closed=closed,
             joined=self._welcome,
+            silent=lambda name: self._current is not None and name in self._monitor.silent,
         )
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it

@@ -1,6 +1,7 @@
 """What a client has: devices, shards, tokenizer, rows, and fingerprints that all clients must share."""
 
 import hashlib
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pilot.config import RunConfig
 from pilot.coordination.link import check_run, resolve_url
 from pilot.errors import PilotError
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes
+
+log = logging.getLogger("pilot.site")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def open_data(config: RunConfig) -> SiteData:
 
 def hello(order: HelloOrder) -> HelloReply:
     """Report what this client has. What a user can repair is not raised: it is the reply's `error`."""
+    if order.note:
+        log.warning("The server of run %s does not let this client in: %s", order.run, order.note)
     try:
         config = RunConfig.from_mapping(order.config)
         data = open_data(config)

@@ -64,6 +64,8 @@ class Round:
 
     def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, dict[str, Tensor]]:
         """The reply and, on rank 0, the pseudo-gradient. `weights`: the global model, on rank 0."""
+        if self.order.note and self.ranks.first:
+            log.warning("The server of run %s says: %s", self.order.fence.run, self.order.note)
         with self._stop_watcher() as stop:
             if self._agree(stop):
                 return self._reply(stop.reason), {}

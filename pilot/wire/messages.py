@@ -123,11 +123,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class HelloOrder:
-    """The question to a new node: who are you, what do you have, do we agree?"""
+    """The question to a new node: who are you, what do you have, do we agree?
+
+    `note` is a sentence for the people of the site: why its last answer was refused, if it was.
+    """
 
     run: str
     config: dict[str, Scalar]
     redis_url: str
+    note: str = _text()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,7 @@ class TrainOrder:
     `total_tokens` are the schedule's inputs, `share` being the client's share of the federation's token
     rate, 0..1. `lease_is_tail`: nothing was left to lease behind `segments`, so one short step may end
     them. `last_merged_fence`: of this client's last reply that was merged. `run_is_over`: no order follows.
+    `note`: a sentence for the people of the site.
     """
 
     fence: Fence
@@ -175,6 +180,7 @@ class TrainOrder:
     eval_end_row: int
     last_merged_fence: Fence | None = None
     run_is_over: bool = False
+    note: str = _text()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,6 +159,18 @@ def test_a_newer_node_of_the_same_name_supersedes_the_older(server: Any) -> None
     assert len(state.history) == 2
 
 
+def test_impostor_on_another_machine_takes_no_name_and_stops_no_run(server: Any) -> None:
+    real, impostor = ScriptedSite("same"), ScriptedSite("same", host="elsewhere")
+    run = server([ScriptedSite("other"), real], num_rounds=3)
+    run.sites[0].react = in_round(1, lambda *_: run.grid.add(300, impostor))
+    state = run.run()
+    assert [record.clients for record in state.history] == [2, 2, 2]
+    assert not impostor.orders
+    (told,) = events(run, "name_contested")
+    assert (told["client"], told["holder"], told["other"]) == ("same", "here", "elsewhere")
+    assert any("also says that it is same" in order.note for order in real.orders)
+
+
 def test_sites_that_disagree_are_refused_with_a_sentence(server: Any) -> None:
     other = ScriptedSite("c", fingerprints={"tokenizer": "another", "validation rows": "v"})
     sites = [ScriptedSite("a"), ScriptedSite("b"), other]

@@ -211,3 +211,11 @@ def test_sites_share_what_is_left_in_whole_steps(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, 3, round_steps=100, known_rows=4)
     server.dispatcher.send_all(server.open, [client(1), client(2), client(3)])
     assert [server.rows(n) for n in (1, 2, 3)] == [8, 12, 12]
+
+
+def test_note_for_the_people_of_a_site_travels_once(tmp_path: Path) -> None:
+    server, one = Server(tmp_path, 1, round_steps=1, known_rows=100), client(1)
+    one.note = "another node has your name"
+    for expected in ("another node has your name", ""):
+        server.dispatcher.send_all(server.open, [one])
+        assert server.order(1).note == expected

@@ -11,7 +11,14 @@ from flwr.common.constant import ErrorCode
 
 from pilot.server.mailbox import LOST_AFTER_S, Mailbox
 from pilot.server.report import Report
-from pilot.server.roster import ASK_AGAIN_S, BLIND_AGAIN_S, LOST_AGAIN_S, Roster, natural
+from pilot.server.roster import (
+    ASK_AGAIN_S,
+    BLIND_AGAIN_S,
+    LOST_AGAIN_S,
+    TAKEN_AGAIN_S,
+    Roster,
+    natural,
+)
 from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, to_header
 
@@ -169,6 +176,61 @@ def test_newer_node_of_the_same_name_supersedes_the_older_and_keeps_its_speed() 
     them.grid.online.discard(1)
     them.turn()
     assert them.names == ["a"]
+
+
+def test_living_name_is_not_taken_by_another_machine_and_both_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    silent: set[str] = set()
+    them = Federation(1, silent=lambda name: name in silent)
+    them.says(1, "a", host="ours")
+    them.grid.online.add(2)
+    them.turn()
+    for _ in range(3):
+        them.says(2, "a", host="theirs")
+        (site,) = them.roster.accepted()
+        assert site.node_id == 1
+        them.clock.at_s += TAKEN_AGAIN_S
+        them.turn()
+    told = "A node on theirs says that it is a, and so does one on ours that is alive"
+    assert caplog.text.count(told) == 1
+    assert "the name a is taken by a client on ours" in them.roster.waiting_for(1)
+    assert them.grid.header(them.grid.to(2)[0])["note"] == ""
+    assert "choose another name" in them.grid.header(them.grid.to(2)[-1])["note"]
+    assert "a node on theirs also says that it is a" in site.note
+    silent.add("a")  # by its heartbeats
+    them.says(2, "a", host="theirs")
+    (site,) = them.roster.accepted()
+    assert (site.node_id, them.roster.refusals) == (2, {})
+
+
+def test_name_of_a_node_that_flower_misses_is_free_for_another_machine() -> None:
+    them = Federation(1)
+    them.says(1, "a", host="ours")
+    them.grid.online = {2}
+    them.turn()
+    them.says(2, "a", host="theirs")
+    assert [site.node_id for site in them.roster.accepted()] == [2]
+
+
+def test_name_is_kept_by_who_said_it_first_before_anybody_is_agreed_on() -> None:
+    them = Federation(1, 2, 3, min_clients=2)
+    them.says(1, "a", host="ours")
+    them.says(2, "a", host="theirs")
+    them.says(3, "b", host="third")
+    assert [site.node_id for site in them.roster.accepted()] == [1, 3]
+
+
+def test_node_that_was_refused_hears_why_with_the_next_question() -> None:
+    them = Federation(1)
+    them.says(1, "a", fingerprints=AGREED)
+    them.grid.online.add(2)
+    them.turn()
+    them.says(2, "b", fingerprints=AGREED | {"tokenizer": "other"})
+    them.clock.at_s += ASK_AGAIN_S
+    them.turn()
+    assert "its tokenizer differ" in them.grid.header(them.grid.to(2)[-1])["note"]
 
 
 def test_site_whose_hello_was_lost_is_asked_again_soon() -> None:
