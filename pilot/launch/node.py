@@ -49,6 +49,9 @@ ENDING_S = 10.0  # for the SuperNode to take its leave of the SuperLink
 # average, with 30 s it was 18 s.
 FIRST_DELAY_S, LAST_DELAY_S, STEADY_S = 1.0, 10.0, 60.0
 MAX_RESTARTS = 300  # of SuperNodes that lived for less than STEADY_S, in a row: about an hour
+# Flower misses a node that has sent no heartbeat for so long: it takes it off line and gives up its order. The
+# SuperNode notices that at its next heartbeat and its ClientApp's end, which took 26 to 50 s; a new one, 6.
+FROZEN_S = 60.0
 _POLL_S = 0.2
 _ORDER_POLL_S = 0.5
 _STOP_EXPIRY_S = 3600.0
@@ -103,6 +106,7 @@ class _Node:
     signals: list[int]  # that have come so far; the handler appends to it
     say: Callable[[str], None]
     _restarts: int = field(default=0, init=False)
+    _awake_at_s: float = field(default_factory=lambda: _real_s(), init=False)
 
     def run(self) -> int:
         self._clear_last_leave()
@@ -146,14 +150,13 @@ class _Node:
     def _serve(self) -> "tuple[subprocess.Popen[bytes] | None, str]":
         """Keep a SuperNode running until it is to leave; (the running one if any, why it leaves)."""
         while not (reason := self._leave_reason()):
+            self._awake_at_s = _real_s()
             supernode, began = self._start(), time.monotonic()
             while supernode.poll() is None:
                 if reason := self._leave_reason():
                     return supernode, reason
-                if self._clientapp_lost():
-                    self.say(
-                        "the ClientApp died while working on an order; restarting the SuperNode"
-                    )
+                if why := self._clientapp_lost() or self._stood_still():
+                    self.say(f"{why}; restarting the SuperNode")
                     keeper.stop(supernode, timeout_s=ENDING_S + 2 * keeper.KILL_S)
                     break
                 time.sleep(_POLL_S)
@@ -161,16 +164,25 @@ class _Node:
                 self._wait_for_restart(supernode.returncode, time.monotonic() - began)
         return None, reason
 
-    def _clientapp_lost(self) -> bool:
-        """Whether the ClientApp died while working on an order.
+    def _stood_still(self) -> str:
+        """A clause if this node, or its whole machine, stood still for so long that Flower has missed it."""
+        before_s, self._awake_at_s = self._awake_at_s, _real_s()
+        still_s = self._awake_at_s - before_s
+        if still_s < FROZEN_S:
+            return ""
+        (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)  # its order was given up
+        return f"this node stood still for {still_s:.0f} s"
+
+    def _clientapp_lost(self) -> str:
+        """A clause if the ClientApp died while working on an order.
 
         The SuperNode would notice in about a minute, and takes no other order until then (docs/flower.md).
         """
         order = in_flight.read(self.directory)
         if order is None or order.state != in_flight.WORKING or alive(order.pid):
-            return False
+            return ""
         (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)
-        return True
+        return "the ClientApp died while working on an order"
 
     def _wait_for_restart(self, code: int, lived_s: float) -> None:
         if code in (_USAGE, _NOT_STARTED):
@@ -257,6 +269,12 @@ class _Node:
             time.sleep(pause_s)
         else:
             coordinator.wait(pause_s)  # an acknowledgement wakes it
+
+
+def _real_s() -> float:
+    """A clock that goes on while the machine sleeps, where the system has one."""
+    boottime = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boottime is None else time.clock_gettime(boottime)
 
 
 def _written_at(directory: Path) -> float:

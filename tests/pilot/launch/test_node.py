@@ -46,11 +46,12 @@ while True:
     time.sleep(0.05)
 """
 RUNNER = """
-import sys
+import os, sys
 from pilot import cli
 from pilot.launch import node
 node.flower_program = lambda name: sys.argv[1]
 node.FIRST_DELAY_S, node.BLIND_UPLOAD_S, node.MAX_RESTARTS = 0.05, 0.3, 3
+node.FROZEN_S = float(os.environ.get("FAKE_FROZEN_S", node.FROZEN_S))
 sys.exit(cli.main(["node", "--name", "a", *sys.argv[2:]]))
 """
 
@@ -189,6 +190,24 @@ def test_supernode_whose_clientapp_was_killed_is_restarted_at_once(site: Site) -
         time.sleep(0.5)
         assert len(site.logged("argv")) == 2
         process.kill()
+
+
+def test_supernode_of_a_node_that_stood_still_is_restarted_at_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FROZEN_S", "1.0")
+    with site.node() as node:
+        (first,) = site.logged("pid")
+        site.has_order(in_flight.WORKING)
+        node.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)  # what it must notice is the time itself
+        node.send_signal(signal.SIGCONT)
+        until(lambda: len(site.logged("pid")) > 1)
+        assert site.logged("ended") == [first]
+        assert in_flight.read(site.directory) is None, "the server has given that order up"
+        node.terminate()
+        _, said = end(node)
+    assert "pilot node a: this node stood still for " in said and "restarting the SuperNode" in said
 
 
 def test_second_node_of_a_name_is_refused(site: Site) -> None:
