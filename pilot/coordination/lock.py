@@ -8,7 +8,6 @@ import contextlib
 import json
 import socket
 import threading
-import time
 
 import redis
 from redis.backoff import NoBackoff
@@ -16,6 +15,7 @@ from redis.retry import Retry
 
 from pilot.coordination import scripts
 from pilot.processes.ancestry import alive
+from pilot.rules.rounds import Clock, MonotonicClock
 
 RENEW_S = 3.0
 ABSENT_S = 3.0  # that the lock must have been gone for, besides the time it takes to expire
@@ -63,7 +63,8 @@ class ServerWatch:
     `failure` is meant to be asked all the time; it asks Redis once a second.
     """
 
-    def __init__(self, url: str, run: str) -> None:
+    def __init__(self, url: str, run: str, clock: Clock | None = None) -> None:
+        self._clock = clock or MonotonicClock()
         self._key = f"pilot:{run}:"
         self._redis = _connect(url)
         self._before = ""  # the lock of an earlier server, perhaps a dead one
@@ -80,7 +81,7 @@ class ServerWatch:
 
     def failure(self) -> str | None:
         """Why the server that has led the run since `begin` is gone; None if it may be there."""
-        now = time.monotonic()
+        now = self._clock.now_s()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
             self._found = self._look(now)

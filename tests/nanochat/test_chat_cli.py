@@ -75,7 +75,7 @@ def test_it_asks_for_texts_until_an_empty_line(
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--max-tokens", "400", "-p", "x"], "320 positions"),
         (["--temperature", "inf"], "--temperature is inf"),
-        (["--seed", str(2**64)], "the seed 18446744073709551616 is out of range"),
+        (["--seed", str(2**64)], "--seed is 18446744073709551616: it must fit into 64 bits"),
         (["--num-samples", str(10**12)], "--num-samples is 1000000000000"),
         (["--checkpoint", "nobody"], "no model called 'nobody'"),
     ],
