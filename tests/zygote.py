@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ class Child:
         self._connection = connection
         self.stdout, self.stderr = stdout, stderr
         self.returncode: int | None = None
+        self._reading = threading.Lock()  # one thread may wait for its end while another asks
         self.pid = int(self._line())
 
     def _line(self) -> str:
@@ -55,23 +57,33 @@ class Child:
         return line.decode()
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            return self.wait()
+        if self._reading.acquire(blocking=False):  # else another thread waits, so it has not ended
+            try:
+                if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+                    self._read_end(None)
+            finally:
+                self._reading.release()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code; minus the signal that ended it. Raises TimeoutError."""
-        if self.returncode is None:
-            self._connection.settimeout(timeout)
-            line = self._line()
-            assert line, "the zygote is gone"
-            self.returncode = int(line)
-            self._connection.close()
+        with self._reading:
+            if self.returncode is None:
+                self._read_end(timeout)
+        assert self.returncode is not None
         return self.returncode
+
+    def _read_end(self, timeout: float | None) -> None:
+        self._connection.settimeout(timeout)
+        line = self._line()
+        assert line, "the zygote is gone"
+        self.returncode = int(line)
+        self._connection.close()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ends at this moment
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
