@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from nanochat.agreement import Agreement
+from nanochat.agreement import Agreement, PeerFailed
 from nanochat.common import print0
 from nanochat.data_spec import validation_rows
 from nanochat.gpus import peak_flops, settle_garbage
-from nanochat.interrupt import StopRequest, stop_on_signals
+from nanochat.interrupt import Interrupted, StopRequest, stop_on_signals
 from nanochat.memory import keep_freed_memory
 from nanochat.progress import Diverged, ProgressLog
 from nanochat.resume import LATEST, NotSaved, if_first
@@ -56,7 +56,7 @@ def pretrain(
         run = _Run(setup, val_rows, logger, agreement)
         try:
             stopped = run.train()
-        except Exception:
+        except Exception:  # for W&B: the run has failed
             logger.close(exit_code=1)
             raise
         logger.close()
@@ -162,10 +162,12 @@ class _Run:
         try:
             if not asked:
                 self._evaluate(stop, last=last)
-        except Exception:
-            asked = stop.agreed()  # it was given up for that, here or on another rank
+        except Exception as error:  # on all ranks together, so all of them ask here
+            asked = stop.agreed()
             if not asked:
                 raise
+            if not isinstance(error, Interrupted | PeerFailed):  # else it was given up for that
+                _tell(f"stopping; the evaluation had failed before: {error}")
         if asked and last:
             tag = self._settings.tag
             self._logger.say(
