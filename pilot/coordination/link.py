@@ -43,28 +43,38 @@ def resolve_url(configured: str) -> str:
     return url
 
 
+def connect(url: str) -> redis.Redis:
+    """A connection that gives up after TIMEOUT_S, and takes any bytes that a client may have written."""
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        encoding_errors="replace",
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        # redis-py's own three retries would stop the round loop for seconds; ours is the next tick
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+def run_key(run: str, name: str) -> str:
+    """The key of `name` among those of a run."""
+    return f"pilot:{run}:{name}"
+
+
 class RedisLink:
     """One process's connection for one run, whose keys are `pilot:<run>:…`."""
 
     def __init__(self, url: str, run: str, clock: Clock | None = None) -> None:
         self.url, self.run = url, run
         self._clock = clock or MonotonicClock()
-        self.redis = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            encoding_errors="replace",  # any client may write any bytes
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            # redis-py's own three retries would stop the round loop for seconds; ours is the next tick
-            retry=Retry(NoBackoff(), 0),
-        )
+        self.redis = connect(url)
         self._failing: set[str] = set()  # of "reading", "writing"
         self._outages: dict[str, float] = {}  # of these that Redis refuses, or _ALL → since when
         self._works_since_s: dict[str, float] = {}  # during an outage
         self._try_again_at = float("-inf")
 
     def key(self, name: str) -> str:
-        return f"pilot:{self.run}:{name}"
+        return run_key(self.run, name)
 
     @property
     def failing(self) -> bool:

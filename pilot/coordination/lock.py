@@ -10,35 +10,22 @@ import socket
 import threading
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from pilot.coordination import scripts
+from pilot.coordination.link import connect, run_key
 from pilot.processes.ancestry import alive
 from pilot.rules.rounds import Clock, MonotonicClock
 
 RENEW_S = 3.0
 ABSENT_S = 3.0  # that the lock must have been gone for, besides the time it takes to expire
 _LOOK_S = 1.0
-_TIMEOUT_S = 2.0
-
-
-def _connect(url: str) -> "redis.Redis":
-    return redis.Redis.from_url(
-        url,
-        decode_responses=True,
-        encoding_errors="replace",
-        socket_timeout=_TIMEOUT_S,
-        socket_connect_timeout=_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )
 
 
 class LockRenewal:
     """A context in which a lock is renewed as long as it is ours."""
 
     def __init__(self, url: str, key: str, identity: str, expiry_s: float) -> None:
-        self._redis = _connect(url)
+        self._redis = connect(url)
         self._arguments = (scripts.RENEW, 1, key, identity, str(int(expiry_s * 1000)))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="run's lock", daemon=True)
@@ -65,8 +52,8 @@ class ServerWatch:
 
     def __init__(self, url: str, run: str, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
-        self._key = f"pilot:{run}:"
-        self._redis = _connect(url)
+        self._server_key, self._run_key = run_key(run, "server"), run_key(run, "run")
+        self._redis = connect(url)
         self._before = ""  # the lock of an earlier server, perhaps a dead one
         self._holder = ""
         self._gone_since: float | None = None
@@ -90,7 +77,7 @@ class ServerWatch:
     def _look(self, now: float) -> str | None:
         holder, state = None, None  # unknown while Redis is away
         with contextlib.suppress(redis.RedisError, OSError):
-            holder, state = self._lock(), self._redis.hget(f"{self._key}run", "state")
+            holder, state = self._lock(), self._redis.hget(self._run_key, "state")
         if holder and holder != self._before:
             self._holder, self._gone_since = holder, None
         if not self._holder or state in ("finished", "interrupted"):
@@ -112,7 +99,7 @@ class ServerWatch:
         return None
 
     def _lock(self) -> str:
-        return str(self._redis.get(f"{self._key}server") or "")
+        return str(self._redis.get(self._server_key) or "")
 
     def close(self) -> None:
         self._redis.close()
