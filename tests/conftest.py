@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadGroupScheduling
 from zygote import Zygote
@@ -50,6 +51,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 for _signum in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, signal.SIG_DFL)
+
+# Examples take as long as the machine is busy: no test says anything of time.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 # Tests share two cores with the processes that they start: more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
