@@ -168,9 +168,17 @@ class RunConfig:
     )
     # admission
     max_update_norm_ratio: float = _key(
-        10.0,
-        "refuse updates whose norm exceeds this multiple of the recent median; 0: never",
-        low=0,
+        4.0, "refuse updates so many times longer than usual; 0: any", low=0, shapes_training=False
+    )
+    min_update_cosine: float = _key(
+        -0.25,
+        "refuse updates that point away from the round's others by a cosine below this; -1: never",
+        low=-1,
+        high=0,
+        shapes_training=False,
+    )
+    take_back_ratio: float = _key(
+        1.25, "take back merges that raise bpb this much; 0: none", low=0, shapes_training=False
     )
     quarantine: bool = _key(
         False, "keep refused updates on disk for inspection", shapes_training=False

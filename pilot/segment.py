@@ -1,4 +1,4 @@
-"""A run of rows of one shard in one epoch: the unit in which rows are leased, consumed and committed."""
+"""Runs of rows: of a shard in an epoch, as leased, consumed and committed; of validation rows, as scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,3 +35,28 @@ class Segment:
         """The inverse of `to_list`. Raises ValueError unless there are four values."""
         epoch, shard, first_row, end_row = values
         return Segment(epoch, shard, first_row, None if end_row < 0 else end_row)
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """What a client measured on validation rows [first_row, end_row): sums of nats and of bytes."""
+
+    first_row: int
+    end_row: int
+    nats: float
+    num_bytes: int
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        return (self.first_row, self.end_row)
+
+    def to_list(self) -> list[float]:
+        return [self.first_row, self.end_row, self.nats, self.num_bytes]
+
+    @staticmethod
+    def from_list(values: Sequence[float]) -> "Score":
+        """The inverse of `to_list`. Raises ValueError for what it can't have written."""
+        first, end, nats, num_bytes = values
+        if not 0 <= first < end or nats < 0 or num_bytes < 0:
+            raise ValueError(f"{list(values)} is no score")
+        return Score(int(first), int(end), float(nats), int(num_bytes))

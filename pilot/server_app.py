@@ -8,7 +8,7 @@ that sets an event, in both.
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flwr.app import Context
@@ -27,7 +27,7 @@ from pilot.rules.ledger import Ledger
 from pilot.rules.rounds import Clock, MonotonicClock
 from pilot.run.directory import next_term, open_run_dir
 from pilot.run.results import write_checkpoint, write_results
-from pilot.run.snapshot import latest_snapshot
+from pilot.run.snapshot import latest_snapshot, read_snapshot
 from pilot.run.state import RunState
 from pilot.run_name import generated_name
 from pilot.server.console import configure_logging
@@ -126,6 +126,7 @@ def _lead(
                 closed=simulation,
                 interrupted=stopped.is_set,
                 trained=lambda: _keep_unscored(state),
+                version=lambda number: _version(config, run_dir, number),
             ).run()
             _finish(state, run_dir, report)
             finished = True
@@ -135,24 +136,39 @@ def _lead(
 
 def _resume_or_start(config: RunConfig, run_dir: Path) -> RunState:
     """The state of the newest whole snapshot, or that of a run that starts."""
-
-    def order(epoch: int) -> list[int]:
-        return shard_order(config.num_shards, epoch, config.seed)
-
     decay, scaled = config.weight_decay, plan.scaled_weight_decay(config)
     text = "Scaling weight decay from %.6f to %.6f for depth %d"
     log.info(text, decay, scaled, config.depth)
     snapshot = latest_snapshot(run_dir / "snapshots", report=log.warning)
     if snapshot is not None:
-        state = RunState.from_snapshot(snapshot, config, shard_order=order)
+        state = RunState.from_snapshot(snapshot, config, shard_order=_shard_order(config))
         log.info("Resuming run %s after round %d", config.run_name, state.round_number)
-        return state
-    weights = plan.initial_weights(config)
-    total = plan.total_tokens(config)
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    log.info("Training %s parameters on %s tokens", f"{parameters:,}", f"{total:,}")
+    else:
+        state = _start(config)
+        parameters = sum(tensor.numel() for tensor in state.weights.values())
+        total = state.total_tokens
+        log.info("Training %s parameters on %s tokens", f"{parameters:,}", f"{total:,}")
+    state.movement = plan.Movement.of(config)
+    return state
+
+
+def _start(config: RunConfig) -> RunState:
+    order = _shard_order(config)
     ledger = Ledger(num_shards=config.num_shards, epochs=config.epochs, shard_order=order)
-    return RunState(config=config, weights=weights, ledger=ledger, total_tokens=total)
+    total = plan.total_tokens(config)
+    return RunState(config, plan.initial_weights(config), ledger, total_tokens=total)
+
+
+def _version(config: RunConfig, run_dir: Path, round_number: int) -> RunState:
+    """The run after an earlier round. Raises PilotError if that is not on disk any more."""
+    if round_number == 0:
+        return _start(config)
+    snapshot = read_snapshot(run_dir / "snapshots", round_number)
+    return RunState.from_snapshot(snapshot, config, shard_order=_shard_order(config))
+
+
+def _shard_order(config: RunConfig) -> Callable[[int], list[int]]:
+    return lambda epoch: shard_order(config.num_shards, epoch, config.seed)
 
 
 def _keep_unscored(state: RunState) -> None:

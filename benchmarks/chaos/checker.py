@@ -3,7 +3,7 @@
 The snapshots are trusted (their rename is the commit), the event log only for times: an event may be lost when
 the disk is full. A violation is one sentence that begins with the rule it breaks:
 
-    rounds      round numbers, terms and tokens only grow, one snapshot per round
+    rounds      round numbers, terms and tokens only grow (unless a merge is taken back), one snapshot per round
     fences      every merged reply belongs to this run and round, and was merged once
     rows        no row committed twice; every committed row was in exactly one merged reply
     ledger      no committed row is lost again; tokens are rows times the row's length
@@ -51,6 +51,7 @@ class Books:
     merged: tuple[Merged, ...]  # in this round
     committed: Rows  # in all rounds so far
     log: tuple[tuple[int, int, int], ...]  # (term, round, lease) of all replies merged so far
+    takes_back: tuple[int, int] | None = None  # first and last round whose merges this one undoes
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,15 @@ def read_books(snapshots: Iterable[Path]) -> list[Books]:
 def _read(snapshot: Path) -> Books:
     state = json.loads((snapshot / "state.json").read_text(encoding="utf-8"))
     lines = (snapshot / "merged.jsonl").read_text(encoding="utf-8").splitlines()
-    log = [json.loads(line) for line in lines]
+    log: list[dict[str, Any]] = []
+    takes_back = None
+    for entry in map(json.loads, lines):
+        if "takes_back" in entry:
+            first, last = entry["takes_back"]
+            log = [one for one in log if not first <= one["round"] <= last]
+            takes_back = (first, last) if entry["round"] == state["round"] else None
+        else:
+            log.append(entry)
     return Books(
         round_number=state["round"],
         term=state["term"],
@@ -110,6 +119,7 @@ def _read(snapshot: Path) -> Books:
             for epoch, shard, _, intervals in state["ledger"]["committed"]
         },
         log=tuple((entry["term"], entry["round"], entry["lease"]) for entry in log),
+        takes_back=takes_back,
     )
 
 
@@ -136,7 +146,7 @@ def check_rounds(books: Sequence[Books]) -> Iterator[str]:
     for before, after in itertools.pairwise(books):
         if after.term < before.term:
             yield f"rounds: round {after.round_number} has term {after.term}, after term {before.term}"
-        if after.tokens < before.tokens:
+        if after.tokens < before.tokens and after.takes_back is None:
             yield f"rounds: round {after.round_number} has {after.tokens} tokens, after {before.tokens}"
 
 
@@ -163,6 +173,9 @@ def check_fences(books: Sequence[Books], run: str) -> Iterator[str]:
     """Merged replies belong to this run, to their round, to a term that had begun, and were merged once."""
     seen: set[tuple[str, int, int, int]] = set()
     for one in books:
+        if one.takes_back is not None:
+            first, last = one.takes_back
+            seen = {fence for fence in seen if not first <= fence[2] <= last}
         for reply in one.merged:
             where = f"round {one.round_number} merged {reply.fence}"
             if reply.run != run or reply.round_number != one.round_number or reply.term > one.term:
@@ -178,8 +191,11 @@ def check_rows(books: Sequence[Books], row_tokens: int) -> Iterator[str]:
     """Round by round, the ledger grows by exactly the rows of the merged replies, none of them twice."""
     before: Rows = {}
     tokens = 0
+    after: dict[int, tuple[Rows, int]] = {0: (before, tokens)}  # round → what it left
     for one in books:
         name = f"round {one.round_number}"
+        if one.takes_back is not None:
+            before, tokens = after.get(one.takes_back[0] - 1, (before, tokens))
         now: dict[Key, list[Interval]] = {key: list(intervals) for key, intervals in before.items()}
         merged = [piece for reply in one.merged for piece in reply.consumed]
         for key, (first, end) in merged:
@@ -192,7 +208,7 @@ def check_rows(books: Sequence[Books], row_tokens: int) -> Iterator[str]:
         rows = _count(one.committed) - _count(before)
         if one.tokens - tokens != rows * row_tokens:
             yield f"ledger: {name} counts {one.tokens - tokens} tokens for {rows} rows of {row_tokens}"
-        before, tokens = one.committed, one.tokens
+        before, tokens = after[one.round_number] = one.committed, one.tokens
 
 
 def _difference(name: str, expected: Rows, found: Rows) -> Iterator[str]:

@@ -28,12 +28,14 @@ REFUSALS_IN_A_ROW = 3
 class AdmissionBooks:
     """What the rules remember between rounds; a snapshot keeps it.
 
-    `norms` are those of the last updates that were merged, oldest first; `in_a_row` counts, by client, the
-    replies refused for their content since the last one that was not.
+    `norms` are those of the last updates that were merged, oldest first, `steps` the optimizer steps behind
+    each (fewer of them, where an older version wrote the books); `in_a_row` counts, by client, the replies
+    refused for their content since the last one that was not.
     """
 
     norms: list[float] = field(default_factory=list)
     in_a_row: dict[str, int] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
 
     def accepted(self, client: str) -> None:
         self.in_a_row.pop(client, None)
@@ -41,9 +43,15 @@ class AdmissionBooks:
     def refused(self, client: str) -> None:
         self.in_a_row[client] = self.in_a_row.get(client, 0) + 1
 
-    def merged(self, norms: Iterable[float]) -> None:
+    def merged(self, norms: Iterable[float], steps: Iterable[float] = ()) -> None:
         """A round is over: from now on later updates are compared with its norms, in lease order."""
         self.norms = [*self.norms, *norms][-MAX_NORMS:]
+        self.steps = [*self.steps, *steps][-MAX_NORMS:]
+
+    def longer(self, steps: float) -> float:
+        """How many times further `steps` optimizer steps may move than those behind the norms, at least 1."""
+        usual = statistics.median(self.steps) if self.steps else 0.0
+        return max(1.0, steps / usual) if usual > 0 else 1.0
 
 
 def refusal(
@@ -90,22 +98,36 @@ def update_norm(update: Mapping[str, Tensor]) -> float:
     return math.sqrt(math.fsum(float(norm) ** 2 for norm in norms))
 
 
-def norm_refusal(norm: float, earlier: Sequence[float], *, max_ratio: float) -> str | None:
+def norm_refusal(
+    norm: float, earlier: Sequence[float], *, max_ratio: float, longer: float = 1.0
+) -> str | None:
     """Why an update of L2 norm `norm` may not be merged after updates of norms `earlier`, or None.
 
     `earlier` are of rounds before this one, never of this one: the order of arrival decides nothing. With
-    fewer than MIN_NORMS of them, or a `max_ratio` of 0, any norm up to MAX_NORM will do.
+    fewer than MIN_NORMS of them, or a `max_ratio` of 0, any norm up to MAX_NORM will do. `longer`: how many
+    times further it may be for the steps that it took.
     """
     if norm > MAX_NORM:
         return f"its norm {norm:.4g} is beyond what a mean in fp32 can hold"
     if max_ratio == 0 or len(earlier) < MIN_NORMS:
         return None
     median = statistics.median(earlier)
-    if median == 0 or norm <= max_ratio * median:
+    if median == 0 or norm <= max_ratio * median * longer:
         return None
     return (
         f"its norm {norm:.4g} is {norm / median:.1f} times the median of the last {len(earlier)} merged "
         f"updates ({median:.4g}), and max-update-norm-ratio is {max_ratio:g}"
+    )
+
+
+def movement_refusal(norm: float, limit: float, *, steps: int) -> str | None:
+    """Why an update of L2 norm `norm` is none of `steps` optimizer steps, which move `limit` at most; or
+    None."""
+    if norm <= limit:
+        return None
+    return (
+        f"its norm {norm:.4g} is more than {steps} optimizer steps at this run's learning rates can move "
+        f"({limit:.4g} at most)"
     )
 
 

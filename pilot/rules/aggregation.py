@@ -12,6 +12,7 @@ can be recognised only where three vote: with fewer clients both are the mean.
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pilot.rules.agreement import Votes
+
 MIN_VOTES = 3
+_TINY = 1e-300
 _CHUNK = 1 << 20  # coordinates that are sorted at once
 
 log = logging.getLogger("pilot")
@@ -79,6 +83,35 @@ def weighted_mean(
     return total
 
 
+def votes_of(
+    replies: Sequence[Spilled], *, momentum: Mapping[str, Tensor], batch_tokens: int
+) -> Votes:
+    """All dot products of the clients' updates, tensor by tensor from the files: memory is one tensor of each.
+
+    `momentum` of the outer step by name, empty before there is one.
+    """
+    with contextlib.ExitStack() as stack:
+        by_client = _open(replies, stack)
+        count = len(by_client)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        along = torch.zeros(count, dtype=torch.float64)
+        names = next(iter(by_client.values()))[0][1].keys() if by_client else []
+        for name in names:
+            flat = [vote.reshape(-1).double() for vote in _votes(by_client, name)]
+            for i in range(count):
+                for j in range(i + 1):
+                    gram[i, j] += flat[i] @ flat[j]
+                if name in momentum:
+                    along[i] += flat[i] @ momentum[name].reshape(-1).double()
+    gram = torch.tril(gram, -1).T + gram
+    size = math.sqrt(sum(float(t.double().square().sum()) for t in momentum.values()))
+    norms = gram.diagonal().sqrt()
+    heading = (along / (norms * size).clamp_min(_TINY)).tolist() if size > 0 else None
+    tokens = {c: sum(t for t, _ in files) / len(files) for c, files in by_client.items()}
+    steps = [mean / batch_tokens for mean in tokens.values()]
+    return Votes(list(by_client), steps, gram.tolist(), heading)
+
+
 # -- robust ------------------------------------------------------------------------------------------
 
 
@@ -93,12 +126,20 @@ def _cut(votes: int, method: str, trim_fraction: float) -> int:
 
 def _robust(replies: Sequence[Spilled], cut: int) -> dict[str, Tensor]:
     with contextlib.ExitStack() as stack:
-        by_client: dict[str, list[tuple[float, Any]]] = {}
-        for reply in replies:
-            file = stack.enter_context(safe_open(reply.path, framework="pt"))
-            by_client.setdefault(reply.client, []).append((float(reply.tokens), file))
+        by_client = _open(replies, stack)
         names = next(iter(by_client.values()))[0][1].keys()
         return {name: _middle(list(_votes(by_client, name)), cut) for name in names}
+
+
+def _open(
+    replies: Sequence[Spilled], stack: contextlib.ExitStack
+) -> dict[str, list[tuple[float, Any]]]:
+    """Client → (tokens, open file) of each of its replies."""
+    by_client: dict[str, list[tuple[float, Any]]] = {}
+    for reply in replies:
+        file = stack.enter_context(safe_open(reply.path, framework="pt"))
+        by_client.setdefault(reply.client, []).append((float(reply.tokens), file))
+    return by_client
 
 
 def _votes(by_client: Mapping[str, Sequence[tuple[float, Any]]], name: str) -> Iterator[Tensor]:

@@ -264,6 +264,10 @@ class Ledger:
                 epoch.close(shard, count)
                 self._complete += epoch.committed_rows(shard) == count
 
+    def keep_lease_ids_of(self, later: "Ledger") -> None:
+        """These are the books of before `later`, which go on from there: no lease id is given twice."""
+        self._next_lease_id = max(self._next_lease_id, later._next_lease_id)
+
     # -- what the books say ----------------------------------------------------------------------
 
     @property

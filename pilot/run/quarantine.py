@@ -11,16 +11,18 @@ from torch import Tensor
 
 from nanochat.files import atomic_path, atomic_write_json
 from pilot.faults import fault_point
+from pilot.run.state import MergedReply
 from pilot.wire.jsonable import jsonable
 from pilot.wire.messages import TrainReply, to_json
 
+Answered = TrainReply | MergedReply
 MAX_KEPT = 100  # updates; a client that sends junk for weeks must not fill the disk
 
 log = logging.getLogger("pilot")
 
 
 def keep_refused(
-    directory: Path, reply: TrainReply, client: str, update: Mapping[str, Tensor], reason: str
+    directory: Path, reply: Answered, client: str, update: Mapping[str, Tensor], reason: str
 ) -> None:
     """Write `directory`/round-000003-<client>-lease-00000017.json and .safetensors (if there are tensors).
 
@@ -30,7 +32,8 @@ def keep_refused(
     fence = reply.fence
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", client)[:80]
     name = f"round-{fence.round_number:06d}-{safe}-lease-{fence.lease_id:08d}"
-    facts = {"client": client, "reason": reason, "reply": to_json(reply), "tensors": len(update)}
+    said = to_json(reply) if isinstance(reply, TrainReply) else reply.to_json()
+    facts = {"client": client, "reason": reason, "reply": said, "tensors": len(update)}
     try:
         fault_point("quarantine.write")
         directory.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def _meta(state: RunState) -> dict[str, Any]:
     last = state.record(state.round_number)
     return {
         "step": state.steps,
-        "val_bpb": last.val_bpb if last else None,
+        "val_bpb": last.val_bpb if last and last.eval_rows == config.eval_rows else None,
         "model_config": plan.model_config(config).to_meta(),
         "user_config": config.to_mapping(),
         "device_batch_size": config.device_batch_size,

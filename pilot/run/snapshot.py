@@ -53,12 +53,14 @@ class Snapshot:
     merged: Sequence[str] = ()
 
 
-def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int, keep_every: int = 0) -> Path:
+def write_snapshot(
+    directory: Path, snapshot: Snapshot, *, keep: int, keep_every: int = 0, also: int = -1
+) -> Path:
     """Commit `snapshot` as `directory`/round-000007, then remove the old ones.
 
-    Kept are the newest `keep` and every `keep_every`-th round (0: none). Snapshots of later rounds can only be
-    damaged ones that a resume skipped: they go before the new one is in place, since one that became
-    readable again would shadow the round that was done again.
+    Kept are the newest `keep`, every `keep_every`-th round (0: none) and the round `also`. Snapshots of
+    later rounds can only be damaged ones that a resume skipped: they go before the new one is in place,
+    since one that became readable again would shadow the round that was done again.
 
     Raises SnapshotError if the disk does not take it; older snapshots are intact then.
     """
@@ -83,7 +85,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int, keep_every
         raise SnapshotError(
             f"cannot write snapshot {final}: {error}; fix this and rerun the same command to resume"
         ) from error
-    _prune(directory, keep=keep, keep_every=keep_every)
+    _prune(directory, keep=keep, keep_every=keep_every, also=also)
     return final
 
 
@@ -116,9 +118,9 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _prune(directory: Path, *, keep: int, keep_every: int) -> None:
+def _prune(directory: Path, *, keep: int, keep_every: int, also: int) -> None:
     for old in _snapshots(directory)[:-keep]:
-        if not (keep_every and _number(old) % keep_every == 0):
+        if not (keep_every and _number(old) % keep_every == 0) and _number(old) != also:
             try:
                 _remove(old)
             except OSError as error:  # it costs space and nothing else
@@ -153,6 +155,15 @@ def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapsh
             f"no snapshot in {directory} can be read; remove it to start from scratch"
         )
     return None
+
+
+def read_snapshot(directory: Path, round_number: int) -> Snapshot:
+    """The snapshot after that round; raises SnapshotError if there is none, or it is damaged."""
+    path = directory / f"{_PREFIX}{round_number:06d}"
+    try:
+        return _read(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SnapshotError(f"snapshot {path} can't be read: {error}") from error
 
 
 def _snapshots(directory: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from pilot.config import RunConfig, Scalar
 from pilot.errors import PilotError
 from pilot.rules.admission import AdmissionBooks
 from pilot.rules.ledger import Ledger
+from pilot.rules.merge_guard import GuardBooks
 from pilot.run.snapshot import Snapshot
 from pilot.segment import Segment
 from pilot.wire.messages import Fence
@@ -110,6 +111,7 @@ class RoundRecord:
     val_bpb: float | None = None
     eval_rows: int = 0
     refused: int = 0  # replies whose content was
+    taken_back: bool = False  # what it merged
 
 
 @dataclass
@@ -131,6 +133,8 @@ class RunState:
     wandb_id: str | None = None
     config_changes: list[ConfigChange] = field(default_factory=list)
     admission: AdmissionBooks = field(default_factory=AdmissionBooks)
+    guard: GuardBooks = field(default_factory=GuardBooks)
+    movement: plan.Movement | None = None  # how far steps can move the model; None: not known
 
     @property
     def finished(self) -> bool:
@@ -166,8 +170,30 @@ class RunState:
         self.merged = [one.reply for one in contributions]
         self.merged_log += [reply.line() for reply in self.merged]
         self.last_merged |= {reply.client: reply.fence for reply in self.merged}
-        self.admission.merged(one.norm for one in contributions)
+        self.admission.merged(
+            [one.norm for one in contributions],
+            [one.reply.tokens / self.config.total_batch_size for one in contributions],
+        )
+        self.guard.merged({reply.client for reply in self.merged})
         self.tokens += record.tokens
+        self.round_number = record.round_number
+        self.history.append(record)
+
+    def take_back(self, before: "RunState", record: RoundRecord, *, term: int) -> None:
+        """Be what `before` was, an earlier state of this run, in a round of its own.
+
+        All that was merged since is undone, and its rows are free again.
+        """
+        first, last = before.round_number + 1, self.round_number
+        self.weights, self.outer = before.weights, before.outer
+        before.ledger.keep_lease_ids_of(self.ledger)
+        self.ledger, self.tokens = before.ledger, before.tokens
+        self.last_merged, self.merged = before.last_merged, []
+        self.admission.norms, self.admission.steps = before.admission.norms, before.admission.steps
+        for one in self.history:
+            one.taken_back = one.taken_back or first <= one.round_number <= last
+        line = {"round": record.round_number, "term": term, "takes_back": [first, last]}
+        self.merged_log.append(json.dumps(line, separators=(",", ":")))
         self.round_number = record.round_number
         self.history.append(record)
 
@@ -190,6 +216,7 @@ class RunState:
             "config": self.config.to_mapping(),
             "config_changes": [asdict(change) for change in self.config_changes],
             "admission": asdict(self.admission),
+            "guard": self.guard.to_json(),
             "schedule": self._schedule_position(),
             "versions": versions(),
             "ledger": self.ledger.to_state(),
@@ -240,6 +267,7 @@ class RunState:
             wandb_id=state["wandb_id"],
             config_changes=[ConfigChange(**change) for change in state["config_changes"]],
             admission=AdmissionBooks(**state["admission"]),
+            guard=GuardBooks.from_json(state.get("guard"), round_number=state["round"]),
         )
         if changes:
             resumed._change(changes)
@@ -248,7 +276,7 @@ class RunState:
     def _change(self, changes: list[ConfigChange]) -> None:
         """Drop what means nothing under another configuration."""
         self.config_changes += changes
-        self.admission.norms = []
+        self.admission.norms, self.admission.steps = [], []
         keys = {change.key for change in changes}
         if "outer-optimizer" in keys:  # momenta of another optimizer mean something else
             self.outer = {}

@@ -1,10 +1,19 @@
 """From what a client sent to an update that may be merged, or the reason why it may not."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from pilot.rules.admission import norm_refusal, refusal, token_refusal, update_norm
+from pilot.rules.admission import (
+    movement_refusal,
+    norm_refusal,
+    refusal,
+    token_refusal,
+    update_norm,
+)
+from pilot.rules.aggregation import Spilled, votes_of
+from pilot.rules.agreement import outliers, undecided
 from pilot.rules.ledger import Lease
 from pilot.run.state import RunState
 from pilot.wire.codec import decode
@@ -28,10 +37,39 @@ def admit(
     leased = [segment.rows for segment in lease.segments]
     rows = sum(segment.rows or 0 for segment in reply.consumed)
     leased_rows = None if None in leased else sum(count or 0 for count in leased)
-    norm, earlier = update_norm(update), state.admission.norms
-    reason = token_refusal(
+    if reason := token_refusal(
         reply.tokens, rows=rows, leased_rows=leased_rows, row_tokens=config.sequence_len
-    ) or norm_refusal(norm, earlier, max_ratio=config.max_update_norm_ratio)
-    if reason:
+    ):
+        raise ValueError(reason)
+    norm = update_norm(update)
+    if reason := _norm_refusal(state, norm, reply.tokens):
         raise ValueError(reason)
     return update, norm
+
+
+def _norm_refusal(state: RunState, norm: float, tokens: int) -> str | None:
+    config, books = state.config, state.admission
+    steps = tokens / config.total_batch_size
+    reason = norm_refusal(
+        norm, books.norms, max_ratio=config.max_update_norm_ratio, longer=books.longer(steps)
+    )
+    if reason or state.movement is None or config.max_update_norm_ratio == 0:
+        return reason
+    whole = math.ceil(steps)
+    return movement_refusal(norm, state.movement.limit(state.weights, steps=whole), steps=whole)
+
+
+def disagreeing(state: RunState, replies: Sequence[Spilled]) -> tuple[dict[str, str], str]:
+    """Client → why what it sent is not merged with the `replies` of the others, now that all are there.
+
+    And a sentence if two clients disagree of which either may be wrong.
+    """
+    momentum = {n: t for n in state.weights if (t := state.outer.get(f"momentum.{n}")) is not None}
+    votes = votes_of(
+        replies,
+        momentum=momentum if state.guard.improving else {},
+        batch_tokens=state.config.total_batch_size,
+    )
+    norms = state.config.max_update_norm_ratio > 0  # 0: nobody is refused for one
+    out = outliers(votes, min_cosine=state.config.min_update_cosine, norms=norms)
+    return out, undecided(votes, out)

@@ -8,10 +8,12 @@ from flwr.app import ArrayRecord
 from pilot.config import RunConfig
 from pilot.rules.ledger import Lease
 from pilot.rules.rounds import Clock
+from pilot.rules.validation import Asked, slices
 from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
 from pilot.server.mailbox import Mailbox
-from pilot.server.open_round import OpenRound, SentOrder
+from pilot.server.open_round import OpenRound
+from pilot.server.orders import SentOrder
 from pilot.server.roster import Client
 from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
@@ -43,12 +45,11 @@ class Dispatcher:
         """
         model = to_arrays(encode(self.state.weights))
         limited = not evaluate_only and not all(client.blind for client in clients)
-        rows, shares, leases = self.config.eval_rows, self._shares(clients), {}
+        shares, leases = self._shares(clients), {}
         if not evaluate_only:
             wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in clients}
             leases = self.state.ledger.lease_all(wanted, step_rows=self.config.batch_rows)
-        for i, client in enumerate(clients):
-            eval_rows = (i * rows // len(clients), (i + 1) * rows // len(clients))
+        for client, asked in zip(clients, slices(self.config.eval_rows, len(clients)), strict=True):
             lease, share = leases.get(client.name), shares[client.name]
             seconds_left = self._seconds_left(open_round, client, limited=limited)
             self._send(
@@ -56,21 +57,25 @@ class Dispatcher:
                 client,
                 share,
                 lease,
-                eval_rows,
+                asked,
                 model,
                 seconds_left,
                 run_is_over=evaluate_only,
             )
 
     def join(self, open_round: OpenRound, client: Client) -> None:
-        """An order to a client that came while the round runs; it has no part in the evaluation."""
+        """An order to a client that came while the round runs.
+
+        Of the evaluation it does what another one was asked for and will not do, if anything.
+        """
         clients = [*(order.client for order in open_round.pending), client]
         share = self._shares(clients)[client.name]
         model = to_arrays(encode(self.state.weights))
         lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share))
         limited = not all(one.blind for one in clients)
         seconds_left = self._seconds_left(open_round, client, limited=limited)
-        self._send(open_round, client, share, lease, (0, 0), model, seconds_left)
+        asked = open_round.unscored(client.name)
+        self._send(open_round, client, share, lease, asked, model, seconds_left)
 
     def _seconds_left(self, open_round: OpenRound, client: Client, *, limited: bool) -> float:
         """How long the order may take; `limited`: less, for one that cannot hear when the round ends."""
@@ -87,7 +92,7 @@ class Dispatcher:
         client: Client,
         share: float,
         lease: Lease | None,
-        eval_rows: tuple[int, int],
+        asked: Asked,
         model: ArrayRecord,
         seconds_left: float,
         *,
@@ -107,8 +112,9 @@ class Dispatcher:
             committed_tokens=self.state.tokens,
             total_tokens=self.state.total_tokens,
             share=share,
-            eval_first_row=eval_rows[0],
-            eval_end_row=eval_rows[1],
+            eval_first_row=asked.own[0],
+            eval_end_row=asked.own[1],
+            eval_pieces=[list(piece) for piece in asked.pieces],
             last_merged_fence=self.state.last_merged.get(client.name),
             run_is_over=run_is_over,
             note=client.note,
@@ -118,7 +124,8 @@ class Dispatcher:
         open_round.asked(client.name)
         if message_id:
             now_s = self.clock.now_s()
-            open_round.add(SentOrder(message_id, client, fence, lease, now_s, now_s + seconds_left))
+            due_s = now_s + seconds_left
+            open_round.add(SentOrder(message_id, client, fence, lease, now_s, due_s, asked))
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 

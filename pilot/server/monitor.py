@@ -17,7 +17,8 @@ from pilot.rules.rounds import (
     silence_s,
     waits_for_beginning,
 )
-from pilot.server.open_round import OpenRound, SentOrder
+from pilot.server.open_round import OpenRound
+from pilot.server.orders import SentOrder
 from pilot.server.report import Report
 from pilot.wire.messages import StopReason, TrainReply
 

@@ -5,28 +5,29 @@ order: memory is one model, not one per client, and the order of arrival makes n
 accepted is refused with a reason, and its rows go back.
 """
 
-import math
+import contextlib
+import functools
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pilot.errors import PilotError
 from pilot.faults import fault_point
 from pilot.rules.admission import REFUSALS_IN_A_ROW
 from pilot.rules.aggregation import Spilled, aggregate
-from pilot.rules.ledger import Lease
+from pilot.rules.validation import NOTHING, Asked, Figure, figure
 from pilot.run.quarantine import keep_refused
 from pilot.run.snapshot import SnapshotError
-from pilot.run.state import Contribution, MergedReply, RunState
+from pilot.run.state import RunState
+from pilot.segment import Score
 from pilot.server.admit import admit
 from pilot.server.mailbox import Answer
+from pilot.server.orders import AcceptedReply, ClientInRound, Last, SentOrder, Settled
 from pilot.server.report import Report
 from pilot.server.roster import Client
 from pilot.wire.codec import CodecError, decode
@@ -35,80 +36,6 @@ from pilot.wire.messages import MAX_INTEGER, Fence, Part, StopReason, TrainReply
 
 # Orders to one client in one round of which none came to anything, before it has to wait for the next one.
 MAX_FRUITLESS_ORDERS = 3
-
-
-@dataclass(frozen=True)
-class SentOrder:
-    """What one message asks of one client; `lease` is None if it is only to evaluate.
-
-    At `due_s` it ends by its own time, if nothing else has ended it (0: not known).
-    """
-
-    message_id: str
-    client: Client
-    fence: Fence
-    lease: Lease | None
-    sent_at_s: float = 0.0
-    due_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Settled:
-    """An order that has its answer: the reply, or None if that was refused."""
-
-    order: SentOrder
-    reply: TrainReply | None
-
-
-@dataclass(frozen=True)
-class AcceptedReply:
-    """A reply that will be merged; its pseudo-gradient, of L2 norm `norm`, lies at `path`."""
-
-    order: SentOrder
-    reply: TrainReply
-    path: Path
-    norm: float = 0.0
-
-    @property
-    def spilled(self) -> Spilled:
-        return Spilled(self.order.client.name, self.reply.tokens, self.path)
-
-    @property
-    def contribution(self) -> Contribution:
-        """What the books learn from it."""
-        reply = self.reply
-        merged = MergedReply(self.order.client.name, reply.fence, reply.tokens, reply.consumed)
-        return Contribution(merged, reply.row_counts, self.norm)
-
-
-class _Last(Enum):
-    """What became of a client's last order in the round."""
-
-    UNSENT = auto()  # its node was gone before the message could leave
-    PENDING = auto()  # it owes a reply
-    REPLIED = auto()  # it did what it was asked to
-    USED_UP = auto()  # the same, but its lease did not last: it may have another one
-    FRUITLESS = auto()  # it failed, was lost or was refused
-
-
-@dataclass
-class ClientInRound:
-    """What one client has been asked and has done in the round."""
-
-    last: _Last = _Last.UNSENT
-    order: SentOrder | None = None  # while it is pending
-    fruitless: int = 0  # its orders that came to nothing
-    failure: str = ""  # the last thing it answered that cannot be used
-    loss: str = ""  # why it has not answered
-
-
-@dataclass
-class _Evaluation:
-    """Sums over the validation rows that were scored."""
-
-    nats: list[float] = field(default_factory=list)
-    bytes: int = 0
-    rows: int = 0
 
 
 class OpenRound:
@@ -122,7 +49,8 @@ class OpenRound:
         self.accepted: list[AcceptedReply] = []
         self.answered = 0  # replies that were not refused, with work or without
         self.rejected = 0  # replies whose content may not be merged
-        self._evaluation = _Evaluation()
+        self._asked: dict[str, Asked] = {}  # client → what it was to score of the validation rows
+        self._scores: dict[str, list[Score]] = {}  # client → what it said
         self._state, self._report, self._spool = state, report, spool
         _make_empty(spool)
 
@@ -150,7 +78,9 @@ class OpenRound:
     def add(self, order: SentOrder) -> None:
         """The order is on its way."""
         client = self.clients.setdefault(order.client.name, ClientInRound())
-        client.order, client.last = order, _Last.PENDING
+        client.order, client.last = order, Last.PENDING
+        if order.asked.pieces:
+            self._asked[order.client.name] = order.asked
 
     def may_have_order(self, name: str) -> bool:
         """Whether a client of that name could have an order now.
@@ -162,13 +92,13 @@ class OpenRound:
         if client is None:
             return True
         tries_left = client.fruitless < MAX_FRUITLESS_ORDERS
-        if client.last is _Last.USED_UP:
+        if client.last is Last.USED_UP:
             return tries_left
-        return client.last is _Last.FRUITLESS and tries_left and not self._state.config.round_steps
+        return client.last is Last.FRUITLESS and tries_left and not self._state.config.round_steps
 
     def used_up_lease(self, name: str) -> bool:
         """Whether the client has done all that it was leased."""
-        return name in self.clients and self.clients[name].last is _Last.USED_UP
+        return name in self.clients and self.clients[name].last is Last.USED_UP
 
     def supersede(self, newer: Client) -> str | None:
         """A newer node speaks for a client: what the older one owes is lost. Returns that message's id."""
@@ -191,44 +121,44 @@ class OpenRound:
             self._lose(order, answer.error)
             return Settled(order, None)
         if answer.malformed:
-            self._reject(order, None, answer.parts, answer.error)
+            self._reject(order, None, dict, answer.error)
             return Settled(order, None)
         try:
             reply = _reply(answer, order.fence)
         except ValueError as error:
             self._refuse(order, str(error))
             return Settled(order, None)
-        self._add_evaluation(reply)
+        self._add_scores(order, reply)
         try:
             accepted = self._spill(order, reply, answer.parts)
-        except PilotError as error:
-            if not isinstance(error, CodecError):  # this machine's, such as its disk
-                raise
-            self._reject(order, reply, answer.parts, str(error))
-            return Settled(order, None)
-        except Exception as error:  # noqa: BLE001 - whatever a client's numbers and tensors may cause
-            ours = isinstance(error, ValueError)
-            self._reject(order, reply, answer.parts, str(error) if ours else sentence(error))
+        except Exception as error:  # whatever a client's numbers and tensors may cause
+            if isinstance(error, PilotError) and not isinstance(error, CodecError):
+                raise  # it is this machine's, such as its disk
+            reason = str(error) if isinstance(error, ValueError) else sentence(error)
+            self._reject(order, reply, lambda: _tensors_if_any(answer.parts), reason)
             return Settled(order, None)
         if accepted is not None:
-            self._state.admission.accepted(order.client.name)
+            self._state.admission.accepted(order.client.name)  # for now: see `turn_away`
             self.accepted.append(accepted)
         self.answered += 1
         used_up = reply.stopped_by == StopReason.LEASE_USED_UP
-        client = self._settle(order, _Last.USED_UP if used_up else _Last.REPLIED)
+        client = self._settle(order, Last.USED_UP if used_up else Last.REPLIED)
         client.fruitless += accepted is None
         return Settled(order, reply)
 
-    def _settle(self, order: SentOrder, last: _Last) -> ClientInRound:
+    def _settle(self, order: SentOrder, last: Last) -> ClientInRound:
         client = self.clients[order.client.name]
         client.order, client.last = None, last
         return client
 
-    def _add_evaluation(self, reply: TrainReply) -> None:
-        if reply.eval_nats is not None and reply.eval_rows > 0 and reply.eval_bytes > 0:
-            self._evaluation.nats.append(reply.eval_nats)
-            self._evaluation.bytes += reply.eval_bytes
-            self._evaluation.rows += reply.eval_rows
+    def _add_scores(self, order: SentOrder, reply: TrainReply) -> None:
+        """Note what the client has scored; a client that tells no pieces has scored its slice as one."""
+        scores, (first, end) = list(reply.scores), order.asked.own
+        sums = reply.eval_nats is not None and reply.eval_bytes > 0 and reply.eval_rows > 0
+        if not scores and sums and reply.eval_rows == end - first:
+            scores = [Score(first, end, reply.eval_nats or 0.0, reply.eval_bytes)]
+        if scores and order.client.name not in self._scores:
+            self._scores[order.client.name] = scores
 
     def _spill(
         self, order: SentOrder, reply: TrainReply, parts: Sequence[Part]
@@ -257,9 +187,25 @@ class OpenRound:
         except (OSError, SafetensorError) as error:
             raise SnapshotError(f"cannot write {path}: {error}") from error
         ledger.accept(lease_id, reply.consumed, reply.row_counts)  # the rest is free again
-        return AcceptedReply(order, reply, path, norm)
+        before = self._state.admission.in_a_row.get(order.client.name, 0)
+        return AcceptedReply(order, reply, path, norm, before)
 
     # -- what comes to nothing -------------------------------------------------------------------
+
+    def turn_away(self, name: str, reason: str) -> None:
+        """The others' replies say that those of a client may not be merged: it counts as refused content."""
+        turned = [one for one in self.accepted if one.order.client.name == name]
+        self.accepted = [one for one in self.accepted if one not in turned]
+        for one in turned:
+            self._state.admission.in_a_row[name] = one.refused_before
+            self._reject(one.order, one.reply, functools.partial(load_file, one.path), reason)
+
+    def drop(self, reason: str) -> None:
+        """Nothing of this round is merged, which is no fault of its clients."""
+        accepted, self.accepted = self.accepted, []
+        for one in accepted:
+            self._state.ledger.give_back(one.reply.fence.lease_id)
+            self._report.reply_refused(one.order.client.name, one.order.fence, reason)
 
     def _refuse(self, order: SentOrder, reason: str) -> None:
         """The client has answered, and with something that cannot be used."""
@@ -268,7 +214,11 @@ class OpenRound:
         self._give_back(order, reason)
 
     def _reject(
-        self, order: SentOrder, reply: TrainReply | None, parts: Sequence[Part], reason: str
+        self,
+        order: SentOrder,
+        reply: TrainReply | None,
+        tensors: Callable[[], dict[str, Tensor]],
+        reason: str,
     ) -> None:
         """The client has answered in form, and its content may not be merged: that is counted.
 
@@ -280,7 +230,7 @@ class OpenRound:
         self.clients[name].fruitless = MAX_FRUITLESS_ORDERS
         if self._state.config.quarantine and reply is not None:
             directory = self._spool.parent / "quarantine"
-            keep_refused(directory, reply, name, _tensors_if_any(parts), reason)
+            keep_refused(directory, reply, name, tensors(), reason)
         self._refuse(order, reason)
         if (refused := admission.in_a_row[name]) >= REFUSALS_IN_A_ROW:
             cooling_s = self._state.config.cooling_time
@@ -292,7 +242,7 @@ class OpenRound:
         self._give_back(order, reason)
 
     def _give_back(self, order: SentOrder, reason: str) -> None:
-        self._settle(order, _Last.FRUITLESS).fruitless += 1
+        self._settle(order, Last.FRUITLESS).fruitless += 1
         if order.lease is not None:
             self._state.ledger.give_back(order.lease.lease_id)
         self._report.reply_refused(order.client.name, order.fence, reason)
@@ -318,12 +268,16 @@ class OpenRound:
         """Tokens of the replies accepted."""
         return sum(one.reply.tokens for one in self.accepted)
 
+    @property
+    def spilled(self) -> list[Spilled]:
+        """The replies accepted, as they lie on disk, in lease order."""
+        return [one.spilled for one in self.in_lease_order()]
+
     def mean(self) -> dict[str, Tensor] | None:
         """The round's pseudo-gradient, from its replies in lease order; None without replies."""
         config = self._state.config
-        spilled = [one.spilled for one in self.in_lease_order()]
         method, trim_fraction = config.aggregation, config.trim_fraction
-        return aggregate(spilled, method=method, trim_fraction=trim_fraction)
+        return aggregate(self.spilled, method=method, trim_fraction=trim_fraction)
 
     def in_lease_order(self) -> list[AcceptedReply]:
         return sorted(self.accepted, key=lambda one: one.reply.fence.lease_id)
@@ -339,21 +293,27 @@ class OpenRound:
         tokens = sum(tokens for _, tokens in losses)
         return sum(nats for nats, _ in losses) / tokens if tokens else None
 
-    @property
-    def eval_rows(self) -> int:
-        """Validation rows that were scored."""
-        return self._evaluation.rows
+    def figure(self, last_bpb: float | None = None) -> Figure:
+        """How good the model is that the clients received, by what they have scored; `last_bpb`: the one
+        before."""
+        return figure(self._asked, self._scores, last_bpb=last_bpb)
 
-    @property
-    def val_bpb(self) -> float | None:
-        """Bits per byte of the model that the clients received, over the validation rows that came."""
-        # sorted, so that the order of arrival makes no difference here either
-        nats = sum(sorted(self._evaluation.nats))
-        return nats / (math.log(2) * self._evaluation.bytes) if self._evaluation.bytes else None
+    def unscored(self, name: str) -> Asked:
+        """Validation rows that the client `name` may score though another was asked to: that one never will."""
+        done = {self._asked[client].own for client in self._scores}
+        done |= {order.asked.own for order in self.pending}
+        left = [asked for asked in self._asked.values() if asked.own not in done]
+        if name in self._asked:
+            return self._asked[name] if self._asked[name] in left else NOTHING
+        return left[0].without_check if left else NOTHING
 
-    def close(self) -> None:
-        """The round is committed, or was only an evaluation: its replies are of no more use."""
+    def close(self, *, keep_as: Path | None = None) -> None:
+        """The round is committed, or was only an evaluation: its replies are of no more use, or kept
+        elsewhere."""
         fault_point("spool.remove")
+        if keep_as is not None:
+            with contextlib.suppress(OSError):
+                self._spool.rename(keep_as)
         shutil.rmtree(self._spool, ignore_errors=True)
 
 

@@ -256,20 +256,79 @@ class Report:
             refused=record.refused,
         )
 
+    def updates_disagree(self, number: int, what: str) -> None:
+        """Two clients of round `number` contradict each other, and nobody knows which one is right."""
+        text = f"[ROUND {number}] {what}: with a third client it could be told which one is wrong"
+        self.telemetry.event("updates_disagree", text, round=number, reason=what)
+
+    def merge_taken_back(
+        self,
+        number: int,
+        *,
+        spoilt: int,
+        to_round: int,
+        clients: Sequence[str],
+        bpb: float | None,
+        before: float | None,
+        aside: Sequence[str],
+        culprit: str,
+    ) -> None:
+        """Round `number` has undone what was merged after round `to_round` up to round `spoilt`."""
+        what = f"[ROUND {number}] the merge of round {spoilt} is taken back: val_bpb "
+        what += f"{_bpb(before)} -> {_bpb(bpb)}"
+        if culprit:
+            what += f"; {culprit} took part in each such merge and gets no work for a while"
+        elif aside:
+            what += f"; until it is known who spoilt it, no work for {', '.join(aside)}"
+        self.telemetry.event(
+            "merge_taken_back",
+            f"{what}; the run goes on from the model of round {to_round}",
+            round=number,
+            taken_back=[to_round + 1, spoilt],
+            clients=list(clients),
+            val_bpb=bpb,
+            val_bpb_before=before,
+            aside=list(aside),
+            culprit=culprit or None,
+        )
+
+    def cannot_take_back(self, number: int, why: str) -> None:
+        self.telemetry.event(
+            "merge_kept",
+            f"The merge of round {number} made the model much worse and cannot be taken back: {why}",
+            round=number,
+            reason=why,
+        )
+
     # -- evaluation ------------------------------------------------------------------------------
 
     def validation(self, number: int, *, val_bpb: float, eval_rows: int, wanted: int) -> None:
-        """The replies of a round say how good the model is that round `number` merged."""
-        rows = "" if eval_rows == wanted else f" ({eval_rows}/{wanted} rows)"
+        """The replies of a round say how good the model is that round `number` merged.
+
+        A figure of a part of the rows is marked as such wherever it appears, since it compares with no other.
+        """
+        complete = eval_rows == wanted
+        rows = "" if complete else f" (partial: {eval_rows} of {wanted} rows)"
         self.telemetry.event(
             "validation",
             f"round={number} val_bpb={val_bpb:.4f}{rows}",
             round=number,
             val_bpb=val_bpb,
             eval_rows=eval_rows,
-            complete=eval_rows == wanted,
+            complete=complete,
         )
-        self.telemetry.metrics(number, val_bpb=val_bpb)
+        name = "val_bpb" if complete else "val_bpb_partial"
+        self.telemetry.metrics(number, **{name: val_bpb, "val_rows": eval_rows})
+
+    def validation_doubted(self, number: int, doubts: Sequence[str]) -> None:
+        """Clients contradict one another, or the possible, about the model that round `number` merged."""
+        for doubt in doubts:
+            self.telemetry.event(
+                "validation_doubted",
+                f"Validation of the model of round {number}: {doubt}",
+                round=number,
+                reason=doubt,
+            )
 
     def evaluation_incomplete(self, missing: Sequence[str]) -> None:
         log.warning(
@@ -280,15 +339,24 @@ class Report:
 def table(state: RunState) -> str:
     """All rounds of the run, one per line."""
     lines = ["round  clients      tokens  train loss  val bpb  seconds  ended by"]
+    wanted = state.config.eval_rows
     for record in state.history:
         loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
         bpb = "-" if record.val_bpb is None else f"{record.val_bpb:.4f}"
-        refused = f" ({record.refused} refused)" if record.refused else ""
+        notes = [f"{record.refused} refused"] if record.refused else []
+        if record.val_bpb is not None and record.eval_rows != wanted:
+            notes.append(f"val bpb of {record.eval_rows} of {wanted} rows only")
+        notes += ["taken back"] if record.taken_back else []
+        note = f" ({', '.join(notes)})" if notes else ""
         lines.append(
             f"{record.round_number:5d}  {record.clients:7d}  {record.tokens:10,d}  {loss:>10}  "
-            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}{refused}"
+            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}{note}"
         )
     return "\n".join(lines)
+
+
+def _bpb(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _postfix(loss: float | None, shard: int, row: int, rows: int) -> str:

@@ -13,7 +13,6 @@ from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
 from pilot.redis_url import without_credentials
 from pilot.rules.admission import Cooling
-from pilot.rules.outer import outer_step
 from pilot.rules.rounds import (
     Clock,
     EndReason,
@@ -24,9 +23,9 @@ from pilot.rules.rounds import (
     join_min_remaining_s,
     remaining_s,
 )
-from pilot.run.snapshot import write_snapshot
-from pilot.run.state import RoundRecord, RunState
+from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
+from pilot.server.commit import Committer, Version
 from pilot.server.dispatch import Dispatcher
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.monitor import RoundMonitor, uploads_s
@@ -65,7 +64,8 @@ class RoundLoop:
         clock, run_dir: the only source of time; where snapshots and the open round's spool are kept.
         closed: no node will come that isn't there yet (a simulation).
         interrupted: asked at every tick; once it says True the round ends and RunInterrupted is raised.
-        trained: called once the last round is committed, before it is evaluated.
+        trained: called when the last round is committed, before it is evaluated.
+        version: the run's state after an earlier round, so that a merge can be taken back.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class RoundLoop:
         closed: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
         trained: Callable[[], None] = lambda: None,
+        version: Version | None = None,
     ) -> None:
         self.config, self.state, self.term = config, state, term
         self.mailbox, self.coordinator, self.report = mailbox, coordinator, report
@@ -103,6 +104,7 @@ class RoundLoop:
             silent=lambda name: self._current is not None and name in self._monitor.silent,
         )
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
+        self.committer = Committer(config, state, term, run_dir, report, clock, version)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it
         self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
         self._failed_rounds = 0
@@ -112,7 +114,7 @@ class RoundLoop:
     def run(self) -> None:
         """Rounds until the run is finished, then the last evaluation. Resumable at any moment."""
         wanted = self.config.min_clients
-        while not self.state.finished:
+        while not (self.state.finished and self._last_merge_is_good()):
             clients = self._gather(wanted, to_train=True)  # 0. hello
             self._open(clients)  # 1. open, 2. send
             reason = self._until_the_end()  # 3. train, 4. end
@@ -120,8 +122,7 @@ class RoundLoop:
             self._commit(closed, reason)  # 6. outer step, then commit
             self._check_failures(closed)
             wanted = 1
-        self._trained()
-        self._evaluate_last_merge()
+        self.committer.forget()
 
     # -- 0. hello --------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ class RoundLoop:
             clients = self._available(to_train=to_train)
             if self._all_there(len(clients), wanted):
                 self.state.fingerprints = self.roster.fingerprints
-                return clients
+                return self._at_work(clients) if to_train else clients
             why = self.roster.waiting_for(wanted)
             if cooling := [c.name for c in self._present() if not self.cooling.ready(c.name)]:
                 why += f"; left out for a while: {', '.join(cooling)}"
@@ -177,6 +178,10 @@ class RoundLoop:
         """Clients that can take work now; to train, they need free rows and must not be cooling."""
         free, cooled = self.state.ledger.free_for, self.cooling.ready
         return [c for c in self._present() if not to_train or (free(c.name) and cooled(c.name))]
+
+    def _at_work(self, clients: list[Client]) -> list[Client]:
+        """Those of `clients` that are not aside until it is known who spoilt a merge; all, if they all are."""
+        return [c for c in clients if c.name not in self.state.guard.aside] or clients
 
     # -- 1. open, 2. send ------------------------------------------------------------------------
 
@@ -225,7 +230,9 @@ class RoundLoop:
     def _newcomers(self) -> list[Client]:
         """Clients that could work in the open round and don't: they came late, used up their lease, or
         their last order came to nothing."""
-        new = [c for c in self._available(to_train=True) if self._round.may_have_order(c.name)]
+        aside = self.state.guard.aside
+        ready = [c for c in self._available(to_train=True) if c.name not in aside]
+        new = [c for c in ready if self._round.may_have_order(c.name)]
         return self.blind.askable(new, self._round, self.clock.now_s())
 
     def _view(self) -> RoundView:
@@ -334,41 +341,13 @@ class RoundLoop:
     # -- 6. outer step, then commit --------------------------------------------------------------
 
     def _commit(self, closed: OpenRound, reason: EndReason) -> None:
-        """Merge what was accepted and write it all in one snapshot: its rename is the commit."""
-        self._record_validation(closed)
-        state, mean = self.state, closed.mean()
-        model = None
-        if mean is None:
-            self.report.nothing_to_merge(closed.number)
-        else:
-            model = outer_step(self.config, state.weights, mean, state.outer)
-        accepted = closed.in_lease_order()
-        record = RoundRecord(
-            round_number=closed.number,
-            reason=str(reason),
-            clients=len({one.order.client.name for one in accepted}),
-            tokens=closed.tokens,
-            duration_s=round(self.clock.now_s() - closed.opened_at_s, 3),
-            train_loss=closed.train_loss,
-            refused=closed.rejected,
-        )
-        state.absorb(record, [one.contribution for one in accepted], model)
-        snapshot = state.to_snapshot(term=self.term)
-        keep, keep_every = self.config.snapshot_keep, self.config.snapshot_keep_every
-        write_snapshot(self.run_dir / "snapshots", snapshot, keep=keep, keep_every=keep_every)
-        closed.close()
-        self.report.round_committed(record, state)
+        if self.committer.close(closed, str(reason)):
+            self._went_back()
 
-    def _record_validation(self, closed: OpenRound) -> None:
-        """The replies of a round say how good the model was that the round before merged."""
-        if (val_bpb := closed.val_bpb) is None:
-            return
-        number = self.state.round_number
-        if record := self.state.record(number):
-            record.val_bpb, record.eval_rows = val_bpb, closed.eval_rows
-        self.report.validation(
-            number, val_bpb=val_bpb, eval_rows=closed.eval_rows, wanted=self.config.eval_rows
-        )
+    def _went_back(self) -> None:
+        """The books are those of an earlier round, which do not know which client has which shards."""
+        for client in self.roster.accepted():
+            self.state.ledger.register(client.name, client.hello.shards)
 
     def _check_failures(self, closed: OpenRound) -> None:
         """Raise RunFailed when workers have given only errors for some rounds: nobody would see it.
@@ -382,8 +361,12 @@ class RoundLoop:
             reasons = "; ".join(f"{name}: {why}" for name, why in closed.failures.items())
             raise RunFailed(f"{self._failed_rounds} rounds in a row gave only errors: {reasons}")
 
-    def _evaluate_last_merge(self) -> None:
-        """The model of the last round has no next round to score it: one more order, without rows."""
+    def _last_merge_is_good(self) -> bool:
+        """Have the model of the last round scored, which has no next round: one more order, without rows.
+
+        False: it was much worse than the one before, which takes its place, and the run may not be finished.
+        """
+        self._trained()
         for _ in range(_EVALUATION_ATTEMPTS):
             clients = self._gather(1, to_train=False)
             self._begin(self.state.round_number + 1)
@@ -391,8 +374,11 @@ class RoundLoop:
             closed = self._collect(self.config.round_max_duration)
             self.coordinator.end_round(EndReason.ALL_REPLIED)
             closed.close()
-            if closed.eval_rows == self.config.eval_rows:
+            if closed.figure().rows == self.config.eval_rows:
                 break
             missing = closed.failures | closed.lost
             self.report.evaluation_incomplete([f"{name}: {why}" for name, why in missing.items()])
-        self._record_validation(closed)
+        if not self.committer.score(closed):
+            return True
+        self._went_back()
+        return self.state.finished

@@ -6,6 +6,7 @@ collectives, so all ranks do the same thing at the same micro-step.
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
-from pilot.segment import Segment
+from pilot.segment import Score, Segment
 from pilot.site.data import SiteData, open_data
 from pilot.site.device import agree_on_device
 from pilot.site.group import record_failure
@@ -42,6 +43,7 @@ from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import StopReason, TrainOrder, TrainReply
 
 _LOSS_EMA = 0.9
+_RUINED_NATS = 1e12
 _READ_EVERY_S = 1.0  # reading the loss waits for the device: no more often than this
 
 log = logging.getLogger("pilot.site")
@@ -78,12 +80,11 @@ class Round:
                 self.config, device=self.ranks.device, compute_dtype=compute_dtype
             )
             self.ranks.load_weights(model.state_dict().items(), weights)
-            nats, num_bytes = self._evaluate(model, data, stop)
+            scores = self._evaluate(model, data, stop)
             reply = self._steps(model, data, stop)
             if self.order.run_is_over:
                 self.inner.forget()
-            eval_rows = self.order.eval_end_row - self.order.eval_first_row if num_bytes else 0
-            reply |= {"eval_nats": nats, "eval_bytes": num_bytes, "eval_rows": eval_rows}
+            reply |= self._sums(scores)
             update = self._pseudo_gradient(model, weights) if reply["tokens"] else {}
             return self._reply(stop.reason, **reply), update
 
@@ -127,22 +128,36 @@ class Round:
         """A fair share of the cores per process; OMP_NUM_THREADS counts as all of them."""
         torch.set_num_threads(self.config.client_threads or self.ranks.threads)
 
-    def _evaluate(self, model: GPT, data: SiteData, stop: StopWatcher) -> tuple[float, int]:
-        """Sums of nats and bytes of the model that was received, over this client's slice.
+    def _evaluate(self, model: GPT, data: SiteData, stop: StopWatcher) -> list[Score]:
+        """What the model that was received makes of the validation rows that the order names, piece by piece.
 
-        A client that is leaving gives up: 0 nats of 0 bytes.
+        A client that is leaving gives up: it has scored nothing.
         """
         self.progress.update(state="evaluating")
-        first, end = self.order.eval_first_row, self.order.eval_end_row
-        if first >= end:
-            return 0.0, 0
-        mine = rank_slice(end - first, rank=self.ranks.rank, world_size=self.ranks.world_size)
-        rows = data.validation_rows(first, end)[mine]
-        batches = self._batches(rows, -(-(end - first) // self.ranks.world_size), stop)
+        pieces = self.order.eval_pieces
+        if not pieces and self.order.eval_first_row < self.order.eval_end_row:
+            pieces = [[self.order.eval_first_row, self.order.eval_end_row]]
         # of the tokenizer that the clients agree on, not of a file beside it
         token_bytes = torch.tensor(data.tokenizer.token_bytes(), device=self.ranks.device)
-        nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
-        return (0.0, 0) if self.ranks.agree(bool(stop.leaving)) else (nats, int(num_bytes))
+        scores = []
+        for first, end in pieces:
+            mine = rank_slice(end - first, rank=self.ranks.rank, world_size=self.ranks.world_size)
+            rows = data.validation_rows(first, end)[mine]
+            batches = self._batches(rows, -(-(end - first) // self.ranks.world_size), stop)
+            nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
+            scores.append(Score(first, end, _finite(nats), int(num_bytes)))
+        return [] if self.ranks.agree(bool(stop.leaving)) else scores
+
+    def _sums(self, scores: list[Score]) -> dict[str, Any]:
+        """The evaluation's part of the reply."""
+        first, end = self.order.eval_first_row, self.order.eval_end_row
+        own = [s for s in scores if first <= s.first_row and s.end_row <= end]
+        return {
+            "scores": scores,
+            "eval_nats": math.fsum(score.nats for score in own),
+            "eval_bytes": sum(score.num_bytes for score in own),
+            "eval_rows": sum(score.end_row - score.first_row for score in own),
+        }
 
     def _batches(self, rows: np.ndarray, longest: int, stop: StopWatcher) -> Iterator[np.ndarray]:
         """Batches of this rank's rows, as many steps as the rank with the most (`longest`) takes: all
@@ -319,6 +334,11 @@ class Round:
             total_s=time.monotonic() - self.received,
             **values,
         )
+
+
+def _finite(nats: float) -> float:
+    """A sum that every header takes: that of a model out of all bounds is still a very bad one."""
+    return nats if math.isfinite(nats) else _RUINED_NATS
 
 
 class LossMeter:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pilot.config import Scalar
-from pilot.segment import Segment
+from pilot.segment import Score, Segment
 
 Header = dict[str, Any]
 
@@ -161,7 +161,8 @@ class TrainOrder:
     `seconds_left` counts on the client's own monotonic clock from receipt. `committed_tokens`, `share` and
     `total_tokens` are the schedule's inputs, `share` being the client's share of the federation's token
     rate, 0..1. `lease_is_tail`: nothing was left to lease behind `segments`, so one short step may end
-    them. `last_merged_fence`: of this client's last reply that was merged. `run_is_over`: no order follows.
+    them. `eval_pieces`: [first row, end row] of validation rows to score apart; empty: the slice as a whole.
+    `last_merged_fence`: of this client's last reply that was merged. `run_is_over`: no order follows.
     `note`: a sentence for the people of the site.
     """
 
@@ -178,6 +179,7 @@ class TrainOrder:
     share: float
     eval_first_row: int
     eval_end_row: int
+    eval_pieces: list[list[int]] = field(default_factory=list)
     last_merged_fence: Fence | None = None
     run_is_over: bool = False
     note: str = _text()
@@ -189,7 +191,8 @@ class TrainReply:
 
     `consumed` are closed segments, a prefix of the lease; `row_counts` the rows of each shard that the
     client has packed; `loss_nats` the sum over the tokens trained on, `eval_*` the sums over its slice of
-    validation rows for the model that it received. A sum of nats is None if it is no number.
+    validation rows for the model that it received, `scores` the same for each piece. A sum of nats is None
+    if it is no number.
     """
 
     fence: Fence
@@ -207,6 +210,7 @@ class TrainReply:
     total_s: float = _metric(0.0, low=_SHORTEST_S)
     consumed: list[Segment] = field(default_factory=list)
     row_counts: dict[int, int] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list, metadata={"metric": True})
 
 
 AnyMessage = HelloOrder | HelloReply | TrainOrder | TrainReply
@@ -226,7 +230,7 @@ def to_json(message: AnyMessage) -> dict[str, Any]:
 
 
 def _jsoned(value: Any) -> Any:
-    if isinstance(value, Segment):
+    if isinstance(value, Segment | Score):
         return value.to_list()
     if isinstance(value, Fence):
         return dataclasses.asdict(value)
@@ -267,7 +271,7 @@ def _field(declared: "dataclasses.Field[Any]", value: Any) -> Any:
         return conformed
     except ValueError as error:
         if bounds.get("metric"):
-            return declared.default
+            return [] if declared.default is dataclasses.MISSING else declared.default
         raise type(error)(f"not a Pilot message: {declared.name} {error}") from error
 
 
@@ -284,6 +288,8 @@ def _conform(value: Any, kind: Any, most_chars: int | None = None) -> Any:
         return Fence(**{f.name: _conform(value.get(f.name), f.type, MAX_NAME_CHARS) for f in names})
     if kind is Segment:
         return Segment.from_list(_integers(value, 4))
+    if kind is Score:
+        return _score(value)
     if kind == dict[int, int]:
         if not isinstance(value, list):
             raise ValueError(f"is a {type(value).__name__}")
@@ -314,6 +320,17 @@ def _conform_scalar(value: Any, kind: Any, most_chars: int | None) -> Any:
     if type(value) is kind or (kind == Scalar and isinstance(value, Scalar)):
         return value
     raise ValueError(f"is a {type(value).__name__}")
+
+
+def _score(value: Any) -> Score:
+    if not isinstance(value, list) or len(value) != 4:
+        raise ContentError("has no four numbers in a score")
+    kinds = (int, int, float, int)
+    numbers = [_conform(item, kind) for item, kind in zip(value, kinds, strict=True)]
+    try:
+        return Score.from_list(numbers)
+    except ValueError as error:
+        raise ContentError(f"has a score that none is: {error}") from error
 
 
 def _integers(value: Any, count: int) -> list[int]:

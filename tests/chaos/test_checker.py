@@ -59,6 +59,29 @@ def test_good_books_have_no_violation() -> None:
     assert all_of([]) == []
 
 
+def taken_back(**values: Any) -> list[Books]:
+    """The good books, after a fourth round that takes the third one's merge back."""
+    first = good()[1]
+    last = Books(4, 2, first.tokens, (), first.committed, first.log, (2, 3))
+    return [*good(), dataclasses.replace(last, **values)]
+
+
+def test_merge_that_is_taken_back_leaves_the_books_of_before_it() -> None:
+    assert all_of(taken_back()) == []
+    kept = good()[2]
+    assert "ledger: round 4 counts 512 tokens for 0 rows of 64" in all_of(
+        taken_back(tokens=kept.tokens)
+    )
+    assert any(
+        "which no merged reply contains" in one
+        for one in all_of(taken_back(committed=kept.committed))
+    )
+    assert "fences: the log in snapshot 4 differs from the replies merged so far" in all_of(
+        taken_back(log=kept.log)
+    )
+    assert "rounds: round 4 has 1536 tokens, after 2048" in all_of(taken_back(takes_back=None))
+
+
 @pytest.mark.parametrize(
     ("books", "found"),
     [

@@ -2,9 +2,9 @@
 one server process for each job that it reads.
 
 A job is a line of JSON: base (NANOCHAT_BASE_DIR), redis (URL), fault (for PILOT_FAULT, "": none), seed (of the
-order in which replies arrive), config (run-config keys). The answer is a line, too: status (exit code,
-minus the signal that ended it) and the last words of the log. The process leads the run just as
-`server_app.main` does, over two scripted sites.
+order in which replies arrive), spoilt (a round whose merge is to be taken back), config (run-config keys). The
+answer is a line, too: status (exit code, minus the signal that ended it) and the last words of the log. The
+process leads the run just as `server_app.main` does, over two scripted sites.
 """
 
 import json
@@ -25,6 +25,7 @@ from pilot import server_app
 from pilot.errors import PilotError
 from pilot.faults import VARIABLE
 from pilot.run.directory import open_run_dir
+from pilot.segment import Score
 from pilot.server.console import configure_logging
 from pilot.wire.codec import encode
 from pilot.wire.messages import TrainOrder, TrainReply, from_header, to_header
@@ -63,6 +64,9 @@ class _Site(ScriptedSite):
     """A scripted site for a real model: its update has the names and shapes of the weights it is sent."""
 
     seed = 0
+    spoilt = (
+        0  # the round whose merge makes the model much worse, as this site finds in the next one
+    )
     grid: "_Grid"
 
     def __call__(self, kind: str, content: RecordDict) -> RecordDict:
@@ -72,7 +76,8 @@ class _Site(ScriptedSite):
             return super().__call__(kind, content)
         number = order.fence.round_number
         self.grid.first_round = self.grid.first_round or number
-        if self.name == random.Random(f"{self.seed} {number}").choice(NAMES):
+        second = random.Random(f"{self.seed} {number}").choice(NAMES)
+        if self.name == second and not self.spoilt:  # where one of them may be left out
             self.grid.wait_for_first(number)
         reply, rows = self._train(order)
         update: dict[str, torch.Tensor] = {}
@@ -83,7 +88,7 @@ class _Site(ScriptedSite):
                 (part.name, part.shape) for part in parts
             )  # in whatever order they came
             update = {
-                name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes
+                name: 1e-4 * torch.randn(shape, generator=generator) for name, shape in shapes
             }
             self._spoil(order, update)
         return to_records(to_header(reply) | {"node_name": self.name}, encode(update))
@@ -92,9 +97,10 @@ class _Site(ScriptedSite):
         """Sums that depend on the order in which one adds them up, and never on when."""
         reply, rows = super()._train(order)
         values = vars(reply) | {"loss_nats": reply.tokens * (0.1 + order.fence.lease_id / 3)}
-        return TrainReply(
-            **values | {"eval_nats": reply.eval_rows * (0.1 + len(self.name) / 7)}
-        ), rows
+        worse = 2.0 if self.spoilt and order.fence.round_number == self.spoilt + 1 else 1.0
+        nats = worse * (1.4 + len(self.name) / 70)
+        values["scores"] = [Score(f, e, nats * (e - f), 2 * (e - f)) for f, e in order.eval_pieces]
+        return TrainReply(**values), rows
 
     def _spoil(self, order: TrainOrder, update: dict[str, torch.Tensor]) -> None:
         if self.name == NAMES[1] and order.fence.round_number == REFUSED_ROUND:
@@ -110,7 +116,7 @@ def lead(job: dict[str, Any]) -> None:
     sites = [_Site(name, fingerprints=fingerprints) for name in NAMES]
     grid: Any = _Grid({100 + i: site for i, site in enumerate(sites)})
     for site in sites:
-        site.seed, site.grid = job["seed"], grid
+        site.seed, site.grid, site.spoilt = job["seed"], grid, job.get("spoilt", 0)
     config = scripted_config(**job["config"])
     with open_run_dir(config.run_name) as run_dir:
         stopped = threading.Event()

@@ -14,7 +14,7 @@ from pilot.config import RunConfig
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
-from pilot.run.snapshot import latest_snapshot
+from pilot.run.snapshot import latest_snapshot, read_snapshot
 from pilot.run.state import RunState
 from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
@@ -136,6 +136,7 @@ def scripted_config(**values: Any) -> RunConfig:
         "clients-timeout": 300.0,
         "heartbeat": 0.05,
         "outer-lr": 0.7,
+        "min-update-cosine": -1.0,  # updates are random numbers, which point anywhere
     }
     dashed = {key.replace("_", "-"): value for key, value in values.items()}
     return RunConfig.from_mapping(defaults | {"round-min-duration": 1.0} | dashed)
@@ -195,12 +196,19 @@ class Server:
                 run_dir=self.run_dir,
                 closed=self.closed,
                 interrupted=self.stopped.is_set,
+                version=self._version,
             )
             try:
                 loop.run()
             finally:
                 coordinator.finish()
         return self.state
+
+    def _version(self, round_number: int) -> RunState:
+        if round_number == 0:
+            return fresh_state(self.config)
+        snapshot = read_snapshot(self.run_dir / "snapshots", round_number)
+        return RunState.from_snapshot(snapshot, self.config, shard_order=_in_order)
 
     def resume(self, **changes: Any) -> "Server":
         return replace(self, term=self.term + 1, **changes)

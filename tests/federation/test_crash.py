@@ -57,9 +57,12 @@ class Servers:
         assert self._zygote.stdout is not None
         return self._zygote.stdout.readline()
 
-    def lead(self, run: str, *, fault: str = "", seed: int = 0, **config: Any) -> tuple[int, str]:
-        """(exit code, log) of one server of `run`."""
+    def lead(
+        self, run: str, *, fault: str = "", seed: int = 0, spoilt: int = 0, **config: Any
+    ) -> tuple[int, str]:
+        """(exit code, log) of one server of `run`; the merge of round `spoilt` makes the model much worse."""
         job = {"base": str(self.base), "redis": self.redis_url, "fault": fault, "seed": seed}
+        job["spoilt"] = spoilt
         job["config"] = CONFIG | {"run_name": run} | config
         assert self._zygote.stdin is not None
         self._zygote.stdin.write(json.dumps(job) + "\n")
@@ -233,3 +236,49 @@ def test_merged_replies_prove_that_every_row_was_merged_once(
     assert len(rows) == len(set(rows)) and set(rows) == committed
     tokens = sum(one["tokens"] for one in replies)
     assert tokens == snapshot.state["tokens"] == len(rows) * ROW_TOKENS
+
+
+# -- a merge is taken back ---------------------------------------------------------------------------
+
+SPOILT = {"num_rounds": 4}
+# Of the second round, which takes the merge of the first one back: point → its passing there
+BACK = {
+    "quarantine.tensors-written": 2,
+    "quarantine.written": 3,
+    "snapshot.model": 2,
+    "snapshot.state": 2,
+    "snapshot.rename": 2,
+    "snapshot.renamed": 2,
+    "snapshot.durable": 2,
+    "prune.rename": 1,
+    "prune.removed": 1,
+    "spool.remove": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(servers: Servers) -> dict[int, str]:
+    """As `undisturbed`, of a run whose first merge spoils the model."""
+    assert servers.lead("spoilt", spoilt=1, **SPOILT)[0] == 0
+    run_dir = servers.directory("spoilt")
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "merge_taken_back"]
+    assert (told["round"], told["taken_back"], told["clients"]) == (2, [1, 1], list(NAMES))
+    return digests(run_dir)
+
+
+@pytest.mark.parametrize("point", BACK)
+def test_server_killed_while_it_takes_a_merge_back_resumes_to_the_same_bits(
+    servers: Servers, spoilt: dict[int, str], point: str
+) -> None:
+    config = SPOILT | ({"snapshot_keep": 1} if point.startswith("prune") else {})
+    run = f"back-{point}"
+    status, log = servers.lead(run, spoilt=1, fault=f"{point}:{BACK[point]}", **config)
+    assert status == -signal.SIGKILL, log
+    status, log = servers.lead(run, spoilt=1, **config)
+    assert status == 0, log
+    found = digests(servers.directory(run))
+    assert found == {number: spoilt[number] for number in found} and max(found) == max(spoilt)
+    wanted = final_weights(servers.directory("spoilt"))
+    torch.testing.assert_close(final_weights(servers.directory(run)), wanted, rtol=0, atol=0)
+    shutil.rmtree(servers.directory(run))

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ ODD: list[Any] = [
     [[-5, -5, -5, -5]],
     [[0, 0, 0, 4]] * 1000,
     [[shard, 24] for shard in range(1000)],
+    [[0, 1, 1e12, 2]],
+    [[0, 1, 0.0, 2], [0, 1, 1.5, 2]],
+    [[0, 2**40, math.nan, 2]],
+    [[0, 1, 1.5, -2]] * 500,
     [0] * 100_000,
     {"a": {"b": [None]}},
 ]
@@ -103,9 +107,14 @@ class SpoiltSite(ScriptedSite):
     """A scripted site whose answers are good ones, each spoilt in the next of `spoils`."""
 
     spoils: list[Spoil]
+    hellos: Sequence[Spoil] = ()  # the same for what it answers to the first question
 
     def __call__(self, kind: str, content: RecordDict) -> Any:
         order = from_header(from_records(content)[0])
+        if not isinstance(order, TrainOrder) and self.hellos:
+            hellos, self.hellos = self.hellos, ()
+            header, _ = from_records(super().__call__(kind, content))
+            return spoilt(header, {}, hellos[0])
         if not isinstance(order, TrainOrder) or order.run_is_over or not self.spoils:
             return super().__call__(kind, content)
         reply, update = self._train(order)
@@ -206,6 +215,7 @@ def test_run_survives_whatever_its_clients_say_and_its_books_are_right(
     bad = [SpoiltSite(f"bad-{i}") for i in range(SITES)]
     for i, site in enumerate(bad):
         site.spoils = list(all_spoils[i::SITES])
+    bad[0].hellos = all_spoils[:1]
     config = scripted_config(
         run_name=run_dir.name,
         num_rounds=ROUNDS,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pilot.rules import aggregation as module
-from pilot.rules.aggregation import Spilled, aggregate, weighted_mean
+from pilot.rules.aggregation import Spilled, aggregate, votes_of, weighted_mean
 
 SHAPES = {"a": (4, 3), "b": (5,), "scalar": ()}
 
@@ -203,3 +203,25 @@ def test_robust_aggregates_load_no_whole_model(
 @pytest.mark.parametrize("method", ["mean", "median", "trimmed-mean"])
 def test_round_without_replies_has_no_aggregate(method: str) -> None:
     assert aggregate([], method=method, trim_fraction=0.2) is None
+
+
+def test_votes_are_all_dot_products_with_one_vote_a_client(tmp_path: Path) -> None:
+    replies = []
+    for number, (client, tokens) in enumerate((("a", 8), ("b", 16), ("a", 24))):
+        save_file(update(number), tmp_path / f"{number}")
+        replies.append(Spilled(client, tokens, tmp_path / f"{number}"))
+    momentum = update(9)
+    votes = votes_of(replies, momentum=momentum, batch_tokens=8)
+
+    def flat(one: dict[str, Tensor]) -> Tensor:
+        return torch.cat([one[name].reshape(-1) for name in sorted(SHAPES)]).double()
+
+    both = {name: (8 * update(0)[name] + 24 * update(2)[name]) / 32 for name in SHAPES}
+    a, b, m = flat(both), flat(update(1)), flat(momentum)
+    assert votes.clients == ["a", "b"] and votes.steps == [2.0, 2.0]
+    expected = [[float(x @ y) for y in (a, b)] for x in (a, b)]
+    assert np.allclose(votes.gram, expected, rtol=1e-6)
+    cosines = [float(x @ m / (x.norm() * m.norm())) for x in (a, b)]
+    assert votes.heading is not None and np.allclose(votes.heading, cosines, rtol=1e-6)
+    none = votes_of([], momentum={}, batch_tokens=8)
+    assert (none.clients, none.gram, none.heading) == ([], [], None)

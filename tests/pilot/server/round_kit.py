@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
+from pilot.rules.validation import Asked
 from pilot.run.events import read_events
 from pilot.run.state import RunState
 from pilot.segment import Segment
@@ -56,7 +57,9 @@ class Round:
         lease = self.state.ledger.lease(name, 4)
         assert lease is not None
         fence = Fence("r", 1, 3, lease.lease_id)
-        order = SentOrder(f"m-{name}", Client(name, number, HelloReply()), fence, lease)
+        slice_ = (2 * number, 2 * number + 2)  # two validation rows each
+        client, asked = Client(name, number, HelloReply()), Asked(slice_, (slice_,))
+        order = SentOrder(f"m-{name}", client, fence, lease, asked=asked)
         self.orders[name] = order
         self.open.add(order)
 

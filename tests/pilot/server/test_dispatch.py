@@ -127,6 +127,14 @@ def test_validation_rows_are_evaluated_once_each(tmp_path: Path, count: int) -> 
     assert all(server.order(n).segments == [] for n in nodes) and not server.state.ledger.open
 
 
+def test_first_rows_of_each_slice_are_scored_by_two(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, round_steps=1)
+    server.dispatcher.send_all(server.open, [client(n) for n in (1, 2)], evaluate_only=True)
+    pieces = [server.order(n).eval_pieces for n in (1, 2)]
+    scored = [[row for first, end in one for row in range(first, end)] for one in pieces]
+    assert scored == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 0]]
+
+
 def test_fixed_steps_lease_exactly_their_rows_whoever_is_fast(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, round_steps=3, known_rows=100)
     server.dispatcher.send_all(server.open, [client(1, speed=1.0), client(2, speed=1e9)])

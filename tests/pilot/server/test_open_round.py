@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from pilot.run.snapshot import SnapshotError
-from pilot.segment import Segment
+from pilot.segment import Score, Segment
 from pilot.server import open_round as module
 from pilot.server.mailbox import Answer
+from pilot.server.orders import SentOrder
+from pilot.server.roster import Client
+from pilot.wire.messages import Fence, HelloReply
 
 from .round_kit import CONFIG, ROW_TOKENS, Round
 
@@ -95,9 +98,31 @@ def test_reply_without_a_step_gives_its_rows_back_but_its_shards_sizes_count(one
 def test_evaluations_add_up_to_one_bpb_and_broken_ones_are_left_out(one: Round) -> None:
     one.accept("a", eval_nats=10.0, eval_bytes=5, eval_rows=2)
     one.accept("b", eval_nats=math.nan, eval_bytes=5, eval_rows=2)
-    one.accept("c", eval_nats=20.0, eval_bytes=7, eval_rows=3)
-    assert one.open.eval_rows == 5
-    assert one.open.val_bpb == pytest.approx(30.0 / (math.log(2) * 12))
+    one.accept("c", eval_nats=20.0, eval_bytes=7, eval_rows=2)
+    found = one.open.figure()
+    assert found.rows == 4 and found.doubts == ()
+    assert found.bpb == pytest.approx(30 / (math.log(2) * 12))
+
+
+def test_rows_that_nobody_was_asked_to_score_do_not_count(one: Round) -> None:
+    one.accept("a", eval_rows=2**40)
+    one.accept("b", scores=[Score(0, 2, 5.0, 5)])
+    assert one.open.figure().rows == 0
+    assert one.open.figure().doubts == (
+        "b scored validation rows that it was not asked for, or twice: its figure is left out",
+    )
+
+
+def test_what_a_client_left_unscored_is_there_for_another_once(one: Round) -> None:
+    assert one.open.unscored("d").pieces == (), "they all may still score theirs"
+    one.open.handle_answer(Answer("m-b", 1, error="gone", lost=True))
+    one.accept("c", eval_bytes=0)
+    assert one.open.unscored("d").own == (2, 4)
+    assert one.open.unscored("c").own == (4, 6), "its own, if it is asked again"
+    assert one.open.unscored("a").pieces == ()
+    client = Client("d", 9, HelloReply())
+    one.open.add(SentOrder("m-d", client, Fence("r", 1, 3, 0), None, asked=one.open.unscored("d")))
+    assert one.open.unscored("e").own == (4, 6)
 
 
 def test_sums_of_evaluation_and_loss_are_the_same_whoever_was_first(tmp_path: Path) -> None:
@@ -108,20 +133,20 @@ def test_sums_of_evaluation_and_loss_are_the_same_whoever_was_first(tmp_path: Pa
         for name in order:
             third = (ord(name) - 96) / 3 + 10.0 ** (ord(name) - 96)
             one.accept(name, eval_nats=third, loss_nats=third)
-        said.append((one.open.val_bpb, one.open.train_loss))
+        said.append((one.open.figure().bpb, one.open.train_loss))
     assert said[0] == said[1] == said[2]
 
 
 def test_evaluation_that_overflows_is_none(one: Round) -> None:
     one.accept("a", eval_nats=1e308)
     one.accept("b", eval_nats=1e308)
-    assert one.open.val_bpb is None, "state.json takes no infinity"
+    assert one.open.figure().bpb is None, "state.json takes no infinity"
 
 
 @pytest.mark.parametrize("changes", [{"eval_bytes": 0}, {"eval_rows": 0}, {"eval_bytes": -1}])
 def test_evaluation_over_nothing_counts_nothing(one: Round, changes: dict[str, int]) -> None:
     one.accept("a", **changes)
-    assert one.open.val_bpb is None and one.open.eval_rows == 0
+    assert one.open.figure().bpb is None and one.open.figure().rows == 0
 
 
 def test_round_that_has_no_loss_says_none(one: Round) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
-from pilot.run.state import ConfigChange, RunState
+from pilot.run.state import ConfigChange, RoundRecord, RunState
 from pilot.segment import Segment
-from pilot.server.report import Report
+from pilot.server.report import Report, table
 from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import Fence, TrainReply
 
@@ -79,3 +80,45 @@ def test_a_client_that_only_evaluated_has_no_line(
     reply = TrainReply(fence=fence, client="a")
     report.reply_accepted("a", reply, state, trained=False, elapsed_s=2.0)
     assert not caplog.messages
+
+
+def test_figure_of_a_part_of_the_rows_is_marked_wherever_it_appears(
+    report: Report, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged: list[dict[str, Any]] = []
+
+    class Wandb:
+        def log(self, numbers: dict[str, Any], step: int) -> None:
+            logged.append(numbers | {"step": step})
+
+    report.telemetry._wandb = Wandb()
+    caplog.set_level(logging.INFO, logger="pilot")
+    report.validation(3, val_bpb=2.2377, eval_rows=8, wanted=16)
+    report.validation(4, val_bpb=2.4488, eval_rows=16, wanted=16)
+    assert caplog.messages == [
+        "round=3 val_bpb=2.2377 (partial: 8 of 16 rows)",
+        "round=4 val_bpb=2.4488",
+    ]
+    assert logged == [
+        {"val_bpb_partial": 2.2377, "val_rows": 8, "step": 3},
+        {"val_bpb": 2.4488, "val_rows": 16, "step": 4},
+    ]
+    told = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "validation"]
+    assert [(e["complete"], e["eval_rows"]) for e in told] == [(False, 8), (True, 16)]
+
+
+def test_table_says_which_figures_are_partial_and_which_merges_were_taken_back() -> None:
+    config = RunConfig(run_name="r", num_shards=1, eval_rows=16)
+    ledger = Ledger(num_shards=1, epochs=1, shard_order=lambda _: [0])
+    state = RunState(config, {}, ledger, total_tokens=1)
+    state.history = [
+        RoundRecord(1, "all-replied", 2, 64, 1.0, 3.0, val_bpb=2.2377, eval_rows=8),
+        RoundRecord(2, "all-replied", 2, 64, 1.0, 3.0, 9.5, 16, refused=1, taken_back=True),
+        RoundRecord(3, "taken-back", 0, 0, 1.0, None, val_bpb=2.2, eval_rows=16),
+    ]
+    lines = [line.split("  ")[-1] for line in table(state).splitlines()[1:]]
+    assert lines == [
+        "all-replied (val bpb of 8 of 16 rows only)",
+        "all-replied (1 refused, taken back)",
+        "taken-back",
+    ]

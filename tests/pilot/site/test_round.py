@@ -1,6 +1,7 @@
 """One round on one process, within this one: what is trained, consumed, counted and replied."""
 
 import json
+import math
 import multiprocessing
 import signal
 import sys
@@ -23,12 +24,14 @@ from nanochat.rows.stream import RowStream
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from pilot import plan
 from pilot.config import RunConfig, load_run_config
+from pilot.segment import Score
 from pilot.site import round as round_module
 from pilot.site.data import SiteData, hello, open_data
 from pilot.site.handle import ERROR_NAME
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
-from pilot.wire.messages import HelloOrder, TrainReply, code_hashes, to_header
+from pilot.wire.jsonable import header_text
+from pilot.wire.messages import HelloOrder, TrainReply, code_hashes, from_header, to_header
 
 from ..worker_kit import (
     BATCH_ROWS,
@@ -230,6 +233,29 @@ def test_slices_of_the_evaluation_add_up_to_the_whole(site: Path) -> None:
     token_bytes = get_token_bytes(tokenizer_dir(config.tokenizer), "cpu")
     nats, num_bytes = bpb_sums(model, [rows], token_bytes)
     assert (whole.eval_nats, whole.eval_bytes) == (pytest.approx(nats, rel=1e-6), num_bytes)
+
+
+def test_pieces_are_scored_apart_and_those_of_another_slice_are_not_in_the_sums(site: Path) -> None:
+    config = site_config(site)
+    whole = run(config, [], eval_first_row=0, eval_end_row=8)[0]
+    assert whole.scores == [Score(0, 8, whole.eval_nats or 0.0, whole.eval_bytes)]
+    pieces = [[0, 3], [3, 8], [8, 10]]
+    reply = run(config, [], eval_first_row=0, eval_end_row=8, eval_pieces=pieces)[0]
+    assert [list(score.piece) for score in reply.scores] == pieces
+    assert (reply.eval_rows, reply.eval_bytes) == (8, whole.eval_bytes)
+    assert reply.eval_nats == pytest.approx(whole.eval_nats, rel=1e-6)
+    other = run(config, [], eval_first_row=8, eval_end_row=10)[0]
+    assert reply.scores[2].nats == pytest.approx(other.eval_nats, rel=1e-6)
+    assert reply.scores[2].num_bytes == other.eval_bytes
+
+
+def test_ruined_model_is_a_very_bad_one_and_no_reason_to_lose_a_reply(site: Path) -> None:
+    config = site_config(site)
+    weights = {n: t * math.inf for n, t in first_weights(config).items()}
+    order = train_order(config, [], eval_end_row=4)
+    reply, _ = Round(order, ALONE, time.monotonic()).run(weights)
+    assert reply.scores[0].nats == 1e12
+    assert from_header(json.loads(header_text(to_header(reply)))) == reply
 
 
 def test_model_is_evaluated_as_it_was_received_whatever_is_trained_after(site: Path) -> None:

@@ -1,0 +1,79 @@
+"""What was asked of a client in a round, and what came of it."""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+
+from pilot.rules.aggregation import Spilled
+from pilot.rules.ledger import Lease
+from pilot.rules.validation import NOTHING, Asked
+from pilot.run.state import Contribution, MergedReply
+from pilot.server.roster import Client
+from pilot.wire.messages import Fence, TrainReply
+
+
+@dataclass(frozen=True)
+class SentOrder:
+    """What one message asks of one client; `lease` is None if it is only to evaluate.
+
+    At `due_s` it ends by its own time, if nothing else has ended it (0: not known).
+    """
+
+    message_id: str
+    client: Client
+    fence: Fence
+    lease: Lease | None
+    sent_at_s: float = 0.0
+    due_s: float = 0.0
+    asked: Asked = NOTHING  # of the validation rows
+
+
+@dataclass(frozen=True)
+class Settled:
+    """An order that has its answer: the reply, or None if that was refused."""
+
+    order: SentOrder
+    reply: TrainReply | None
+
+
+@dataclass(frozen=True)
+class AcceptedReply:
+    """A reply that will be merged; its pseudo-gradient, of L2 norm `norm`, lies at `path`."""
+
+    order: SentOrder
+    reply: TrainReply
+    path: Path
+    norm: float = 0.0
+    refused_before: int = 0  # replies of its client in a row, before this one
+
+    @property
+    def spilled(self) -> Spilled:
+        return Spilled(self.order.client.name, self.reply.tokens, self.path)
+
+    @property
+    def contribution(self) -> Contribution:
+        """What the books learn from it."""
+        reply = self.reply
+        merged = MergedReply(self.order.client.name, reply.fence, reply.tokens, reply.consumed)
+        return Contribution(merged, reply.row_counts, self.norm)
+
+
+class Last(Enum):
+    """What became of a client's last order in the round."""
+
+    UNSENT = auto()  # its node was gone before the message could leave
+    PENDING = auto()  # it owes a reply
+    REPLIED = auto()  # it did what it was asked to
+    USED_UP = auto()  # the same, but its lease did not last: it may have another one
+    FRUITLESS = auto()  # it failed, was lost or was refused
+
+
+@dataclass
+class ClientInRound:
+    """What one client has been asked and has done in the round."""
+
+    last: Last = Last.UNSENT
+    order: SentOrder | None = None  # while it is pending
+    fruitless: int = 0  # its orders that came to nothing
+    failure: str = ""  # the last thing it answered that cannot be used
+    loss: str = ""  # why it has not answered
