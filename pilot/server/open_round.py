@@ -8,7 +8,7 @@ accepted is refused with a reason, and its rows go back.
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
