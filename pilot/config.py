@@ -171,11 +171,7 @@ class RunConfig:
         4.0, "refuse updates so many times longer than usual; 0: any", low=0, shapes_training=False
     )
     min_update_cosine: float = _key(
-        -0.25,
-        "refuse updates that point away from the round's others by a cosine below this; -1: never",
-        low=-1,
-        high=0,
-        shapes_training=False,
+        -0.25, "least cosine with a round's others; -1: any", low=-1, high=0, shapes_training=False
     )
     take_back_ratio: float = _key(
         1.25, "take back merges that raise bpb this much; 0: none", low=0, shapes_training=False

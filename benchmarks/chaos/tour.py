@@ -20,6 +20,7 @@ from benchmarks.chaos.injector import Injector
 from benchmarks.chaos.micro import MICRO, TOKENIZER, VOCAB_SIZE
 from benchmarks.chaos.processes import BIN, ROOT
 from benchmarks.chaos.topology import Federation
+from benchmarks.idle import accounts
 from pilot.config import DEFAULTS
 from pilot.run.events import read_events
 
@@ -214,6 +215,8 @@ def figures(
         "throughput_ratio": rate and capacity and round(rate / capacity, 3),
         "recovery_median_s": round(statistics.median(recoveries), 1) if recoveries else None,
         "recovery_worst_s": round(max(recoveries), 1) if recoveries else None,
+        "participation": participation(outcome, sites),
+        "idle": accounts(outcome.events),
         "bpb": outcome.bpb,
         "bpb_undisturbed": undisturbed.bpb if undisturbed else None,
     }
@@ -239,6 +242,32 @@ def surviving_capacity(outcome: Outcome, sites: Sequence[str]) -> float:
             lost += max(0.0, ended - max(at, began))
             at = max(at, ended)
     return 1 - lost / whole if whole > 0 else 0.0
+
+
+def participation(outcome: Outcome, sites: Sequence[str]) -> float | None:
+    """The share of clients with work in a merge, 0..1, of those that were up while the round ran, all rounds.
+
+    None if no round ended while a client was up.
+    """
+    opened: dict[int, float] = {}
+    spans: dict[
+        int, tuple[float, float]
+    ] = {}  # round → when it was opened for the last time, and ended
+    for event in outcome.events:
+        if event["event"] == "round_opened":
+            opened[event["round"]] = event["time"]
+        elif event["event"] == "round_ended" and event["round"] in opened:
+            spans[event["round"]] = (opened[event["round"]], event["time"])
+    up = merged = 0
+    for books in outcome.books:
+        if books.round_number not in spans or books.takes_back:
+            continue
+        began, ended = spans[books.round_number]
+        hit = [o for o in outcome.outages if o.began < ended and o.ended > began]
+        alive = {site for site in sites if not any(_takes(outage, site) for outage in hit)}
+        up += len(alive)
+        merged += len(alive & {reply.client for reply in books.merged})
+    return round(merged / up, 3) if up else None
 
 
 def _takes(outage: Outage, site: str) -> bool:

@@ -17,6 +17,7 @@ from pilot.rules.rounds import (
     silence_s,
     waits_for_beginning,
 )
+from pilot.server.idle import Cause
 from pilot.server.open_round import OpenRound
 from pilot.server.orders import SentOrder
 from pilot.server.report import Report
@@ -40,6 +41,8 @@ _SHORTEST_ROUND_S = 1e-3
 _AHEAD_FACTOR = 4.0
 # What a client says it was stopped by, if the round was over before its first step
 _OVER = {*EndReason, StopReason.LATER_ROUND, StopReason.DEADLINE}
+# States of heartbeats in which a client does not train yet
+_IDLE_STATES = {"evaluating": Cause.EVALUATION, "packing": Cause.PACKING}
 
 
 @dataclass
@@ -176,6 +179,25 @@ class RoundMonitor:
                 most = min(most, int(_AHEAD_FACTOR * rate * (now_s - order.sent_at_s)) + 1)
             trained[name] = min(last.heartbeat.tokens, most)
         return trained
+
+    @property
+    def idle_cause(self) -> Cause | None:
+        """Why no client of the round trains now, as far as heartbeats tell; None: one does, or may."""
+        if self.ended_at_s is not None or not self.open_round.pending:
+            return Cause.REPLIES
+        if self._blind_at_s == self._updated_at_s:
+            return None
+        owing = [order.client for order in self.open_round.pending]
+        left = [client.name for client in owing if client.name not in self.silent]
+        if not left:
+            return Cause.SILENCE
+        states = {self.heard[name].heartbeat.state for name in left if name in self.heard}
+        if "training" in states or any(client.blind for client in owing):
+            return None
+        for state, cause in _IDLE_STATES.items():
+            if state in states:
+                return cause
+        return Cause.REPLIES if states == {"sending"} else Cause.START
 
     @property
     def awaited(self) -> list[SentOrder]:

@@ -233,6 +233,10 @@ class Report:
             "round_ended", f"[ROUND {number}] ended: {reason}", round=number, reason=str(reason)
         )
 
+    def idle(self, cause: str, seconds: float, number: int | None = None) -> None:
+        """No client has trained for so long; it has ended in round `number`."""
+        self.telemetry.event("idle", cause=str(cause), seconds=round(seconds, 3), round=number)
+
     def nothing_to_merge(self, number: int) -> None:
         log.info("[ROUND %d] nothing to merge: the model stays as it was", number)
 

@@ -27,6 +27,7 @@ from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
 from pilot.server.commit import Committer, Version
 from pilot.server.dispatch import Dispatcher
+from pilot.server.idle import Cause, IdleTime, gathering
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.monitor import RoundMonitor, uploads_s
 from pilot.server.open_round import OpenRound
@@ -104,6 +105,7 @@ class RoundLoop:
             silent=lambda name: self._current is not None and name in self._monitor.silent,
         )
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
+        self.idle = IdleTime(report, clock, run_dir)
         self.committer = Committer(config, state, term, run_dir, report, clock, version)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it
         self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
@@ -113,6 +115,12 @@ class RoundLoop:
 
     def run(self) -> None:
         """Rounds until the run is finished, then the last evaluation. Resumable at any moment."""
+        try:
+            self._rounds()
+        finally:
+            self.idle.stop(on_purpose=self.state.finished or self.interrupted())
+
+    def _rounds(self) -> None:
         wanted = self.config.min_clients
         while not (self.state.finished and self._last_merge_is_good()):
             clients = self._gather(wanted, to_train=True)  # 0. hello
@@ -144,6 +152,8 @@ class RoundLoop:
             self._tick(_TICK_S if waited_s < RETURN_S else _IDLE_TICK_S)
             self._raise_if_interrupted()
             clients = self._available(to_train=to_train)
+            asked = self.roster.questions_open
+            self.idle.because(gathering(len(clients), wanted, asked=asked), self.state.round_number)
             if self._all_there(len(clients), wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return self._at_work(clients) if to_train else clients
@@ -274,6 +284,7 @@ class RoundLoop:
         owing = [order.client.name for order in self._round.pending]
         heard = self.coordinator.heartbeats(owing)
         self._monitor.update(heard, now_s, blind=self.coordinator.failing)
+        self.idle.because(self._monitor.idle_cause, self._round.number)
         if now_s - self._progress_at_s >= _PROGRESS_EVERY_S:
             self._progress_at_s = now_s
             target = self.config.target_tokens or self.state.total_tokens - self.state.tokens
@@ -341,6 +352,7 @@ class RoundLoop:
     # -- 6. outer step, then commit --------------------------------------------------------------
 
     def _commit(self, closed: OpenRound, reason: EndReason) -> None:
+        self.idle.because(Cause.MERGE, closed.number)
         if self.committer.close(closed, str(reason)):
             self._went_back()
 

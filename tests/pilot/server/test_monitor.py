@@ -298,3 +298,30 @@ def test_nonsense_in_a_heartbeat_counts_as_not_said() -> None:
     }
     assert Heartbeat.from_redis(values) == Heartbeat(state="training", tokens=12)
     assert Heartbeat.from_redis({}) == Heartbeat()
+
+
+def test_why_nobody_trains(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    monitor = watched.monitor
+
+    def cause(now_s: float, *, blind: bool = False, **states: str) -> str | None:
+        beats = {n: Heard(Heartbeat(state=state, step=1), 0.1) for n, state in states.items()}
+        monitor.update(beats, now_s, blind=blind)
+        return monitor.idle_cause
+
+    assert cause(101.0) == "start"
+    assert cause(102.0, a="starting") == "start"
+    assert cause(103.0, a="starting", b="evaluating") == "evaluation"
+    assert cause(104.0, a="evaluating", b="packing") == "evaluation"
+    assert cause(105.0, b="packing") == "packing"
+    assert cause(106.0, a="training", b="packing") is None
+    assert cause(107.0, a="sending", b="sending") == "replies"
+    assert cause(108.0, blind=True) is None  # nobody can be seen
+    late = {name: Heard(Heartbeat(state="training", step=1), 9.0) for name in "ab"}
+    monitor.update(late, 130.0)
+    assert monitor.idle_cause == "silence"
+    watched.orders["b"].client.hello = HelloReply(redis=False)
+    monitor.update({}, 131.0)
+    assert monitor.idle_cause is None  # it may well train
+    monitor.ended_at_s = 140.0
+    assert cause(141.0, a="training") == "replies"

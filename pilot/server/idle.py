@@ -1,0 +1,78 @@
+"""Where the time goes in which no client trains: one event per span, with its cause.
+
+A federation's throughput is lost here and nowhere else. `benchmarks.idle` adds the events up. A file that is
+touched while the server lives tells the next start how long there was none.
+"""
+
+import contextlib
+import os
+import time
+from enum import StrEnum
+from pathlib import Path
+
+from pilot.rules.rounds import Clock
+from pilot.server.report import Report
+
+_ALIVE_FILE = "server-alive"
+_TOUCH_EVERY_S = 1.0
+
+
+class Cause(StrEnum):
+    """What a client that could train waits for; the word that events show."""
+
+    SERVER_AWAY = "server-away"  # no server ran
+    NO_CLIENT = "no-client"  # fewer than needed are there
+    HELLO = "hello"  # a node has not said yet what it is
+    MISSING_CLIENT = "missing-client"  # one that was there may come back
+    START = "start"  # orders are out and nobody has begun
+    EVALUATION = "evaluation"  # the clients score the last merge
+    PACKING = "packing"  # rows of the next step
+    SILENCE = "silence"  # all that owe a reply are silent
+    REPLIES = "replies"  # the round is over, and replies are to come
+    MERGE = "merge"  # outer step and snapshot
+
+
+def gathering(there: int, wanted: int, *, asked: bool) -> Cause:
+    """What keeps a round from opening with `there` clients; `asked`: a node has yet to say what it is."""
+    if asked:
+        return Cause.HELLO
+    return Cause.NO_CLIENT if there < wanted else Cause.MISSING_CLIENT
+
+
+class IdleTime:
+    """Follows one server. `because` is called whenever the cause may have changed, and at least each second."""
+
+    def __init__(self, report: Report, clock: Clock, run_dir: Path) -> None:
+        self._report, self._clock = report, clock
+        self._alive = run_dir / _ALIVE_FILE
+        self._cause: Cause | None = None
+        self._since_s = clock.now_s()
+        self._touched_s = float("-inf")
+        with contextlib.suppress(OSError):
+            away_s = max(0.0, time.time() - self._alive.stat().st_mtime)
+            report.idle(Cause.SERVER_AWAY, away_s)
+        self._touch()
+
+    def because(self, cause: Cause | None, round_number: int | None = None) -> None:
+        """From now on nobody trains because of `cause`; None: somebody does."""
+        now_s = self._clock.now_s()
+        if now_s - self._touched_s >= _TOUCH_EVERY_S:
+            self._touch()
+        if cause is self._cause:
+            return
+        if self._cause is not None and now_s > self._since_s:
+            self._report.idle(self._cause, now_s - self._since_s, round_number)
+        self._cause, self._since_s = cause, now_s
+
+    def stop(self, *, on_purpose: bool) -> None:
+        """The server ends; if that is `on_purpose`, what follows is no time without one."""
+        self.because(None)
+        if on_purpose:
+            with contextlib.suppress(OSError):
+                self._alive.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
+        self._touched_s = self._clock.now_s()
+        with contextlib.suppress(OSError):
+            self._alive.touch()
+            os.utime(self._alive)
