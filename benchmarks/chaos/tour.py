@@ -17,7 +17,7 @@ from benchmarks.chaos import checker
 from benchmarks.chaos.checker import Books, Limits, Outage
 from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.injector import Injector
-from benchmarks.chaos.micro import MICRO, TOKENIZER, VOCAB_SIZE
+from benchmarks.chaos.micro import MICRO
 from benchmarks.chaos.processes import BIN, ROOT
 from benchmarks.chaos.topology import Federation
 from benchmarks.idle import accounts
@@ -44,13 +44,11 @@ RESTART_S = 60.0  # of a ServerApp on a busy machine: submit, import, hello, fir
 
 def prepare(base: Path) -> None:
     """The built-in corpus and its tokenizer in `base`, made by a process of its own."""
-    code = (
-        "from nanochat.tokenizer import ensure_builtin_tokenizer as make, tokenizer_dir as at; "
-        f"make(at('{TOKENIZER}'), {VOCAB_SIZE})"
-    )
     base.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
-    subprocess.run([BIN / "python", "-c", code], cwd=ROOT, env=env, check=True)
+    subprocess.run(
+        [BIN / "python", "-m", "benchmarks.chaos.prepare"], cwd=ROOT, env=env, check=True
+    )
 
 
 @dataclass(frozen=True)

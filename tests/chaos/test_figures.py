@@ -1,7 +1,11 @@
 """What the chaos benchmark counts."""
 
+from pathlib import Path
+
 from benchmarks.chaos.checker import Books, Merged, Outage
-from benchmarks.chaos.tour import Outcome, participation
+from benchmarks.chaos.micro import TOKENIZER
+from benchmarks.chaos.tour import Outcome, participation, prepare
+from nanochat.tokenizer import get_tokenizer
 
 SITES = ("site-a", "site-b")
 
@@ -36,3 +40,8 @@ def test_participation_is_of_those_that_were_up_while_a_round_ran() -> None:
     no_excuse = Outage("delay-up", "site-b", 15.0, 25.0)
     assert participation(_outcome(rounds, [no_excuse]), SITES) == 0.75
     assert participation(_outcome([], []), SITES) is None
+
+
+def test_a_base_directory_is_made_ready(tmp_path: Path) -> None:
+    prepare(tmp_path / "base")
+    assert get_tokenizer(tmp_path / "base" / TOKENIZER).get_vocab_size() == 512
