@@ -6,6 +6,7 @@ that is leaving takes no new work: it says so at once.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from flwr.clientapp import ClientApp
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
 from pilot.errors import PilotError
+from pilot.rules.rounds import stuck_s
 from pilot.site import in_flight
 from pilot.site.handle import SuperNodeGone, WorkerError, WorkerHandle
 from pilot.site.notice import notice_files, noticed
@@ -98,7 +100,9 @@ def _train(
 ) -> tuple[Header, list[Part]]:
     """Let the worker train; this site's node and the server can see where the order is."""
     in_flight.write(in_flight.of_order(order, config, in_flight.WORKING))
-    reply, update = _ask_worker(header, parts, config, name)
+    # the worker itself notices that it hangs, unless all its threads do
+    limit_s = order.seconds_left + 2 * stuck_s(config.grace_max)
+    reply, update = _ask_worker(header, parts, config, name, limit_s=limit_s)
     state = in_flight.SENDING if update else in_flight.DONE
     after = in_flight.of_order(order, config, state)
     in_flight.write(after)
@@ -124,7 +128,7 @@ def _leaving(config: RunConfig, redis_url: str, client: str, run: str) -> str:
 
 
 def _ask_worker(
-    header: Header, parts: list[Part], config: RunConfig, name: str
+    header: Header, parts: list[Part], config: RunConfig, name: str, *, limit_s: float = math.inf
 ) -> tuple[Header, list[Part]]:
     processes = int(header.get("processes", 1))
     # a hello is asked of one process: with several, a resident group would be of no more use
@@ -135,6 +139,7 @@ def _ask_worker(
             device=config.device,
             idle_s=config.worker_idle if stays else 0.0,
             name=name,
+            limit_s=limit_s,
         ) as worker:
             with _sigterm_drains(worker):
                 return worker.ask(header, parts)

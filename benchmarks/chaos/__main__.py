@@ -103,6 +103,8 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
     else:
         if arguments.undisturbed == "before":
             undisturbed = one("undisturbed")
+            if STOP.is_set():
+                return 1
         disturbed = one("disturbed")
     figures = tour.figures(disturbed, undisturbed, sites=sites)
     print(json.dumps(figures), flush=True)

@@ -32,6 +32,8 @@ MAX_LATE_ROUNDS = 3
 _LATE_AGAIN_EVERY = 10
 # A client that cannot hear the end of a round trains for this share of its expected length.
 _BLIND_SHARE = 0.7
+# No worker counts as hanging sooner (seconds).
+_STUCK_MIN_S = 120.0
 
 
 class Clock(Protocol):
@@ -224,6 +226,14 @@ def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:
     if not uploads_s:
         return grace_max_s
     return min(grace_max_s, max(_GRACE_MIN_S, _GRACE_FACTOR * max(uploads_s)))
+
+
+def stuck_s(grace_max_s: float) -> float:
+    """Seconds in which a worker that should stop shows no sign of it, after which it counts as hanging.
+
+    What it would answer later than `grace_max_s` is refused anyway; a slow device may need a minute for a step.
+    """
+    return max(_STUCK_MIN_S, grace_max_s)
 
 
 def silence_s(heartbeat_s: float) -> float:

@@ -27,6 +27,7 @@ from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
 from pilot.server.commit import Committer, Version
 from pilot.server.dispatch import Dispatcher
+from pilot.server.failures import Failures, RunFailed
 from pilot.server.idle import Cause, IdleTime, gathering
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.monitor import RoundMonitor, uploads_s
@@ -41,12 +42,7 @@ _PROGRESS_EVERY_S = 2.0
 _REPORT_WAITING_EVERY_S = 5.0
 _IDLE_TICK_S = 1.0  # while no client works
 RETURN_S = 15.0  # for which missing clients are waited for, once each time that some are
-MAX_FAILED_ROUNDS = 3  # in a row with nothing but errors, before the run gives up
 _EVALUATION_ATTEMPTS = 3
-
-
-class RunFailed(PilotError):
-    """The run cannot continue; what it has is on disk, and the same command resumes it."""
 
 
 class RunInterrupted(PilotError):
@@ -104,12 +100,12 @@ class RoundLoop:
             joined=self._welcome,
             silent=lambda name: self._current is not None and name in self._monitor.silent,
         )
+        self.failures = Failures()
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
         self.idle = IdleTime(report, clock, run_dir)
         self.committer = Committer(config, state, term, run_dir, report, clock, version)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it
         self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
-        self._failed_rounds = 0
         self._incomplete_since_s: float | None = None
         self._redis_at_s = self._progress_at_s = float("-inf")
 
@@ -128,7 +124,7 @@ class RoundLoop:
             reason = self._until_the_end()  # 3. train, 4. end
             closed = self._collect()  # 5. reply
             self._commit(closed, reason)  # 6. outer step, then commit
-            self._check_failures(closed)
+            self.failures.note(closed)
             wanted = 1
         self.committer.forget()
 
@@ -360,18 +356,6 @@ class RoundLoop:
         """The books are those of an earlier round, which do not know which client has which shards."""
         for client in self.roster.accepted():
             self.state.ledger.register(client.name, client.hello.shards)
-
-    def _check_failures(self, closed: OpenRound) -> None:
-        """Raise RunFailed when workers have given only errors for some rounds: nobody would see it.
-
-        Clients that die are no such error, however many: others may come. Nor is content that may not be
-        merged: the client that sends it is left out for a while.
-        """
-        failed = bool(closed.failures) and not (closed.accepted or closed.rejected)
-        self._failed_rounds = self._failed_rounds + 1 if failed else 0
-        if self._failed_rounds >= MAX_FAILED_ROUNDS:
-            reasons = "; ".join(f"{name}: {why}" for name, why in closed.failures.items())
-            raise RunFailed(f"{self._failed_rounds} rounds in a row gave only errors: {reasons}")
 
     def _last_merge_is_good(self) -> bool:
         """Have the model of the last round scored, which has no next round: one more order, without rows.

@@ -17,6 +17,7 @@ the GPUs (docs/flower.md). Therefore
 """
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -55,14 +56,22 @@ class WorkerHandle:
     the next ClientApp that the same SuperNode starts with the same `name`, `processes` and `device` (in a
     simulation: the same actor, whatever the name). It is temporary all the same if there is neither, or if
     another ClientApp is using the resident group. Raises WorkerError from `ask` if one of its processes
-    dies; the exit then stops the rest as usual.
+    dies; the exit then stops the rest as usual. A group that has not answered `limit_s` seconds from now
+    hangs, and is killed.
     """
 
     def __init__(
-        self, *, processes: int = 1, device: str = "auto", idle_s: float = 0.0, name: str = ""
+        self,
+        *,
+        processes: int = 1,
+        device: str = "auto",
+        idle_s: float = 0.0,
+        name: str = "",
+        limit_s: float = math.inf,
     ) -> None:
         self._processes, self._device = processes, device
         self._idle_s, self._name = idle_s, name
+        self._until_s = time.monotonic() + limit_s
         self._parent = os.getppid()
         self._above = (ancestors(os.getpid()) or [])[
             1:
@@ -130,7 +139,7 @@ class WorkerHandle:
             if self._connection is None:
                 self._connection = self._connect()
             send_frame(self._connection, header, parts)
-            return receive_frame(self._connection, while_waiting=self._check_parent)
+            return receive_frame(self._connection, while_waiting=self._look)
         except WireError as error:
             raise WorkerError(self._recorded_failure(str(error))) from error
 
@@ -150,7 +159,7 @@ class WorkerHandle:
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._group.poll() is not None:
                     raise WireError("the worker group ended before it listened") from None
-                self._check_parent()
+                self._look()
                 time.sleep(_POLL_S)
         self._greet(connection)
         return connection
@@ -158,7 +167,7 @@ class WorkerHandle:
     def _greet(self, connection: socket.socket) -> Header:
         """Exchange versions and learn the supervisor's pid. Raises WorkerError if the versions differ."""
         send_frame(connection, {"package": code_hashes()})
-        theirs, _ = receive_frame(connection, while_waiting=self._check_parent)
+        theirs, _ = receive_frame(connection, while_waiting=self._look)
         if theirs.get("package") != code_hashes():
             raise WorkerError(
                 "the pilot package installed on this site differs from the one that the run sent: "
@@ -166,7 +175,11 @@ class WorkerHandle:
             )
         return theirs
 
-    def _check_parent(self) -> None:
+    def _look(self) -> None:
+        if time.monotonic() >= self._until_s:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)  # the kernel kills its ranks with it
+            raise WorkerError("the worker hangs: it has not answered in all the time that it had")
         if os.getppid() != self._parent or not all(map(alive, self._above)):
             raise SuperNodeGone("the SuperNode of this client is gone")
 

@@ -32,6 +32,7 @@ from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ClientCoordinator, resolve_url
+from pilot.rules.rounds import stuck_s
 from pilot.segment import Score, Segment
 from pilot.site.data import SiteData, open_data
 from pilot.site.device import agree_on_device
@@ -109,6 +110,7 @@ class Round:
             heartbeat_s=self.config.heartbeat,
             notices=notice_files(self.config.preempt_file),
             drain_deadline_s=self.config.drain_deadline,
+            stuck_s=stuck_s(self.config.grace_max),
             overdue=_give_up,
             watches=self.ranks.first,
         ) as stop:

@@ -47,7 +47,8 @@ class StopWatcher:
 
     `coordinator` None (no Redis): the deadline, `notices` (files), `stop` and `drain` count. `watches`
     False (a rank that follows another): only the deadline, `stop` and `drain`, and no thread.
-    `overdue` is called with a sentence when the client is leaving and `drain_deadline_s` has passed.
+    `overdue` is called with a sentence when the client is leaving and `drain_deadline_s` has passed, or
+    when there has been a reason to stop for `stuck_s` without a sign that the worker does.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class StopWatcher:
         heartbeat_s: float,
         notices: Sequence[Path] = (),
         drain_deadline_s: float = math.inf,
+        stuck_s: float = math.inf,
         overdue: Callable[[str], None] = lambda sentence: None,
         watches: bool = True,
     ) -> None:
@@ -67,8 +69,9 @@ class StopWatcher:
         self._coordinator, self._progress = coordinator, progress
         self._deadline_s = time.monotonic() + seconds_left
         self._heartbeat_s, self._notices = heartbeat_s, notices
-        self._drain_deadline_s, self._overdue = drain_deadline_s, overdue
+        self._drain_deadline_s, self._stuck_s, self._overdue = drain_deadline_s, stuck_s, overdue
         self._watches = watches
+        self._last_sign: tuple[tuple[str, str, int], float] = (("", "", 0), 0.0)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pilot-stop", daemon=True)
 
@@ -138,6 +141,7 @@ class StopWatcher:
             self._poll_stop_sources()
             if self.leaving:
                 self._leave()
+            self._check_that_it_stops()
             self._wait(min(_POLL_S, max(0.0, next_heartbeat_s - time.monotonic())))
 
     def _leave(self) -> None:
@@ -148,6 +152,20 @@ class StopWatcher:
             self._overdue(
                 f"drain-deadline of {self._drain_deadline_s:g} s exceeded while "
                 f"{self._progress.heartbeat.state} (leaving: {reason})"
+            )
+
+    def _check_that_it_stops(self) -> None:
+        """A worker that hangs, such as in its device's driver, never sees that it should stop."""
+        if not self.reason:
+            return
+        # each change of state or step is a sign of life, and so is what was there when the reason came
+        state = (self.reason, self._progress.heartbeat.state, self._progress.heartbeat.step)
+        if state != self._last_sign[0]:
+            self._last_sign = (state, time.monotonic())
+        elif time.monotonic() - self._last_sign[1] >= self._stuck_s:
+            self._overdue(
+                f"the worker hangs while {state[1]}: it should have stopped {self._stuck_s:.0f} s ago "
+                f"({self.reason})"
             )
 
     def _wait(self, timeout_s: float) -> None:

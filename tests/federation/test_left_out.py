@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pilot.run.snapshot import latest_snapshot
+from pilot.server.failures import RunFailed
 
 from .scripted import FastClock, ScriptedSite, events, scripted_config
 
@@ -61,6 +62,16 @@ def test_only_site_is_refused_three_times_and_the_run_goes_on_after_its_cooling_
     state = run.run(FastClock(speed=20))
     assert [record.refused for record in state.history] == [1, 1, 1, 0, 0]
     assert sum(not record.clients for record in state.history) == 3
+
+
+def test_a_run_whose_every_update_is_refused_ends_with_a_sentence(server: Any) -> None:
+    sites = [ScriptedSite(name, react=until_round(99, not_finite)) for name in ("a", "b")]
+    run = server(sites, num_rounds=20, cooling_time=2.0)
+    with pytest.raises(
+        RunFailed, match=r"^in 6 rounds every update was refused: a: .*; b: .*Lower lr"
+    ):
+        run.run(FastClock(speed=20))
+    assert len(run.state.history) == 6
 
 
 def test_update_out_of_all_proportion_is_refused_and_a_resumed_run_remembers_the_norms(

@@ -11,7 +11,7 @@ import torch
 
 from pilot.run.snapshot import latest_snapshot
 from pilot.segment import Segment
-from pilot.server.round_loop import RunFailed
+from pilot.server.failures import RunFailed
 from pilot.wire.messages import TrainOrder, to_header
 
 from .scripted import ROW_TOKENS, FastClock, ScriptedSite, events

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,18 @@ def test_killed_process_ends_the_group_with_a_sentence(
     with pytest.raises(WorkerError, match=r"^worker process 1 was killed by signal 9"):
         group.reply()
     until(lambda: gone(members))
+
+
+def test_a_group_whose_threads_all_hang_is_killed_when_its_time_is_over(site: Path) -> None:
+    with WorkerHandle(device="cpu", limit_s=4.0) as worker:
+        until(lambda: len(family(worker._pid)) == 2)
+        members = family(worker._pid)
+        members[1].suspend()
+        began_s = time.monotonic()
+        with pytest.raises(WorkerError, match=r"^the worker hangs: it has not answered"):
+            worker.ask(to_header(HelloOrder(config=site_config(site).to_mapping())))
+        assert time.monotonic() - began_s > 1.0
+        until(lambda: gone(members))
 
 
 HOLDER = """

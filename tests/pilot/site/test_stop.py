@@ -224,6 +224,23 @@ def test_drain_that_takes_too_long_is_told_once_its_deadline_is_over(tmp_path: P
     assert told == []
 
 
+def test_a_worker_that_shows_no_sign_of_stopping_hangs(tmp_path: Path) -> None:
+    told: list[str] = []
+    progress = Progress(Heartbeat(state="training"))
+    options = {"seconds_left": 600.0, "heartbeat_s": 0.05, "overdue": told.append, "stuck_s": 1.2}
+    with StopWatcher(None, progress, **options) as stop:
+        time.sleep(2.0)
+        assert told == [], "there is no reason to stop"
+        stop.stop("target-tokens")
+        for _ in range(5):  # slow, and not stuck
+            time.sleep(0.6)
+            progress.step_done(rows=1, tokens=8)
+        assert told == []
+        until(lambda: told)
+    assert told[0].startswith("the worker hangs while training: it should have stopped")
+    assert "target-tokens" in told[0]
+
+
 def test_rank_that_is_told_by_another_watches_nothing(tmp_path: Path) -> None:
     (tmp_path / "notice").touch()
     options = {"seconds_left": 600.0, "heartbeat_s": 0.05, "notices": [tmp_path / "notice"]}
