@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pilot.config import check_name
 from pilot.coordination.coordinator import ClientCoordinator, ping, resolve_url
 from pilot.errors import PilotError
+from pilot.launch import warm
 from pilot.launch.connection import flower_environment, flower_program
 from pilot.processes import keeper
 from pilot.processes.ancestry import alive
@@ -140,6 +141,8 @@ class _Node:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {**flower_environment(), NODE_VARIABLE: str(self.directory)}
+        programs = warm.install(self.directory / "bin")
+        environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
         if self.options.preempt_file:
             environment[PREEMPT_VARIABLE] = str(notice_path(self.options.preempt_file))
         elif configured := environment.get(PREEMPT_VARIABLE):

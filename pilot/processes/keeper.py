@@ -197,6 +197,11 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def become_subreaper() -> None:
+    """Be the parent of those descendants whose own parent ends (Linux; elsewhere it does nothing)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 def _die_with_keeper() -> None:
     die_with_parent()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

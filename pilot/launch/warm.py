@@ -1,0 +1,155 @@
+"""A SuperExec whose ClientApps start in a tenth of a second: forks of a process that has imported Flower.
+
+Flower starts a process per message, which imports all of Flower: 2 s of a processor, once per client and round
+(docs/flower.md). `pilot node` puts a program named `flower-superexec` (`install`) in front of the PATH of its
+SuperNode, which starts it by that name. It is Flower's own SuperExec but for the start of ClientApps: these are
+forks of a *template*, a child of the SuperExec that was forked before there was any thread or connection.
+
+A ClientApp is forked twice, so that the kernel hands it to the SuperExec, its *subreaper*: above it stand the
+same processes as ever. Where anything of this is not to be had (another system, the template killed, another
+Flower), the SuperExec does what Flower does.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pilot.processes.keeper import become_subreaper, die_with_parent
+
+PROGRAM = "flower-superexec"
+# What a ClientApp imports in the end; not `pilot`, which is the run's own and not this installation's.
+_PRELOADED = (
+    "flwr.supercore.cli.flower_superexec",
+    "flwr.supernode.cli.flwr_clientapp",
+    *("flwr.clientapp", "numpy", "psutil", "redis"),
+)
+_REPLY_S = 10.0  # for a fork; Flower's own way is taken after that
+
+
+def install(directory: Path) -> Path:
+    """Write the program into `directory`, which is to be the first one of a SuperNode's PATH."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory / PROGRAM
+    unfinished = path.with_name(f".{PROGRAM}.{os.getpid()}")
+    python = shlex.quote(sys.executable)
+    unfinished.write_text(f'#!/bin/sh\nexec {python} -P -m pilot.launch.warm "$@"\n')
+    unfinished.chmod(0o700)
+    unfinished.rename(path)
+    return directory
+
+
+def main() -> None:
+    """Be `flower-superexec`, with its own command line."""
+    sys.argv[0] = PROGRAM
+    for module in _PRELOADED:
+        with contextlib.suppress(ImportError):  # of a Flower that is built otherwise
+            importlib.import_module(module)
+    if sys.platform.startswith("linux"):
+        template = Template.fork()
+        if isinstance(template, list):
+            _be_clientapp(template)
+            return
+        _use(template)
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+
+    flower_superexec()
+
+
+class Template:
+    """The process that ClientApps are forks of, as the SuperExec sees it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(_REPLY_S)
+        self._connection = connection
+
+    @staticmethod
+    def fork() -> "Template | list[str]":
+        """A template that is a copy of this process, which must have one thread only.
+
+        Returns in each of its forks, too: there, the words with which that was started.
+        """
+        become_subreaper()
+        ours, theirs = socket.socketpair()
+        gc.freeze()  # what is there stays, and is shared: a collection would copy its pages
+        if os.fork() == 0:
+            ours.close()
+            return _serve(theirs)
+        theirs.close()
+        return Template(ours)
+
+    def start(self, words: Sequence[str]) -> int:
+        """The pid of a new fork with these words. Raises OSError or ValueError if there is none."""
+        with contextlib.suppress(
+            ChildProcessError
+        ):  # earlier forks, and what these have left behind
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        self._connection.sendall(json.dumps(list(words)).encode() + b"\n")
+        return int(self._connection.recv(32))
+
+
+def _serve(connection: socket.socket) -> list[str]:
+    """In the template: a fork for each line of words, until the connection closes. Returns in forks only."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the SuperExec
+    with connection, connection.makefile("r") as lines:
+        for line in lines:
+            between = os.fork()
+            if between == 0:
+                _fork_again(connection)
+                return [str(word) for word in json.loads(line)]
+            os.waitpid(between, 0)
+    os._exit(0)
+
+
+def _fork_again(connection: socket.socket) -> None:
+    """Return in a fork whose parent, the process between, has told its pid and is gone."""
+    between, pid = os.getpid(), os.fork()
+    if pid:
+        connection.sendall(str(pid).encode())
+        os._exit(0)
+    while os.getppid() == between:
+        time.sleep(0.001)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _be_clientapp(words: list[str]) -> None:
+    sys.argv = words
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pilot"]:
+        del sys.modules[name]
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    flwr_clientapp()
+
+
+def _use(template: Template) -> None:
+    """Let Flower's executor of subprocesses start its ClientApps by `template`."""
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+    from flwr.supercore.superexec.executor import subprocess_executor as flower
+
+    clientapp = TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]
+
+    def start(words: Sequence[str], **options: Any) -> object:
+        if words[0] == clientapp and not options:
+            with contextlib.suppress(OSError, ValueError):
+                return template.start(words)
+        return subprocess.Popen(words, **options)
+
+    # of `subprocess`, that module uses these two names, and nothing that `Popen` returns
+    vars(flower)["subprocess"] = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
