@@ -1,0 +1,69 @@
+"""The scales and the experiments, by name. What they showed: docs/quality.md and docs/log.md."""
+
+from benchmarks.quality.laboratory import Case, Scale
+
+# lr: the best of plain training at that scale (experiment `plain`)
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            name="a",  # 0.2 M parameters, 20 tokens each
+            depth=1,
+            vocab_size=1024,
+            sequence_len=128,
+            batch_tokens=2048,
+            total_tokens=4_014_080,
+            lr=0.02,
+        ),
+        Scale(
+            name="b",
+            depth=2,
+            vocab_size=4096,
+            sequence_len=128,
+            batch_tokens=4096,
+            total_tokens=802_816,
+            lr=0.04,
+        ),
+        Scale(
+            name="smoke",  # seconds: whether everything works
+            depth=1,
+            vocab_size=512,
+            sequence_len=64,
+            batch_tokens=512,
+            total_tokens=16_384,
+            lr=0.02,
+        ),
+    )
+}
+
+
+def _outer(lr: float, momentum: float, optimizer: str = "nesterov") -> dict[str, object]:
+    return {"outer-optimizer": optimizer, "outer-lr": lr, "outer-momentum": momentum}
+
+
+def _by_outer(base: Case, settings: list[tuple[float, float]]) -> list[Case]:
+    return [
+        base.but(f"{base.name}, {lr:g}/{momentum:g}", config=_outer(lr, momentum))
+        for lr, momentum in settings
+    ]
+
+
+PLAIN = Case(name="plain")
+ONE = Case(name="1 client", clients=1, steps=30)
+FOUR = Case(name="4 clients", clients=4, steps=30, batch="federation")
+FOUR_LARGE = Case(name="4 clients, own batch", clients=4, steps=30)
+EIGHT = Case(name="8 clients", clients=8, steps=30, batch="federation")
+
+EXPERIMENTS: dict[str, list[Case]] = {
+    "plain": [PLAIN.but(f"plain, lr x {f:g}", lr_factor=f) for f in (0.5, 0.7, 1.0, 1.4, 2.0)],
+    "outer": [
+        PLAIN,
+        *_by_outer(ONE, [(0.7, 0.9), (0.7, 0.6), (0.7, 0.5), (0.8, 0.5), (1.0, 0.0), (1.0, 0.3)]),
+        *_by_outer(FOUR, [(0.7, 0.9), (0.9, 0.8), (0.8, 0.6), (1.0, 0.6), (1.0, 0.3), (1.0, 0.0)]),
+    ],
+    "batch": [
+        PLAIN,
+        *_by_outer(FOUR_LARGE, [(0.9, 0.8), (1.0, 0.6)]),
+        *_by_outer(EIGHT, [(0.9, 0.8), (1.0, 0.6)]),
+    ],
+}

@@ -1,0 +1,115 @@
+"""The laboratory of whole federations: what it says can be trusted."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from zygote import Zygote
+
+from benchmarks.quality.__main__ import summary
+from benchmarks.quality.cases import EXPERIMENTS, SCALES
+from benchmarks.quality.laboratory import Case, Laboratory
+from benchmarks.quality.text import Corpus, corpus
+from nanochat.errors import UserError
+
+from .nanochat.data_kit import texts, write_shard
+
+SMOKE = SCALES["smoke"]
+SHAPE = {
+    "vocab_size": SMOKE.vocab_size,
+    "sequence_len": SMOKE.sequence_len,
+    "tokens": SMOKE.total_tokens,
+}
+FEDAVG = (("outer-lr", 1.0), ("outer-optimizer", "fedavg"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quality")
+    for number in range(3):
+        write_shard(directory / "text", number, texts(200, seed=number, words=80))
+    return directory / "text"
+
+
+@pytest.fixture(scope="module")
+def rows(text: Path) -> Corpus:
+    return corpus(text, text.parent / "cache", **SHAPE)
+
+
+def test_one_client_whose_work_is_taken_as_it_is_does_what_plain_training_does(
+    rows: Corpus,
+) -> None:
+    plain = Laboratory(SMOKE, Case(name="plain"), 3, rows).run()
+    one = Laboratory(SMOKE, Case(name="one", clients=1, steps=4, config=FEDAVG), 3, rows).run()
+    assert one.rounds == 8 and one.bpb == pytest.approx(plain.bpb, rel=1e-5)
+    other = Laboratory(SMOKE, Case(name="plain"), 4, rows).run()
+    assert other.bpb != pytest.approx(plain.bpb, rel=1e-5), "a seed changes something"
+
+
+def test_the_tokens_of_a_round_are_whose_the_case_says(rows: Corpus) -> None:
+    def rounds(**fields: object) -> tuple[int, int]:
+        case = Case(name="c", config=FEDAVG, **fields)  # type: ignore[arg-type]
+        laboratory = Laboratory(SMOKE, case, 0, rows)
+        return laboratory.run().rounds, laboratory.tokens
+
+    total, step = SMOKE.total_tokens, SMOKE.batch_tokens
+    assert rounds(clients=2, steps=4) == (total // (2 * 4 * step), total)
+    assert rounds(clients=2, steps=4, batch="federation") == (total // (4 * step), total)
+    assert rounds(clients=2, steps=2, speeds=(1.0, 3.0)) == (total // (8 * step), total)
+
+
+def test_who_is_away_does_nothing_and_somebody_stays(rows: Corpus) -> None:
+    case = Case(name="c", clients=4, steps=1, away=0.5, away_rounds=2, config=FEDAVG)
+    laboratory = Laboratory(SMOKE, case, 0, rows)
+    there = [laboratory._present(number) for number in range(40)]
+    assert all(there) and any(len(one) < 4 for one in there)
+    assert there[0::2] != [*there[2::2], []] and there[0::2] == there[1::2]
+    everybody = Laboratory(SMOKE, Case(name="c", clients=3, config=FEDAVG), 0, rows)
+    assert everybody._present(7) == [0, 1, 2]
+
+
+def test_every_experiment_names_its_cases_once_and_can_be_configured(rows: Corpus) -> None:
+    for cases in EXPERIMENTS.values():
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            assert Laboratory(SMOKE, case, 0, rows).config.total_tokens == SMOKE.total_tokens
+
+
+def test_too_little_text_is_a_sentence(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokens for training, 100,000,065 are needed"):
+        corpus(text, tmp_path, **SHAPE | {"tokens": 10**8})
+
+
+def test_the_summary_compares_the_same_seeds() -> None:
+    def one(case: str, seed: int, bpb: float) -> dict[str, object]:
+        return {"case": case, "seed": seed, "bpb": bpb}
+
+    runs = [one("plain", 0, 2.0), one("plain", 1, 4.0), one("x", 0, 2.1), one("x", 1, 4.2)]
+    assert summary(runs) == {
+        "plain": {"bpb": 3.0, "seeds": 2, "over_plain_percent": 0.0},
+        "x": {"bpb": 3.15, "seeds": 2, "over_plain_percent": 5.0, "ci95_percent": 0.0},
+    }
+
+
+def test_the_command_goes_on_where_it_was_interrupted(
+    text: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    out, picture = tmp_path / "out.jsonl", tmp_path / "curves.html"
+    command = ["-m", "benchmarks.quality", "--text", text, "--out", out, "--scale", "smoke"]
+    command += ["--experiment", "plain", "--seeds", "1", "--jobs", "1", "--cases", "x 1"]
+    command += ["--cache", tmp_path / "cache", "--picture", picture]
+    environment = {**os.environ, "COLUMNS": "200"}
+    first = zygote.run(command, env=environment)
+    assert first.returncode == 0, first.stderr
+    lines = out.read_text().splitlines()
+    assert sorted(json.loads(line)["case"] for line in lines) == [
+        "plain, lr x 1",
+        "plain, lr x 1.4",
+    ]
+    out.write_text(lines[0] + "\n" + lines[1][:40] + "\n")
+    second = zygote.run(command, env=environment)
+    assert second.returncode == 0, second.stderr
+    assert "a torn line" in second.stderr
+    assert json.loads(second.stdout.splitlines()[-1]) == json.loads(first.stdout.splitlines()[-1])
+    assert picture.read_text().count("<polyline") == 2
