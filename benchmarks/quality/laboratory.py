@@ -48,8 +48,8 @@ class Scale:
 class Case:
     """A way of training at a scale. `clients` 0 is plain training.
 
-    `steps`: optimizer steps of a client in a round, times its speed. `batch`: whether `batch_tokens` are those of
-    a client's step or of all clients' steps together ("federation": a client that is alone takes whole steps).
+    `steps`: optimizer steps of a client in a round, times its speed. `batch`: whether `batch_tokens` are those
+    of a client's step or of all clients' together ("federation": a client that is alone takes whole steps).
     `speeds`: of the clients, 1 where none is given. `away`: the share of clients that a round does without,
     drawn at random, at least one stays; `away_rounds`: for so many rounds each. `inner`: what a client begins a
     round with of its optimizer's state, "keep" its own, "reset" nothing. `weights`: what a client counts in

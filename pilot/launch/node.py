@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from pilot.config import check_name
 from pilot.coordination.coordinator import ClientCoordinator, ping, resolve_url
 from pilot.errors import PilotError
-from pilot.launch import warm
-from pilot.launch.connection import flower_environment, flower_program
+from pilot.launch import supernode, warm
+from pilot.launch.connection import flower_environment
 from pilot.processes import keeper
 from pilot.processes.ancestry import alive
 from pilot.processes.scratch import free_port
@@ -141,13 +141,15 @@ class _Node:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         environment = {**flower_environment(), NODE_VARIABLE: str(self.directory)}
-        programs = warm.install(self.directory / "bin")
+        programs = warm.install(self.directory / "programs")
         environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
         if self.options.preempt_file:
             environment[PREEMPT_VARIABLE] = str(notice_path(self.options.preempt_file))
         elif configured := environment.get(PREEMPT_VARIABLE):
             environment[PREEMPT_VARIABLE] = str(notice_path(configured))
-        command = supernode_command(self.options.name, self.options.supernode)
+        program = str(supernode.install(self.directory / "programs"))
+        options = supernode_options(self.options.name, self.options.supernode)
+        command = [sys.executable, program, *options]
         return keeper.start(command, env=environment, output=None, grace_s=ENDING_S)
 
     def _serve(self) -> "tuple[subprocess.Popen[bytes] | None, str]":
@@ -287,8 +289,8 @@ def _written_at(directory: Path) -> float:
         return 0.0
 
 
-def supernode_command(name: str, options: Sequence[str]) -> list[str]:
-    """flower-supernode with `options`, the client's name, and a free port for its own interface unless given.
+def supernode_options(name: str, options: Sequence[str]) -> list[str]:
+    """`options` with the client's name, and a free port for the SuperNode's own interface unless given.
 
     Raises PilotError if the options give another name, or a node configuration to which none can be added.
     """
@@ -309,7 +311,7 @@ def supernode_command(name: str, options: Sequence[str]) -> list[str]:
         configured = f'{configured} name="{name}"'.strip()
     if not any(word.partition("=")[0] == "--port" for word in rest):
         rest += ["--port", str(free_port())]
-    return [flower_program("flower-supernode"), *rest, "--node-config", configured]
+    return [*rest, "--node-config", configured]
 
 
 def default_name() -> str:

@@ -11,6 +11,7 @@ Flower), the SuperExec does what Flower does.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -39,15 +40,21 @@ _REPLY_S = 10.0  # for a fork; Flower's own way is taken after that
 
 
 def install(directory: Path) -> Path:
-    """Write the program into `directory`, which is to be the first one of a SuperNode's PATH."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = directory / PROGRAM
-    unfinished = path.with_name(f".{PROGRAM}.{os.getpid()}")
-    python = shlex.quote(sys.executable)
-    unfinished.write_text(f'#!/bin/sh\nexec {python} -P -m pilot.launch.warm "$@"\n')
+    """Write the program below `directory`. Returns what is to be the first directory of a SuperNode's PATH."""
+    script = write_program(directory / PROGRAM, f"from {__name__} import main\n\nmain()\n")
+    command = shlex.join([sys.executable, str(script)])
+    # by way of a shell: the path of an interpreter in a script's first line may not be long, nor hold a space
+    return write_program(directory / "bin" / PROGRAM, f'#!/bin/sh\nexec {command} "$@"\n').parent
+
+
+def write_program(path: Path, text: str) -> Path:
+    """Write an executable file whole."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.chmod(0o700)
     unfinished.rename(path)
-    return directory
+    return path
 
 
 def main() -> None:
@@ -127,11 +134,29 @@ def _fork_again(connection: socket.socket) -> None:
 
 def _be_clientapp(words: list[str]) -> None:
     sys.argv = words
+    parent = words.index("--parent-pid") if "--parent-pid" in words else len(words)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        show_as([sys.executable, words[0], *words[parent : parent + 2]])
     for name in [name for name in sys.modules if name.partition(".")[0] == "pilot"]:
         del sys.modules[name]
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     flwr_clientapp()
+
+
+def show_as(words: Sequence[str]) -> None:
+    """Let `ps` and /proc show `words` as this process's command, as far as there is room. Linux only.
+
+    The ClientApp's group finds the processes above it there (pilot/processes/ancestry.py).
+    """
+    # fields 48 and 49, of which the second one may hold spaces and is in parentheses (proc(5))
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    text = b"".join(word.encode() + b"\0" for word in words)
+    if not 0 < len(text) <= end - start:
+        raise ValueError(f"{len(text)} bytes do not fit into {end - start}")
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
 
 
 def _use(template: Template) -> None:
@@ -149,7 +174,3 @@ def _use(template: Template) -> None:
 
     # of `subprocess`, that module uses these two names, and nothing that `Popen` returns
     vars(flower)["subprocess"] = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
-
-
-if __name__ == "__main__":
-    main()

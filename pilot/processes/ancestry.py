@@ -25,9 +25,6 @@ def ancestors(clientapp: int) -> list[psutil.Process] | None:
         while True:
             found.append(process)
             words = process.cmdline()
-            if (above := process.parent()) and above.cmdline() == words:
-                process = above  # which forked it (pilot/launch/warm.py)
-                continue
             if _PARENT_OPTION not in words[:-1]:
                 return found
             process = psutil.Process(int(words[words.index(_PARENT_OPTION) + 1]))

@@ -19,7 +19,7 @@ from nanochat.common import get_base_dir
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
 from pilot.launch.connection import flower_environment
-from pilot.launch.node import default_name, node_directory, supernode_command
+from pilot.launch.node import default_name, node_directory, supernode_options
 from pilot.processes.scratch import free_port
 from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
@@ -49,7 +49,7 @@ RUNNER = """
 import os, sys
 from pilot import cli
 from pilot.launch import node
-node.flower_program = lambda name: sys.argv[1]
+node.supernode.install = lambda directory: sys.argv[1]
 node.FIRST_DELAY_S, node.BLIND_UPLOAD_S, node.MAX_RESTARTS = 0.05, 0.3, 3
 node.FROZEN_S = float(os.environ.get("FAKE_FROZEN_S", node.FROZEN_S))
 sys.exit(cli.main(["node", "--name", "a", *sys.argv[2:]]))
@@ -118,18 +118,17 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 def test_name_and_a_free_port_are_added_to_the_supernodes_own_options() -> None:
-    command = supernode_command("a", ["--insecure", "--superlink", "h:1", "--port", "7"])
-    assert Path(command[0]).name == "flower-supernode"
-    assert command[1:5] == ["--insecure", "--superlink", "h:1", "--port"]
-    assert command[5:] == ["7", "--node-config", 'name="a"']
-    one, two = (int(supernode_command("a", [])[2]) for _ in range(2))
+    options = supernode_options("a", ["--insecure", "--superlink", "h:1", "--port", "7"])
+    assert options[:4] == ["--insecure", "--superlink", "h:1", "--port"]
+    assert options[4:] == ["7", "--node-config", 'name="a"']
+    one, two = (int(supernode_options("a", [])[1]) for _ in range(2))
     assert 1024 < one < 65536 and 1024 < two < 65536
     for config in (["--node-config", "k=1 l='x y'"], ["--node-config=k=1 l='x y'"]):
-        assert supernode_command("a", [*config, "--port=7"])[-1] == "k=1 l='x y' name=\"a\""
-    assert supernode_command("a", ["--node-config", "name='a' k=1"])[-1] == "name='a' k=1"
+        assert supernode_options("a", [*config, "--port=7"])[-1] == "k=1 l='x y' name=\"a\""
+    assert supernode_options("a", ["--node-config", "name='a' k=1"])[-1] == "name='a' k=1"
     for config in ("name='b'", 'k=1 name="b"', "node.toml"):
         with pytest.raises(PilotError):
-            supernode_command("a", ["--node-config", config])
+            supernode_options("a", ["--node-config", config])
     assert default_name()
 
 
@@ -247,7 +246,7 @@ def test_node_without_an_order_ends_at_once(site: Site, signum: signal.Signals) 
         code, said = end(process)
     assert code == 0 and "no order in progress" in said and signum.name in said
     assert site.logged("leave") == [True], "what starts meanwhile takes no work"
-    assert sorted(path.name for path in site.directory.iterdir()) == ["lock"]
+    assert sorted(path.name for path in site.directory.iterdir()) == ["lock", "programs"]
 
 
 def test_node_waits_until_its_reply_is_acknowledged(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +20,12 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 # A stand-in for the SuperExec: starts a fork per line of its standard input, and tells its pid.
 SUPEREXEC = """
 import json, os, sys, time
-from pilot.launch.warm import Template
+from pilot.launch.warm import Template, show_as
 
 template = Template.fork()
 if isinstance(template, list):
     mark, what = template
+    show_as([sys.executable, "flwr-clientapp", "--parent-pid", str(os.getppid())])
     with open(mark + ".new", "w") as file:
         json.dump({"pid": os.getpid(), "parent": os.getppid()}, file)
     os.rename(mark + ".new", mark)
@@ -62,6 +62,7 @@ def test_a_fork_is_a_child_of_the_superexec_with_the_same_processes_above_it(
 ) -> None:
     superexec = SuperExec()
     clientapp = superexec.start(tmp_path / "first", "stay")
+    assert clientapp.cmdline()[:2] == [sys.executable, "flwr-clientapp"]
     above = ancestors(clientapp.pid)
     assert above is not None
     assert [process.pid for process in above] == [
@@ -152,4 +153,3 @@ def test_the_program_is_flowers_own_by_name_and_help(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: flower-superexec") and "--parent-pid" in done.stdout
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
