@@ -24,6 +24,7 @@ class Cause(StrEnum):
     NO_CLIENT = "no-client"  # fewer than needed are there
     HELLO = "hello"  # a node has not said yet what it is
     MISSING_CLIENT = "missing-client"  # one that was there may come back
+    DISPATCH = "dispatch"  # orders are being sent
     START = "start"  # orders are out and nobody has begun
     EVALUATION = "evaluation"  # the clients score the last merge
     PACKING = "packing"  # rows of the next step

@@ -202,6 +202,7 @@ class RoundLoop:
 
     def _open(self, there: list[Client]) -> None:
         clients = self.blind.askable(there)
+        self.idle.because(Cause.DISPATCH, self.state.round_number + 1)
         self._begin(self.state.round_number + 1)
         nodes = {client.name: client.node_id for client in clients}
         self.report.round_opened(self._round.number, self.state, self.schedule, nodes)
