@@ -11,7 +11,7 @@ What is an honest spread was measured: docs/log.md.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 MIN_CLIENTS = 3
@@ -52,6 +52,26 @@ class Votes:
         square = sum(self.gram[j][k] / (a * b) for j, a in directions for k, b in directions)
         size = self.norm(i) * math.sqrt(max(0.0, square))
         return along / size if size > 0 else 0.0
+
+    def figures(self, clients: Collection[str]) -> dict[str, float | None]:
+        """What the updates of `clients` say of the learning, for operators; None where it can't be said.
+
+        `update_norm` of their mean by steps; `client_cosine`, the mean over all pairs; `momentum_cosine`
+        between their mean and the outer momentum.
+        """
+        left = [i for i, client in enumerate(self.clients) if client in clients]
+        pairs = [self.cosine(i, [j]) for i in left for j in left if i < j]
+        total = sum(self.steps[i] for i in left)
+        share = {i: self.steps[i] / total for i in left} if total else {}
+        square = sum(share[i] * share[j] * self.gram[i][j] for i in share for j in share)
+        norm, along = math.sqrt(max(0.0, square)), None
+        if self.heading is not None and norm > 0:
+            along = sum(share[i] * self.heading[i] * self.norm(i) for i in share) / norm
+        return {
+            "update_norm": norm if share else None,
+            "client_cosine": statistics.fmean(pairs) if pairs else None,
+            "momentum_cosine": along,
+        }
 
     def norm_over(self, i: int, others: Sequence[int]) -> float:
         """Update i's norm over the median of `others`; if it took more steps, over as many times more, since no

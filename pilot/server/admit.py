@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from pilot.rules.admission import (
     update_norm,
 )
 from pilot.rules.aggregation import Spilled, votes_of
-from pilot.rules.agreement import outliers, undecided
+from pilot.rules.agreement import Votes, outliers, undecided
 from pilot.rules.ledger import Lease
 from pilot.run.state import RunState
 from pilot.wire.codec import decode
@@ -59,17 +60,19 @@ def _norm_refusal(state: RunState, norm: float, tokens: int) -> str | None:
     return movement_refusal(norm, state.movement.limit(state.weights, steps=whole), steps=whole)
 
 
-def disagreeing(state: RunState, replies: Sequence[Spilled]) -> tuple[dict[str, str], str]:
-    """Client → why what it sent is not merged with the `replies` of the others, now that all are there.
+def compare(state: RunState, replies: Sequence[Spilled]) -> Votes:
+    """The `replies` of a round beside one another and the outer momentum, now that all are there."""
+    momentum = {n: t for n in state.weights if (t := state.outer.get(f"momentum.{n}")) is not None}
+    return votes_of(replies, momentum=momentum, batch_tokens=state.config.total_batch_size)
+
+
+def disagreeing(state: RunState, votes: Votes) -> tuple[dict[str, str], str]:
+    """Client → why what it sent is not merged with that of the others.
 
     And a sentence if two clients disagree of which either may be wrong.
     """
-    momentum = {n: t for n in state.weights if (t := state.outer.get(f"momentum.{n}")) is not None}
-    votes = votes_of(
-        replies,
-        momentum=momentum if state.guard.improving else {},
-        batch_tokens=state.config.total_batch_size,
-    )
+    if not state.guard.improving:  # somebody may have turned the momentum round
+        votes = replace(votes, heading=None)
     norms = state.config.max_update_norm_ratio > 0  # 0: nobody is refused for one
     out = outliers(votes, min_cosine=state.config.min_update_cosine, norms=norms)
     return out, undecided(votes, out)

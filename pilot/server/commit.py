@@ -21,7 +21,7 @@ from pilot.rules.validation import Figure, bpb
 from pilot.run.quarantine import keep_refused
 from pilot.run.snapshot import write_snapshot
 from pilot.run.state import MergedReply, RoundRecord, RunState
-from pilot.server.admit import disagreeing
+from pilot.server.admit import compare, disagreeing
 from pilot.server.open_round import OpenRound
 from pilot.server.report import Report
 
@@ -59,7 +59,8 @@ class Committer:
         if self.score(closed):
             return True
         state = self.state
-        outliers, undecided = disagreeing(state, closed.spilled)
+        votes = compare(state, closed.spilled)
+        outliers, undecided = disagreeing(state, votes)
         for client, why in outliers.items():
             closed.turn_away(client, why)
         if undecided:
@@ -72,12 +73,13 @@ class Committer:
             model = outer_step(self.config, state.weights, mean, state.outer)
         accepted = closed.in_lease_order()
         record = self._record(closed, reason)
-        record.clients = len({one.order.client.name for one in accepted})
+        merged = {one.order.client.name for one in accepted}
+        record.clients = len(merged)
         record.tokens, record.train_loss = closed.tokens, closed.train_loss
         state.absorb(record, [one.contribution for one in accepted], model)
         self._write()
         self._keep_spool(closed)
-        self.report.round_committed(record, state)
+        self.report.round_committed(record, state, votes.figures(merged))
         return False
 
     def score(self, closed: OpenRound) -> bool:

@@ -7,6 +7,7 @@ themselves. Arguments are plain values, so this module knows none of the rooms t
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -240,7 +241,13 @@ class Report:
     def nothing_to_merge(self, number: int) -> None:
         log.info("[ROUND %d] nothing to merge: the model stays as it was", number)
 
-    def round_committed(self, record: RoundRecord, state: RunState) -> None:
+    def round_committed(
+        self,
+        record: RoundRecord,
+        state: RunState,
+        learning: Mapping[str, float | None] = MappingProxyType({}),
+    ) -> None:
+        """The round is on disk; `learning`: what its updates say of it (`Votes.figures`)."""
         loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
         refused = f" refused={record.refused}" if record.refused else ""
         self.telemetry.event(
@@ -258,6 +265,7 @@ class Report:
             tokens=state.tokens,
             clients=record.clients,
             refused=record.refused,
+            **learning,
         )
 
     def updates_disagree(self, number: int, what: str) -> None:

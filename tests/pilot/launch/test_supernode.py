@@ -1,4 +1,4 @@
-"""How long a SuperNode of `pilot node` sleeps: shortly after a message, as Flower's own while nothing happens."""
+"""How long a SuperNode of `pilot node` sleeps: briefly after a message, as Flower's own if nothing happens."""
 
 import inspect
 import re

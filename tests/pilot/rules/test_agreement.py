@@ -132,3 +132,28 @@ def test_update_of_zeros_is_no_outlier() -> None:
     zeros = [0.0] * len(NORTH)
     assert outliers(votes(zeros, zeros, zeros), min_cosine=-0.25) == {}
     assert outliers(votes(zeros, *HONEST[1:3]), min_cosine=-0.25) == {}
+
+
+def test_figures_for_operators_are_those_of_plain_vectors() -> None:
+    updates, steps, momentum = (
+        [near(NORTH, seed, 1.0) for seed in range(4)],
+        [1.0, 3.0, 2.0, 9.0],
+        NORTH,
+    )
+    found = votes(*updates, steps=steps, momentum=momentum).figures({"a", "b", "c"})
+    mean = [
+        sum(s * x for s, x in zip(steps[:3], at, strict=True)) / 6
+        for at in zip(*updates[:3], strict=True)
+    ]
+
+    def cosine(one: Vector, other: Vector) -> float:
+        return dot(one, other) / math.sqrt(dot(one, one) * dot(other, other))
+
+    assert found["update_norm"] == pytest.approx(math.sqrt(dot(mean, mean)))
+    assert found["momentum_cosine"] == pytest.approx(cosine(mean, momentum))
+    pairs = [cosine(updates[i], updates[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert found["client_cosine"] == pytest.approx(sum(pairs) / 3)
+    alone = votes(updates[0]).figures({"a"})
+    assert alone["client_cosine"] is None and alone["momentum_cosine"] is None
+    assert alone["update_norm"] == pytest.approx(math.sqrt(dot(updates[0], updates[0])))
+    assert set(votes().figures({"a"}).values()) == {None}
