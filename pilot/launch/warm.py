@@ -1,9 +1,10 @@
 """A SuperExec whose ClientApps need not import Flower: they are forks of a process that has.
 
 Flower starts a process per message, which imports all of Flower: seconds of a processor, once per client and
-round (docs/flower.md). `pilot node` puts a program named `flower-superexec` (`install`) in front of the PATH of
-its SuperNode, which starts it by that name. It is Flower's own SuperExec but for the start of ClientApps: these are
-forks of a *template*, a child of the SuperExec that was forked before there was any thread or connection.
+round (docs/flower.md). `pilot node` puts a program named `flower-superexec` (`install`) in front of the PATH
+of its SuperNode, which starts it by that name. It is Flower's own SuperExec but for the start of ClientApps:
+these are forks of a *template*, a child of the SuperExec that was forked before there was any thread or
+connection.
 
 A ClientApp is forked twice, so that the kernel hands it to the SuperExec, its *subreaper*: above it stand the
 same processes as ever. Where anything of this is not to be had (another system, the template killed, another
