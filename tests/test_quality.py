@@ -16,11 +16,7 @@ from nanochat.errors import UserError
 from .nanochat.data_kit import texts, write_shard
 
 SMOKE = SCALES["smoke"]
-SHAPE = {
-    "vocab_size": SMOKE.vocab_size,
-    "sequence_len": SMOKE.sequence_len,
-    "tokens": SMOKE.total_tokens,
-}
+SHAPE = SMOKE.shape
 FEDAVG = (("outer-lr", 1.0), ("outer-optimizer", "fedavg"))
 
 

@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.quality.cases import EXPERIMENTS, PLAIN, SCALES
-from benchmarks.quality.laboratory import Case, Laboratory, Scale
+from benchmarks.quality.laboratory import Scale, train
 from benchmarks.quality.picture import write_picture
 from benchmarks.quality.text import corpus
 from nanochat.common import ArgumentParser, run_command_line
@@ -46,14 +45,14 @@ def main() -> None:
     arguments = parser.parse_args()
     scale = SCALES[arguments.scale]
     cases = [case for case in EXPERIMENTS[arguments.experiment] if arguments.cases in case.name]
-    corpus(arguments.text, arguments.cache, **_shape(scale))  # made once, before the others need it
+    corpus(arguments.text, arguments.cache, **scale.shape)  # made once, before the others need it
     done = _read(arguments.out, scale)
     wanted = [(case, seed) for seed in range(arguments.seeds) for case in cases]
     missing = [(case, seed) for case, seed in wanted if (case.name, seed) not in done]
     pool = ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"))
     with pool, arguments.out.open("a") as out, tqdm(total=len(missing), unit="run") as bar:
         runs = [
-            pool.submit(_train, scale, case, seed, arguments.text, arguments.cache)
+            pool.submit(train, scale, case, seed, arguments.text, arguments.cache)
             for case, seed in missing
         ]
         try:
@@ -73,22 +72,6 @@ def main() -> None:
             arguments.picture, results, title=f"{arguments.experiment}, scale {scale.name}"
         )
     print(json.dumps({"scale": scale.name, "cases": summary(results)}))
-
-
-def _train(scale: Scale, case: Case, seed: int, text: Path, cache: Path) -> dict[str, Any]:
-    import torch  # in the child: the parent trains nothing
-
-    torch.set_num_threads(1)
-    outcome = Laboratory(scale, case, seed, corpus(text, cache, **_shape(scale))).run()
-    return {"scale": scale.name, "case": case.name, "seed": seed} | asdict(outcome)
-
-
-def _shape(scale: Scale) -> dict[str, int]:
-    return {
-        "vocab_size": scale.vocab_size,
-        "sequence_len": scale.sequence_len,
-        "tokens": scale.total_tokens,
-    }
 
 
 def _read(path: Path, scale: Scale) -> dict[tuple[str, int], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The scales and the experiments, by name. What they showed: docs/quality.md and docs/log.md."""
+"""The scales and the experiments, by name. What they showed: docs/log.md."""
 
 from benchmarks.quality.laboratory import Case, Scale
 

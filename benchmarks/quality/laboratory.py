@@ -10,13 +10,14 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.text import Corpus
+from benchmarks.quality.text import Corpus, corpus
 from nanochat.loss_eval import bits_per_byte, bpb_sums
 from nanochat.optim import MuonAdamW
 from nanochat.trainer import Trainer
@@ -42,6 +43,12 @@ class Scale:
     total_tokens: int
     lr: float
     weight_decay: float = 0.0
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What `corpus` needs to know of it."""
+        sizes = {"vocab_size": self.vocab_size, "sequence_len": self.sequence_len}
+        return sizes | {"tokens": self.total_tokens}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,13 @@ class Outcome:
     seconds: float
     norms: list[float]
     cosines: list[float]
+
+
+def train(scale: Scale, case: Case, seed: int, text: Path, cache: Path) -> dict[str, Any]:
+    """Train a case in this process, with one thread: its outcome and what it is of."""
+    torch.set_num_threads(1)
+    outcome = Laboratory(scale, case, seed, corpus(text, cache, **scale.shape)).run()
+    return {"scale": scale.name, "case": case.name, "seed": seed} | dataclasses.asdict(outcome)
 
 
 class Laboratory:

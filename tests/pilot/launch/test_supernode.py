@@ -30,10 +30,9 @@ def test_it_is_eager_for_a_while_after_a_message_and_patient_afterwards(
     assert slept[-1] == 0.5
     pace.sleep(0.5)  # waiting for its reply
     assert slept[-1] == 0.2
-    del slept[:]
     for _ in range(60):
         pace.sleep(3)
-    assert slept[:3] == [0.5] * 3 and slept[-15:] == [3] * 15
+    assert slept[-15:] == [3] * 15
 
 
 def test_flowers_loop_sleeps_as_it_is_expected_to() -> None:
