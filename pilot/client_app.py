@@ -38,6 +38,7 @@ from pilot.wire.messages import (
 from pilot.wire.records import from_records, to_records
 
 _LEAVE_EXPIRY_S = 60.0
+_HELLO_S = 3600.0  # in which a worker says what it has: the first one packs the validation rows
 
 app = ClientApp()
 
@@ -92,7 +93,7 @@ def _obey(
                 reply = TrainReply(fence=fence, client=client, stopped_by=StopReason.LEAVING)
                 return to_header(reply), []
             return _train(order, config, header, parts, name)
-    return _ask_worker(header, parts, config, name)
+    return _ask_worker(header, parts, config, name, limit_s=_HELLO_S)
 
 
 def _train(

@@ -5,6 +5,7 @@ The next round's order comes about a second after the last reply, so nearly ever
 Here the sleeps are short for a while after each message, and Flower's own while nothing happens.
 """
 
+import contextlib
 import importlib
 import sys
 import time
@@ -17,28 +18,21 @@ PROGRAM = "flower-supernode"
 _IDLE_S, _REPLY_S = 3.0, 0.5  # Flower's sleeps: while there is no message, and no reply to one
 _EAGER_S, _EAGER_FOR_S = 0.5, 20.0
 _REPLY_EAGER_S = 0.2
-_BUSY_S = 1.0  # between two idle sleeps: there was a message
 
 
 class Pace:
     """Stands in for `time.sleep` in Flower's loop."""
 
     def __init__(self) -> None:
-        self._slept_at_s = float("-inf")
-        self._eager_until_s = 0.0
+        self._eager_until_s = time.monotonic() + _EAGER_FOR_S
 
     def sleep(self, seconds: float) -> None:
-        if seconds == _REPLY_S:
-            seconds = _REPLY_EAGER_S
-        elif seconds == _IDLE_S:
-            now_s = time.monotonic()
-            if now_s - self._slept_at_s > _BUSY_S:
-                self._eager_until_s = now_s + _EAGER_FOR_S
-            if now_s < self._eager_until_s:
-                seconds = _EAGER_S
+        now_s = time.monotonic()
+        if seconds == _REPLY_S:  # there is a message
+            seconds, self._eager_until_s = _REPLY_EAGER_S, now_s + _EAGER_FOR_S
+        elif seconds == _IDLE_S and now_s < self._eager_until_s:
+            seconds = _EAGER_S
         time.sleep(seconds)
-        if seconds in (_EAGER_S, _IDLE_S):
-            self._slept_at_s = time.monotonic()
 
 
 def install(directory: Path) -> Path:
@@ -49,9 +43,9 @@ def install(directory: Path) -> Path:
 def main() -> None:
     """Be `flower-supernode`, with its own command line."""
     sys.argv[0] = PROGRAM
-    loop = importlib.import_module("flwr.supernode.start_client_internal")
-    # of `time`, that module uses nothing else
-    vars(loop)["time"] = SimpleNamespace(sleep=Pace().sleep)
+    with contextlib.suppress(ImportError):  # another Flower
+        loop = importlib.import_module("flwr.supernode.start_client_internal")
+        vars(loop)["time"] = SimpleNamespace(**{**vars(time), "sleep": Pace().sleep})
     from flwr.supernode.cli import flower_supernode
 
     flower_supernode()

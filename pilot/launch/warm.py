@@ -69,7 +69,8 @@ def main() -> None:
         if isinstance(template, list):
             _be_clientapp(template)
             return
-        _use(template)
+        with contextlib.suppress(ImportError, AttributeError, KeyError):  # another Flower
+            _use(template)
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
     flower_superexec()
@@ -98,14 +99,22 @@ class Template:
         return Template(ours)
 
     def start(self, words: Sequence[str]) -> int:
-        """The pid of a new fork with these words. Raises OSError or ValueError if there is none."""
+        """The pid of a new fork with these words, 0 if it is not there yet.
+
+        Raises OSError or ValueError if there will be none.
+        """
         with contextlib.suppress(
             ChildProcessError
         ):  # earlier forks, and what these have left behind
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         self._connection.sendall(json.dumps(list(words)).encode() + b"\n")
-        return int(self._connection.recv(32))
+        try:
+            return int(self._connection.recv(32))
+        except (
+            TimeoutError
+        ):  # the words are with the template: a second start would spoil the first one's task
+            return 0
 
 
 def _serve(connection: socket.socket) -> list[str]:
@@ -173,5 +182,5 @@ def _use(template: Template) -> None:
                 return template.start(words)
         return subprocess.Popen(words, **options)
 
-    # of `subprocess`, that module uses these two names, and nothing that `Popen` returns
-    vars(flower)["subprocess"] = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    # that module makes nothing of what `Popen` returns
+    vars(flower)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": start})

@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord
 from pilot.config import RunConfig
 from pilot.rules.ledger import Lease
 from pilot.rules.rounds import Clock
-from pilot.rules.validation import Asked, slices
+from pilot.rules.validation import NOTHING, Asked, slices
 from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
 from pilot.server.mailbox import Mailbox
@@ -37,9 +37,14 @@ class Dispatcher:
         return HelloOrder(run=config.run_name, config=config.to_mapping(), redis_url=self.redis_url)
 
     def send_all(
-        self, open_round: OpenRound, clients: Sequence[Client], *, evaluate_only: bool = False
+        self,
+        open_round: OpenRound,
+        clients: Sequence[Client],
+        *,
+        evaluate_only: bool = False,
+        scorers: Sequence[Client] | None = None,
     ) -> None:
-        """An order to each of `clients`; together they evaluate all validation rows.
+        """An order to each of `clients`; together they, or the `scorers` of them, evaluate all validation rows.
 
         They share one copy of the model: a simulation keeps every order until its reply is there.
         """
@@ -49,7 +54,10 @@ class Dispatcher:
         if not evaluate_only:
             wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in clients}
             leases = self.state.ledger.lease_all(wanted, step_rows=self.config.batch_rows)
-        for client, asked in zip(clients, slices(self.config.eval_rows, len(clients)), strict=True):
+        names = [client.name for client in (clients if scorers is None else scorers)]
+        asked_of = dict(zip(names, slices(self.config.eval_rows, len(names)), strict=True))
+        for client in clients:
+            asked = asked_of.get(client.name, NOTHING)
             lease, share = leases.get(client.name), shares[client.name]
             seconds_left = self._seconds_left(open_round, client, limited=limited)
             self._send(

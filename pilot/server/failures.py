@@ -2,6 +2,7 @@
 
 from pilot.errors import PilotError
 from pilot.rules.admission import REFUSALS_IN_A_ROW
+from pilot.rules.rounds import Clock
 from pilot.server.open_round import OpenRound
 
 MAX_FAILED_ROUNDS = 3  # with nothing but errors
@@ -17,16 +18,19 @@ class Failures:
 
     Clients that die are no failure, however many: others may come. Content that may not be merged is one only
     after its clients have been left out for a while and come back with more of it, and nobody else has
-    given anything.
+    given anything for `patience_s` seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock, patience_s: float) -> None:
+        self._clock, self._patience_s = clock, patience_s
         self._failed = self._refused = 0
+        self._merged_at_s = clock.now_s()
 
     def note(self, closed: OpenRound) -> None:
         """A round is over. Raises RunFailed when there have been too many of its kind: nobody would see it."""
         if closed.accepted:
             self._failed = self._refused = 0
+            self._merged_at_s = self._clock.now_s()
         elif closed.rejected:
             self._failed, self._refused = 0, self._refused + 1
         elif closed.failures:
@@ -36,7 +40,8 @@ class Failures:
         reasons = "; ".join(f"{name}: {why}" for name, why in closed.failures.items())
         if self._failed >= MAX_FAILED_ROUNDS:
             raise RunFailed(f"{self._failed} rounds in a row gave only errors: {reasons}")
-        if self._refused >= MAX_REFUSED_ROUNDS:
+        in_vain_s = self._clock.now_s() - self._merged_at_s
+        if self._refused >= MAX_REFUSED_ROUNDS and in_vain_s >= self._patience_s:
             raise RunFailed(
                 f"in {self._refused} rounds every update was refused: {reasons}. Lower lr or outer-lr, mend "
                 "those clients, or relax the key that refuses their updates (admission, in docs/protocol.md)"

@@ -196,8 +196,11 @@ class OpenRound:
         """The others' replies say that those of a client may not be merged: it counts as refused content."""
         turned = [one for one in self.accepted if one.order.client.name == name]
         self.accepted = [one for one in self.accepted if one not in turned]
+        for one in turned[:1]:
+            self._state.admission.in_a_row[name] = (
+                one.refused_before
+            )  # accepting them has cleared it
         for one in turned:
-            self._state.admission.in_a_row[name] = one.refused_before
             self._reject(one.order, one.reply, functools.partial(load_file, one.path), reason)
 
     def drop(self, reason: str) -> None:

@@ -100,7 +100,7 @@ class RoundLoop:
             joined=self._welcome,
             silent=lambda name: self._current is not None and name in self._monitor.silent,
         )
-        self.failures = Failures()
+        self.failures = Failures(clock, config.clients_timeout)
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
         self.idle = IdleTime(report, clock, run_dir)
         self.committer = Committer(config, state, term, run_dir, report, clock, version)
@@ -367,7 +367,9 @@ class RoundLoop:
         for _ in range(_EVALUATION_ATTEMPTS):
             clients = self._gather(1, to_train=False)
             self._begin(self.state.round_number + 1)
-            self.dispatcher.send_all(self._round, clients, evaluate_only=True)
+            # of two, one could take any merge back: only those score that would be given work
+            scorers = [c for c in self._at_work(clients) if self.cooling.ready(c.name)] or clients
+            self.dispatcher.send_all(self._round, clients, evaluate_only=True, scorers=scorers)
             closed = self._collect(self.config.round_max_duration)
             self.coordinator.end_round(EndReason.ALL_REPLIED)
             closed.close()

@@ -177,8 +177,9 @@ class WorkerHandle:
 
     def _look(self) -> None:
         if time.monotonic() >= self._until_s:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)  # the kernel kills its ranks with it
+            if self._pid:  # else it has not even greeted, and who it is is not known
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)  # the kernel kills its ranks with it
             raise WorkerError("the worker hangs: it has not answered in all the time that it had")
         if os.getppid() != self._parent or not all(map(alive, self._above)):
             raise SuperNodeGone("the SuperNode of this client is gone")

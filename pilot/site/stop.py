@@ -21,6 +21,10 @@ from pilot.site.notice import noticed
 from pilot.wire.messages import Heartbeat, StopReason
 
 _POLL_S = 0.5  # a wake-up may be lost: keys and files are polled at least this often
+# Before its first step a worker evaluates and compiles, which must come to an end once: so many times longer
+_FIRST_STEP_FACTOR = 3
+# Reasons of which the training loop itself thought: what follows is saving what it has
+_OWN_ENDS = {StopReason.LEASE_USED_UP, StopReason.STEPS_DONE, StopReason.NOTHING_LEASED}
 LEAVE_EXPIRY_S = 60.0  # a client that is leaving renews its announcement while it does
 
 
@@ -156,15 +160,17 @@ class StopWatcher:
 
     def _check_that_it_stops(self) -> None:
         """A worker that hangs, such as in its device's driver, never sees that it should stop."""
-        if not self.reason:
-            return
+        if not self.reason or self.reason in _OWN_ENDS or self.leaving:
+            return  # what leaving may take is a matter of its own deadline
         # each change of state or step is a sign of life, and so is what was there when the reason came
-        state = (self.reason, self._progress.heartbeat.state, self._progress.heartbeat.step)
+        heartbeat = self._progress.heartbeat
+        state = (self.reason, heartbeat.state, heartbeat.step)
+        limit_s = self._stuck_s * (1 if heartbeat.step else _FIRST_STEP_FACTOR)
         if state != self._last_sign[0]:
             self._last_sign = (state, time.monotonic())
-        elif time.monotonic() - self._last_sign[1] >= self._stuck_s:
+        elif time.monotonic() - self._last_sign[1] >= limit_s:
             self._overdue(
-                f"the worker hangs while {state[1]}: it should have stopped {self._stuck_s:.0f} s ago "
+                f"the worker hangs while {heartbeat.state}: it should have stopped {limit_s:.0f} s ago "
                 f"({self.reason})"
             )
 

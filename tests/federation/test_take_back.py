@@ -147,6 +147,21 @@ def test_last_merge_is_taken_back_too(server: Any) -> None:
     assert bpb(state.guard.versions[-1]) == pytest.approx(state.history[0].val_bpb)
 
 
+@pytest.mark.parametrize("liar", [0, 1])
+def test_one_of_two_that_lies_in_the_last_evaluation_costs_a_merge_and_not_the_run(
+    server: Any, liar: int
+) -> None:
+    sites = [SeeingSite(name) for name in "ab"]
+    sites[liar].react = lambda order, *_: setattr(
+        sites[liar], "lie", 5.0 if order.run_is_over else 1.0
+    )
+    run = server(sites, **VALUES | {"num_rounds": 0, "total_tokens": 24 * ROW_TOKENS})
+    state = run.run()
+    assert len(events(run, "merge_taken_back")) <= 1
+    assert state.finished and not any(e["culprit"] for e in events(run, "merge_taken_back"))
+    assert check_books(run)
+
+
 @pytest.mark.parametrize("factor", [5.0, 0.5, 0.0])
 def test_one_of_three_that_lies_about_its_figure_takes_nothing_back(
     server: Any, factor: float

@@ -25,11 +25,11 @@ def test_it_is_eager_for_a_while_after_a_message_and_patient_afterwards(
     for _ in range(45):
         pace.sleep(3)
     assert slept == [0.5] * 40 + [3] * 5
-    slept.append(7.0)  # a message, which the loop worked on
+    pace.sleep(0.5)  # waiting for the reply to a message
+    assert slept[-1] == 0.2
+    slept.append(7.0)
     pace.sleep(3)
     assert slept[-1] == 0.5
-    pace.sleep(0.5)  # waiting for its reply
-    assert slept[-1] == 0.2
     for _ in range(60):
         pace.sleep(3)
     assert slept[-15:] == [3] * 15

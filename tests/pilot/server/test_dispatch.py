@@ -135,6 +135,16 @@ def test_first_rows_of_each_slice_are_scored_by_two(tmp_path: Path) -> None:
     assert scored == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 0]]
 
 
+def test_those_that_are_not_believed_are_told_of_the_end_and_score_nothing(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, 3, round_steps=1)
+    clients = [client(n) for n in (1, 2, 3)]
+    server.dispatcher.send_all(server.open, clients, evaluate_only=True, scorers=clients[::2])
+    slices = [(server.order(n).eval_first_row, server.order(n).eval_end_row) for n in (1, 2, 3)]
+    assert slices == [(0, 5), (0, 0), (5, 10)]
+    assert all(server.order(n).run_is_over for n in (1, 2, 3))
+    assert server.order(2).eval_pieces == []
+
+
 def test_fixed_steps_lease_exactly_their_rows_whoever_is_fast(tmp_path: Path) -> None:
     server = Server(tmp_path, 1, 2, round_steps=3, known_rows=100)
     server.dispatcher.send_all(server.open, [client(1, speed=1.0), client(2, speed=1e9)])

@@ -14,7 +14,7 @@ import pytest
 from pilot.coordination.coordinator import ClientCoordinator, ServerCoordinator
 from pilot.site.notice import notice_files, noticed
 from pilot.site.stop import Progress, StopWatcher
-from pilot.wire.messages import Heartbeat
+from pilot.wire.messages import Heartbeat, StopReason
 
 from ...waiting import LIMIT_S, until
 
@@ -226,8 +226,16 @@ def test_drain_that_takes_too_long_is_told_once_its_deadline_is_over(tmp_path: P
 
 def test_a_worker_that_shows_no_sign_of_stopping_hangs(tmp_path: Path) -> None:
     told: list[str] = []
-    progress = Progress(Heartbeat(state="training"))
+    progress = Progress(Heartbeat(state="training", step=1))
     options = {"seconds_left": 600.0, "heartbeat_s": 0.05, "overdue": told.append, "stuck_s": 1.2}
+    with StopWatcher(None, progress, **options) as stop:
+        stop.stop(StopReason.LEASE_USED_UP)  # it saves what it has, however long that takes
+        time.sleep(2.0)
+        assert told == []
+    with StopWatcher(None, Progress(Heartbeat(state="training")), **options) as stop:
+        stop.stop("target-tokens")  # it compiles
+        time.sleep(2.0)
+        assert told == []
     with StopWatcher(None, progress, **options) as stop:
         time.sleep(2.0)
         assert told == [], "there is no reason to stop"
