@@ -7,6 +7,7 @@ touched while the server lives tells the next start how long there was none.
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
@@ -43,14 +44,21 @@ def gathering(there: int, wanted: int, *, asked: bool) -> Cause:
 class IdleTime:
     """Follows one server. `because` is called whenever the cause may have changed, and at least each second."""
 
-    def __init__(self, report: Report, clock: Clock, run_dir: Path) -> None:
+    def __init__(
+        self,
+        report: Report,
+        clock: Clock,
+        run_dir: Path,
+        *,
+        wall_clock: Callable[[], float] = time.time,  # of the files, which outlive a process
+    ) -> None:
         self._report, self._clock = report, clock
         self._alive = run_dir / _ALIVE_FILE
         self._cause: Cause | None = None
         self._since_s = clock.now_s()
         self._touched_s = float("-inf")
         with contextlib.suppress(OSError):
-            away_s = max(0.0, time.time() - self._alive.stat().st_mtime)
+            away_s = max(0.0, wall_clock() - self._alive.stat().st_mtime)
             report.idle(Cause.SERVER_AWAY, away_s)
         self._touch()
 

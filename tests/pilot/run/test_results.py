@@ -17,7 +17,9 @@ from pilot.run.state import RoundRecord, RunState
 from ...nanochat.data_kit import full_disk
 
 
-def _state(*, run_id: str = "w1", val_bpb: float | None = None) -> RunState:
+def _state(
+    *, run_id: str = "w1", val_bpb: float | None = None, eval_rows: int = RunConfig().eval_rows
+) -> RunState:
     config = RunConfig(run_name="mine", num_shards=3, depth=1, total_batch_size=4096)
     ledger = Ledger(num_shards=3, epochs=1, shard_order=lambda _: [0, 1, 2])
     return RunState(
@@ -27,7 +29,7 @@ def _state(*, run_id: str = "w1", val_bpb: float | None = None) -> RunState:
         total_tokens=100_000,
         round_number=4,
         tokens=40_960,
-        history=[RoundRecord(4, "min-duration", 2, 40_960, 1.5, 3.25, val_bpb, 9)],
+        history=[RoundRecord(4, "min-duration", 2, 40_960, 1.5, 3.25, val_bpb, eval_rows)],
         fingerprints={"tokenizer": "ab", "validation shard": "2"},
         wandb_id=run_id,
     )
@@ -50,6 +52,11 @@ def test_the_checkpoint_is_whole_before_it_is_scored_and_gets_its_figure(
         "meta_000010.json",
         "model_000010.pt",
     ]
+
+
+def test_a_figure_of_a_part_of_the_rows_is_not_the_models(base_dir: Path) -> None:
+    directory = write_checkpoint(_state(val_bpb=1.25, eval_rows=9))
+    assert load_checkpoint(directory, 10, "cpu")[2]["val_bpb"] is None
 
 
 def test_another_runs_steps_are_moved_aside_even_of_the_same_number(base_dir: Path) -> None:

@@ -253,7 +253,9 @@ def test_a_group_whose_threads_all_hang_is_killed_when_its_time_is_over(site: Pa
         members[1].suspend()
         began_s = time.monotonic()
         with pytest.raises(WorkerError, match=r"^the worker hangs: it has not answered"):
-            worker.ask(to_header(HelloOrder(config=site_config(site).to_mapping())))
+            worker.ask(
+                to_header(HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url=""))
+            )
         assert time.monotonic() - began_s > 1.0
         until(lambda: gone(members))
 
