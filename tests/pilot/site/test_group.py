@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -247,16 +246,15 @@ def test_killed_process_ends_the_group_with_a_sentence(
 
 
 def test_a_group_whose_threads_all_hang_is_killed_when_its_time_is_over(site: Path) -> None:
-    with WorkerHandle(device="cpu", limit_s=4.0) as worker:
-        until(lambda: len(family(worker._pid)) == 2)
+    with WorkerHandle(device="cpu", limit_s=12.0) as worker:
+        # it imports torch: by then it has asked to be killed with its supervisor
+        until(lambda: any(p.memory_info().rss > 60 << 20 for p in family(worker._pid)[1:]))
         members = family(worker._pid)
         members[1].suspend()
-        began_s = time.monotonic()
         with pytest.raises(WorkerError, match=r"^the worker hangs: it has not answered"):
             worker.ask(
                 to_header(HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url=""))
             )
-        assert time.monotonic() - began_s > 1.0
         until(lambda: gone(members))
 
 
