@@ -1,11 +1,46 @@
 """The books of a finished run, against what its replies said."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.chaos.micro import MICRO
 from pilot.run.snapshot import latest_snapshot
 
 from .processes import events
+
+
+def check_rows(
+    merged: Iterable[Mapping[str, Any]],
+    committed: Iterable[tuple[int, int, Iterable[tuple[int, int]]]],
+    *,
+    tokens: int,
+    row_tokens: int,
+) -> None:
+    """Each row of the `merged` replies was merged once, and these are the `committed` ones and the `tokens`.
+
+    `committed`: (epoch, shard, intervals of rows).
+    """
+    replies = list(merged)
+    rows = [
+        (epoch, shard, row)
+        for one in replies
+        for epoch, shard, first, end in one["consumed"]
+        for row in range(first, end)
+    ]
+    in_books = {
+        (epoch, shard, row)
+        for epoch, shard, intervals in committed
+        for first, end in intervals
+        for row in range(first, end)
+    }
+    assert len(rows) == len(set(rows)) and set(rows) == in_books
+    assert tokens == len(rows) * row_tokens == sum(one["tokens"] for one in replies)
+
+
+def rows_in(state: Mapping[str, Any]) -> list[tuple[int, int, Any]]:
+    """What a snapshot's `state` says is committed, as `check_rows` takes it."""
+    return [(epoch, shard, ranges) for epoch, shard, _, ranges in state["ledger"]["committed"]]
 
 
 def check_books(base: Path, run: str) -> None:

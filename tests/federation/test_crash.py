@@ -21,6 +21,7 @@ from pilot.faults import POINTS
 from pilot.processes.local_redis import LocalRedis
 from pilot.run.snapshot import latest_snapshot
 
+from .books import check_rows, rows_in
 from .crash_server import FAILED, NAMES, REFUSED_ROUND
 from .scripted import ROW_TOKENS
 
@@ -221,21 +222,8 @@ def test_merged_replies_prove_that_every_row_was_merged_once(
     fences = [(one["round"], one["term"], one["lease"]) for one in replies]
     assert len(set(fences)) == len(fences) == 2 * ROUNDS - 1
     assert [one["round"] for one in replies].count(REFUSED_ROUND) == 1
-    rows = [
-        (epoch, shard, row)
-        for one in replies
-        for epoch, shard, first, end in one["consumed"]
-        for row in range(first, end)
-    ]
-    committed = {
-        (epoch, shard, row)
-        for epoch, shard, _, intervals in snapshot.state["ledger"]["committed"]
-        for first, end in intervals
-        for row in range(first, end)
-    }
-    assert len(rows) == len(set(rows)) and set(rows) == committed
-    tokens = sum(one["tokens"] for one in replies)
-    assert tokens == snapshot.state["tokens"] == len(rows) * ROW_TOKENS
+    state = snapshot.state
+    check_rows(replies, rows_in(state), tokens=state["tokens"], row_tokens=ROW_TOKENS)
 
 
 # -- a merge is taken back ---------------------------------------------------------------------------

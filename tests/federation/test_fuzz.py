@@ -27,6 +27,7 @@ from pilot.wire.jsonable import header_text
 from pilot.wire.messages import TrainOrder, from_header, to_header
 from pilot.wire.records import from_records
 
+from .books import check_rows
 from .scripted import ROW_TOKENS, FastClock, ScriptedSite, Server, scripted_config
 
 REPLIES = int(os.environ.get("PILOT_FUZZ_REPLIES", "0"))
@@ -238,20 +239,8 @@ def check_books(run: Server, state: RunState) -> None:
     assert not ledger.open
     assert ledger.rows_leased == ledger.rows_committed + ledger.rows_returned
     merged = [json.loads(line) for line in state.merged_log]
-    rows = [
-        (epoch, shard, row)
-        for one in merged
-        for epoch, shard, first, end in one["consumed"]
-        for row in range(first, end)
-    ]
-    committed = {
-        (epoch, shard, row)
-        for (epoch, shard), intervals in ledger.committed().items()
-        for first, end in intervals
-        for row in range(first, end)
-    }
-    assert len(rows) == len(set(rows)) and set(rows) == committed
-    assert state.tokens == len(rows) * ROW_TOKENS == sum(one["tokens"] for one in merged)
+    committed = [(*key, intervals) for key, intervals in ledger.committed().items()]
+    check_rows(merged, committed, tokens=state.tokens, row_tokens=ROW_TOKENS)
     assert [one["round"] for one in merged if one["client"] == "good"] == [1, 2, 3, 4]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.weights.values())
     for record in state.history:

@@ -17,6 +17,7 @@ from pilot.wire.codec import decode
 from pilot.wire.messages import TrainOrder, TrainReply
 from pilot.wire.records import from_records
 
+from .books import check_rows, rows_in
 from .scripted import ROW_TOKENS, ScriptedSite, Server, events
 
 VALUES = {"max_update_norm_ratio": 0.0, "num_rounds": 5, "epochs": 9}
@@ -64,20 +65,8 @@ def check_books(run: Server) -> list[int]:
             merged = [one for one in merged if not first <= one["round"] <= last]
         else:
             merged.append(line)
-    rows = [
-        (epoch, shard, row)
-        for one in merged
-        for epoch, shard, first, end in one["consumed"]
-        for row in range(first, end)
-    ]
-    committed = {
-        (epoch, shard, row)
-        for epoch, shard, _, intervals in snapshot.state["ledger"]["committed"]
-        for first, end in intervals
-        for row in range(first, end)
-    }
-    assert len(rows) == len(set(rows)) and set(rows) == committed
-    assert snapshot.state["tokens"] == len(rows) * ROW_TOKENS == sum(m["tokens"] for m in merged)
+    state = snapshot.state
+    check_rows(merged, rows_in(state), tokens=state["tokens"], row_tokens=ROW_TOKENS)
     return sorted({one["round"] for one in merged})
 
 
