@@ -21,18 +21,22 @@ from scripts import base_train
 from .run_kit import Call, assert_one_sentence, directory_of, meta_of, run_arguments
 
 
-def _fill(disk: Path, *, but_for: int) -> None:
-    room = os.statvfs(disk)
-    (disk / "filler").write_bytes(b"x" * (room.f_bavail * room.f_bsize - but_for))
+def _run_on(disk: Path, base: Path, run: str, *, room: int) -> Path:
+    """The directory of a run that lies on `disk`, which has `room` bytes left."""
+    directory = directory_of(base, run)
+    directory.parent.mkdir(exist_ok=True)
+    directory.symlink_to(disk)
+    there = os.statvfs(disk)
+    (disk / "filler").write_bytes(b"x" * (there.f_bavail * there.f_bsize - room))
+    return directory
 
 
 def test_a_disk_that_is_full_costs_no_step(
     base: Path, call: Call, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = directory_of(base, "full")
-    directory.parent.mkdir(exist_ok=True)
-    directory.symlink_to(small_disk)
-    _fill(small_disk, but_for=900_000)  # room for two checkpoints and a model
+    directory = _run_on(
+        small_disk, base, "full", room=900_000
+    )  # room for two checkpoints and a model
     waited: list[list[int]] = []
 
     def make_room(_: float) -> None:
@@ -54,10 +58,7 @@ def test_a_disk_that_is_full_costs_no_step(
 def test_a_disk_that_stays_full_takes_the_weights_at_least(
     base: Path, call: Call, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = directory_of(base, "stays")
-    directory.parent.mkdir(exist_ok=True)
-    directory.symlink_to(small_disk)
-    _fill(small_disk, but_for=900_000)
+    directory = _run_on(small_disk, base, "stays", room=900_000)
     monkeypatch.setattr(saving, "ROOM_WAIT_S", 0.0)
     code, output, _ = call(base_train.main, *run_arguments(base, "stays", "--save-every", "1"))
     assert code == 0 and "no run can continue from them" in output
@@ -71,10 +72,7 @@ def test_a_disk_that_stays_full_takes_the_weights_at_least(
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     base: Path, call: Call, small_disk: Path
 ) -> None:
-    directory = directory_of(base, "small")
-    directory.parent.mkdir(exist_ok=True)
-    directory.symlink_to(small_disk)
-    _fill(small_disk, but_for=100_000)
+    _run_on(small_disk, base, "small", room=100_000)
     code, output, error = call(base_train.main, *run_arguments(base, "small"))
     assert code == 2 and "step=" not in output
     assert_one_sentence(error, "make room there")
