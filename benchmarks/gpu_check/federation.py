@@ -26,6 +26,7 @@ from benchmarks.gpu_check import site_kit
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from pilot.processes.local_redis import LocalRedis
 from pilot.processes.scratch import free_port
+from pilot.processes.waiting import wait_until
 from pilot.run.events import read_events
 
 _ROUNDS, _WAIT_S = 3, 100.0
@@ -80,9 +81,13 @@ def check(setup: Setup, verdict: Verdict) -> None:
     verdict.that(len(committed) == _ROUNDS, f"{len(committed)} rounds were committed")
     verdict.that(not _events(events, "client_silent"), "a client fell silent")
     verdict.note("bpb", [event["val_bpb"] for event in _events(events, "validation")])
-    time.sleep(3.0)
-    left = [process for process in psutil.process_iter() if _is_of(process, home)]
+    wait_until(lambda: not _left(home), timeout_s=3.0)
+    left = _left(home)
     verdict.that(not left, f"{len(left)} processes have outlived the run")
+
+
+def _left(home: Path) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if _is_of(process, home)]
 
 
 def _is_of(process: psutil.Process, home: Path) -> bool:
