@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 import rustbpe
+from benchmarks.quality.text import beginning, cut_rows
 from benchmarks.train_step import make_trainer
 from nanochat.common import ArgumentParser, run_command_line
 from nanochat.schedule import Schedule
@@ -64,7 +64,7 @@ def main() -> None:
     }
     result = {
         "difference": round(float((default - plain).mean()), 5),
-        "noise": round(float(plain.std(axis=0, ddof=1).mean()), 5),
+        "noise": round(float(plain.std(axis=0, ddof=1).mean()), 5) if len(plain) > 1 else None,
         "worst": round(_worst(default - plain), 4),
         "last": last,
         "first": round(float(plain[:, 0].mean()), 4),
@@ -112,20 +112,12 @@ def _train(arguments: Namespace) -> list[float]:
 
 def _rows(directory: Path, vocab: int, sequence_len: int) -> np.ndarray:
     """(n, T+1) ids of the first shard's text, which its own tokenizer was trained on."""
-    path = min(directory.glob("*.parquet"))
-    documents, size = [], 0
-    for document in pq.read_table(path, columns=["text"])["text"].to_pylist():
-        documents.append(document)
-        size += len(document)
-        if size >= _TEXT_BYTES:
-            break
+    documents = beginning(min(directory.glob("*.parquet")), _TEXT_BYTES)
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(documents), vocab_size=vocab - 1)
     bos = vocab - 1
     ids = np.concatenate([[bos, *encoded] for encoded in tokenizer.batch_encode(documents)])
-    count = (len(ids) - 1) // sequence_len
-    starts = np.arange(count)[:, None] * sequence_len
-    return ids[starts + np.arange(sequence_len + 1)].astype(np.uint16)
+    return cut_rows(ids, sequence_len)
 
 
 if __name__ == "__main__":

@@ -47,11 +47,7 @@ def _make(text: Path, vocab_size: int, sequence_len: int, tokens: int) -> dict[s
         raise UserError(
             f"{text} holds {len(shards)} shards: two are needed, the last for validation"
         )
-    head, size = [], 0
-    for document in _documents(shards[0]):
-        if size < _TOKENIZER_BYTES:
-            head.append(document)
-            size += len(document)
+    head = beginning(shards[0], _TOKENIZER_BYTES)
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(head), vocab_size=vocab_size - 1)
     bos = vocab_size - 1
@@ -69,10 +65,21 @@ def _make(text: Path, vocab_size: int, sequence_len: int, tokens: int) -> dict[s
     for token, content in tokenizer.get_mergeable_ranks():
         token_bytes[content] = len(bytes(token))
     return {
-        "rows": _cut(np.concatenate(ids), sequence_len)[: tokens // sequence_len],
-        "validation": _cut(np.concatenate(held_out), sequence_len)[:_VALIDATION_ROWS],
+        "rows": cut_rows(np.concatenate(ids), sequence_len)[: tokens // sequence_len],
+        "validation": cut_rows(np.concatenate(held_out), sequence_len)[:_VALIDATION_ROWS],
         "token_bytes": token_bytes,
     }
+
+
+def beginning(shard: Path, size: int) -> list[str]:
+    """The first documents of a shard, at least `size` characters of them if it has so many."""
+    documents, have = [], 0
+    for document in _documents(shard):
+        documents.append(document)
+        have += len(document)
+        if have >= size:
+            break
+    return documents
 
 
 def _documents(shard: Path) -> list[str]:
@@ -80,7 +87,8 @@ def _documents(shard: Path) -> list[str]:
     return documents
 
 
-def _cut(ids: np.ndarray, sequence_len: int) -> np.ndarray:
+def cut_rows(ids: np.ndarray, sequence_len: int) -> np.ndarray:
+    """(n, T+1) ids: consecutive rows, of which each begins with the last token of the one before."""
     count = (len(ids) - 1) // sequence_len
     starts = np.arange(count)[:, None] * sequence_len
     return ids[starts + np.arange(sequence_len + 1)].astype(np.uint16)
