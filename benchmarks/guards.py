@@ -113,11 +113,11 @@ def _attacks(attacks: Sequence[str], length: int, seed: int) -> Iterator[dict[st
         honest = Federation(case, length, seed).play()["bpb"]
         for attack in attacks:
             for since in (1, length // 3):
-                told = {"attack": attack, "clients": clients, "since": since, "honest_bpb": honest}
+                about = {"attack": attack, "clients": clients, "since": since, "honest_bpb": honest}
                 guarded = Federation(case, length, seed, attack=attack, since=since).play()
                 open_case = Case(clients, (2,), 0.0, config | _OFF)
                 open_ = Federation(open_case, length, seed, attack=attack, since=since).play()
-                yield told | guarded | {"unguarded_bpb": open_["bpb"]}
+                yield about | guarded | {"unguarded_bpb": open_["bpb"]}
 
 
 _OFF: dict[str, Any] = {

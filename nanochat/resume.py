@@ -209,7 +209,7 @@ def restore_run(
 ) -> TrainingState:
     """Put the weights and this rank's optimizer state back; returns where the run stands.
 
-    The run may have had another number of ranks: the optimizer's shards are cut anew. Raises UserError
+    The run may have had another number of ranks: the optimizer's shards are cut again. Raises UserError
     if anything does not fit, and for weights that are not finite.
     """
     state = TrainingState.from_meta(saved.meta)

@@ -1,7 +1,7 @@
 """When a run's steps go to disk, and what happens when the disk does not take one.
 
 What was trained is never dropped for want of room: a step that --save-every asks for may fail (the
-training goes on), the last one is tried again until there is room, and its weights go first.
+training continues), the last one is tried again until there is room, and its weights go first.
 """
 
 import time
@@ -51,7 +51,7 @@ class Saver:
         try:
             self._save(state)
         except NotSaved as error:
-            self._say(f"warning: {error}; training goes on")
+            self._say(f"warning: {error}; training continues")
             self._tidy(state)
 
     def keep(self, state: TrainingState) -> None:
@@ -60,7 +60,7 @@ class Saver:
         Meanwhile, and then, there are at least the weights, if these fit; NotSaved if they do not.
         """
         deadline_s = time.monotonic() + ROOM_WAIT_S
-        weights = told = False
+        weights = reported = False
         while True:
             try:
                 self._save(state)
@@ -74,14 +74,14 @@ class Saver:
                         raise
                     self._say(f"warning: {error} ({what}: no run can continue from them)")
                     return
-                if not told:
+                if not reported:
                     minutes = ROOM_WAIT_S / 60
                     self._say(f"{error}; it is tried again for {minutes:.0f} minutes ({what})")
-                    told = True
+                    reported = True
             time.sleep(ROOM_POLL_S)
 
     def amend(self, state: TrainingState) -> None:
-        """Write the meta data of the saved step anew, with what was measured since."""
+        """Write the meta data of the saved step again, with what was measured since."""
         path = self._plan.directory / f"meta_{state.step:06d}.json"
         meta = self._meta(state, whole=self.whole)
         try:

@@ -20,7 +20,7 @@ from nanochat.trainer import rank_slice
 
 
 def due(every: int, done: int, last: bool) -> bool:
-    """Whether what happens every so many steps (0 or less: at the end only) happens after this one."""
+    """Whether what happens every a number of steps (0 or less: at the end only) happens after this one."""
     return last or (every > 0 and done % every == 0)
 
 

@@ -168,7 +168,7 @@ class RunConfig:
     )
     # admission
     max_update_norm_ratio: float = _key(
-        4.0, "refuse updates so many times longer than usual; 0: any", low=0, shapes_training=False
+        4.0, "refuse updates longer than usual by this factor; 0: any", low=0, shapes_training=False
     )
     min_update_cosine: float = _key(
         -0.25, "least cosine with a round's others; -1: any", low=-1, high=0, shapes_training=False

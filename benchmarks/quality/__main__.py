@@ -3,7 +3,7 @@
 python -m benchmarks.quality --text ../shared/data/books --out quality.jsonl --experiment outer
 
 Trains each case of an experiment with each seed, side by side on all cores, and appends one line of JSON to
-`--out` as soon as it is done; the same command goes on after an interruption. The last line is JSON: bpb after
+`--out` when it is done; the same command continues after an interruption. The last line is JSON: bpb after
 the last outer step by case (mean over seeds), and the difference to plain training of the same seeds in percent
 with its 95 % confidence interval. `--picture` writes the learning curves as one HTML page.
 """

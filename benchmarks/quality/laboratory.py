@@ -58,7 +58,7 @@ class Case:
     `steps`: optimizer steps of a client in a round, times its speed. `batch`: whether `batch_tokens` are those
     of a client's step or of all clients' together ("federation": a client that is alone takes whole steps).
     `speeds`: of the clients, 1 where none is given. `away`: the share of clients that a round does without,
-    drawn at random, at least one stays; `away_rounds`: for so many rounds each. `inner`: what a client begins a
+    drawn at random, at least one stays; `away_rounds`: for how long. `inner`: what a client begins a
     round with of its optimizer's state, "keep" its own, "reset" nothing. `weights`: what a client counts in
     the mean, "tokens", "steps" or "equal". `config`: run-config keys of the outer step.
     """
@@ -221,7 +221,7 @@ class Laboratory:
         return Trainer(self.model, optimizer, device=_CPU, device_batch_rows=rows)
 
     def _rows(self, tokens: int) -> np.ndarray:
-        """The next rows of the corpus in this seed's order, whoever asks."""
+        """The next rows of the corpus in this seed's order, for any client."""
         count = tokens // self.scale.sequence_len
         places = (self.taken + np.arange(count)) % len(self.order)
         self.taken += count

@@ -72,7 +72,7 @@ def _make(text: Path, vocab_size: int, sequence_len: int, tokens: int) -> dict[s
 
 
 def beginning(shard: Path, size: int) -> list[str]:
-    """The first documents of a shard, at least `size` characters of them if it has so many."""
+    """The first documents of a shard, at least `size` characters of them, or all."""
     documents, have = [], 0
     for document in _documents(shard):
         documents.append(document)

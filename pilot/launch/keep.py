@@ -2,7 +2,7 @@
 
 A run resumes from its last snapshot, so this is all that an operator would do. What fails before its first
 round is a mistake of somebody's, and ends here; afterwards everything is worth another attempt: a killed
-ServerApp, a SuperLink that was started anew, a disk that was full for a while.
+ServerApp, a SuperLink that was started again, a disk that was full for a while.
 """
 
 import re

@@ -50,7 +50,7 @@ ENDING_S = 10.0  # for the SuperNode to take its leave of the SuperLink
 # average, with 30 s it was 18 s.
 FIRST_DELAY_S, LAST_DELAY_S, STEADY_S = 1.0, 10.0, 60.0
 MAX_RESTARTS = 300  # of SuperNodes that lived for less than STEADY_S, in a row: about an hour
-# Flower misses a node that has sent no heartbeat for so long: it takes it off line and gives up its order. The
+# Flower misses a node that has sent no heartbeat for this: it takes it off line and gives up its order. The
 # SuperNode notices that at its next heartbeat and its ClientApp's end, which took 26 to 50 s; a new one, 6.
 FROZEN_S = 60.0
 _POLL_S = 0.2
@@ -170,7 +170,7 @@ class _Node:
         return None, reason
 
     def _stood_still(self) -> str:
-        """A clause if this node, or its whole machine, stood still for so long that Flower has missed it."""
+        """A clause if this node, or its whole machine, stood still long enough that Flower has missed it."""
         before_s, self._awake_at_s = self._awake_at_s, _real_s()
         still_s = self._awake_at_s - before_s
         if still_s < FROZEN_S:
@@ -277,7 +277,7 @@ class _Node:
 
 
 def _real_s() -> float:
-    """A clock that goes on while the machine sleeps, where the system has one."""
+    """A clock that runs on while the machine sleeps, where the system has one."""
     boottime = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boottime is None else time.clock_gettime(boottime)
 

@@ -132,7 +132,7 @@ def _serve(connection: socket.socket) -> list[str]:
 
 
 def _fork_again(connection: socket.socket) -> None:
-    """Return in a fork whose parent, the process between, has told its pid and is gone."""
+    """Return in a fork whose parent, the process between, has sent its pid and is gone."""
     between, pid = os.getpid(), os.fork()
     if pid:
         connection.sendall(str(pid).encode())

@@ -24,7 +24,7 @@ _GRACE_MIN_S = 10.0
 # What starting a worker group and moving a small model costs, until it has been measured (seconds).
 _FIXED_COST_S = 15.0
 # A client that was asked is given this many times what it needed to begin before, or what the slowest other
-# needed, and at least this long (seconds): it may have to start its workers anew.
+# needed, and at least this long (seconds): it may have to start its workers again.
 _BEGIN_FACTOR, _BEGIN_MIN_S = 2.0, 2 * _FIXED_COST_S
 # Rounds in a row for which a client came too late, before no round waits for it to begin ...
 MAX_LATE_ROUNDS = 3

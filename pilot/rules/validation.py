@@ -2,7 +2,7 @@
 
 Each client scores a slice of the validation rows in pieces, and a piece of another client's slice a second time
 (`slices`). A figure that cannot be (bytes that differ, nats where none were asked) or that the others
-contradict is left out and told; the rest add up to an exact bpb of the rows that they stand on. Only
+contradict is left out and reported; the rest add up to an exact bpb of the rows that they stand on. Only
 figures of all rows are ever compared with one another.
 """
 
@@ -20,7 +20,7 @@ MAX_APART = 0.02
 MAX_FACTOR = 2.0
 # No model of text needs fewer bits for a byte; the best ones need about 0.5.
 MIN_BPB = 0.05
-_CHECKED_SHARE = 8  # one row in so many of a slice is scored by two clients
+_CHECKED_SHARE = 8  # one row in this number of a slice is scored by two clients
 _BLOCKS = 16  # of all rows: pieces are compared from round to round, whatever the number of clients
 
 Slice = tuple[int, int]
@@ -205,7 +205,7 @@ def _alone(apart: Sequence[_Apart]) -> dict[str, str]:
 def _once_each(
     asked: Mapping[str, Asked], scores: Mapping[str, Sequence[Score]]
 ) -> tuple[Score, ...]:
-    """Scores in which no row counts twice: those of each slice by its owner, else by whoever scored part of
+    """Scores in which no row counts twice: those of each slice by its owner, else by any that scored part of
     it."""
     every = [(client, score) for client in asked for score in scores.get(client, ())]
     every.sort(key=lambda one: not asked[one[0]].is_own(one[1].piece))  # stable: owners first

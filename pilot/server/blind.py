@@ -37,7 +37,7 @@ class BlindClients:
     ) -> list[Client]:
         """`clients` without those whose work in the next round, or the open one, would come too late.
 
-        They are told once. Where all are blind, with those at work, none disturbs anybody: all are asked.
+        They get one notice. Where all are blind, with those at work, none disturbs anybody: all are asked.
         """
         at_work = [order.client for order in open_round.pending] if open_round else []
         if all(client.blind for client in (*clients, *at_work)):

@@ -153,8 +153,8 @@ class Committer:
         )
         if guard.taken_back >= MAX_TAKEN_BACK:
             raise NoProgress(
-                f"{guard.taken_back} merges in a row made the model much worse and were taken back, whoever "
-                "took part: lower lr or outer-lr, or set take-back-ratio=0 to keep such merges"
+                f"{guard.taken_back} merges in a row made the model much worse and were taken back, with any "
+                "clients: lower lr or outer-lr, or set take-back-ratio=0 to keep such merges"
             )
 
     def _quarantine(self, reply: MergedReply, reason: str) -> None:

@@ -235,7 +235,7 @@ class Report:
         )
 
     def idle(self, cause: str, seconds: float, number: int | None = None) -> None:
-        """No client has trained for so long; it has ended in round `number`."""
+        """No client has trained for `seconds`, which ended in round `number`."""
         self.telemetry.event("idle", cause=str(cause), seconds=round(seconds, 3), round=number)
 
     def nothing_to_merge(self, number: int) -> None:
@@ -270,7 +270,9 @@ class Report:
 
     def updates_disagree(self, number: int, what: str) -> None:
         """Two clients of round `number` contradict each other, and nobody knows which one is right."""
-        text = f"[ROUND {number}] {what}: with a third client it could be told which one is wrong"
+        text = (
+            f"[ROUND {number}] {what}: with a third client it could be decided which one is wrong"
+        )
         self.telemetry.event("updates_disagree", text, round=number, reason=what)
 
     def merge_taken_back(
@@ -294,7 +296,7 @@ class Report:
             what += f"; until it is known who spoilt it, no work for {', '.join(aside)}"
         self.telemetry.event(
             "merge_taken_back",
-            f"{what}; the run goes on from the model of round {to_round}",
+            f"{what}; the run continues from the model of round {to_round}",
             round=number,
             taken_back=[to_round + 1, spoilt],
             clients=list(clients),

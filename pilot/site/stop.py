@@ -21,7 +21,7 @@ from pilot.site.notice import noticed
 from pilot.wire.messages import Heartbeat, StopReason
 
 _POLL_S = 0.5  # a wake-up may be lost: keys and files are polled at least this often
-# Before its first step a worker evaluates and compiles, which must come to an end once: so many times longer
+# Before its first step a worker evaluates and compiles, which must come to an end once: that many times longer
 _FIRST_STEP_FACTOR = 3
 # Reasons of which the training loop itself thought: what follows is saving what it has
 _OWN_ENDS = {StopReason.LEASE_USED_UP, StopReason.STEPS_DONE, StopReason.NOTHING_LEASED}
@@ -162,7 +162,7 @@ class StopWatcher:
         """A worker that hangs, such as in its device's driver, never sees that it should stop."""
         if not self.reason or self.reason in _OWN_ENDS or self.leaving:
             return  # what leaving may take is a matter of its own deadline
-        # each change of state or step is a sign of life, and so is what was there when the reason came
+        # each change of state or step shows that it lives, and so is what was there when the reason came
         heartbeat = self._progress.heartbeat
         state = (self.reason, heartbeat.state, heartbeat.step)
         limit_s = self._stuck_s * (1 if heartbeat.step else _FIRST_STEP_FACTOR)

@@ -47,7 +47,7 @@ def test_a_disk_that_is_full_costs_no_step(
     monkeypatch.setattr(saving, "time", clock)
     code, output, _ = call(base_train.main, *run_arguments(base, "full", "--save-every", "1"))
     assert code == 0
-    assert "cannot write the checkpoint of step 3" in output and "training goes on" in output
+    assert "cannot write the checkpoint of step 3" in output and "training continues" in output
     assert "No space left on device" in output and "its weights alone are there" in output
     assert waited == [[1, 2, 4]]  # the weights of the last step were safe meanwhile
     assert whole_steps(directory) == [2, 4] and optimizer_ranks(directory, 4) == [0]
