@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from pilot.config import RunConfig, load_run_config
+from pilot.config import RunConfig
 from pilot.coordination.coordinator import resolve_url
 from pilot.coordination.lock import ServerWatch
 from pilot.errors import PilotError
@@ -32,6 +32,7 @@ from pilot.launch.flower_run import FlowerRun, Outcome
 from pilot.launch.keep import keep_running
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
+from pilot.overrides import load_run_config
 from pilot.processes.signals import end_signals_handled_by
 from pilot.redis_url import redact_url
 from pilot.run_name import generated_name

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot.config import DEFAULTS, RunConfig, load_run_config
+from pilot.config import DEFAULTS, RunConfig
 from pilot.errors import ConfigError
+from pilot.overrides import load_run_config
 from pilot.redis_url import check_redis_url, redact_url, without_credentials
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,8 @@ from nanochat.loss_eval import bpb_sums
 from nanochat.rows.stream import RowStream
 from nanochat.tokenizer import get_token_bytes, tokenizer_dir
 from pilot import plan
-from pilot.config import RunConfig, load_run_config
+from pilot.config import RunConfig
+from pilot.overrides import load_run_config
 from pilot.segment import Score
 from pilot.site import round as round_module
 from pilot.site.data import SiteData, hello, open_data
