@@ -68,22 +68,26 @@ class Line:
         ends = {writer, target[1]}
         self._writers |= ends
         try:
-            await asyncio.gather(self._pump(reader, target[1]), self._pump(target[0], writer))
+            async with asyncio.TaskGroup() as pumps:  # an end that is reset takes the other with it
+                pumps.create_task(self._pump(reader, target[1]))
+                pumps.create_task(self._pump(target[0], writer))
+        except* OSError:
+            pass
         finally:
             self._writers -= ends
             for end in ends:
                 _reset(end)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(_CHUNK_BYTES):
-                await self._up.wait()
-                if self._delay_s:
-                    await asyncio.sleep(self._delay_s)
-                writer.write(data)
-                await writer.drain()
-            if writer.can_write_eof():
-                writer.write_eof()
+        """Raises OSError if one of the two ends was reset."""
+        while data := await reader.read(_CHUNK_BYTES):
+            await self._up.wait()
+            if self._delay_s:
+                await asyncio.sleep(self._delay_s)
+            writer.write(data)
+            await writer.drain()
+        if writer.can_write_eof():
+            writer.write_eof()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -1,6 +1,7 @@
 """The line between two processes: it passes bytes, holds them, and cuts connections."""
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -81,6 +82,17 @@ def test_a_cut_line_resets_connections_and_takes_none_until_it_is_up_again(line:
     line.up()
     with connect(line) as connection:
         assert ask(connection, b"four") == b"four"
+
+
+def test_a_connection_that_the_far_end_resets_is_reset_at_the_near_end() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, Network() as network:
+        with connect(network.line(server.getsockname()[1])) as near:
+            far, _ = server.accept()
+            near.sendall(b"never read")
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+            with pytest.raises(ConnectionError):
+                near.recv(1024)
 
 
 def test_a_line_to_a_closed_port_resets() -> None:
