@@ -16,7 +16,8 @@ from pilot.server.report import Report
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, plain, to_header
 
 ASK_AGAIN_S = 30.0
-BLIND_AGAIN_S = 60.0  # a client without Redis: it may reach it by now
+# A client without Redis, which may reach it by now: most lines that break are back in seconds.
+BLIND_AGAIN_S, BLIND_AGAIN_MAX_S = 5.0, 60.0  # the first time; doubled each time up to the second
 TAKEN_AGAIN_S = 10.0  # its name was another's, who may have died
 LOST_AGAIN_S = 5.0  # where the question was lost, and nothing is wrong with the client
 _MAX_REFUSALS, _MAX_REASON_CHARS = 100, 300  # that are remembered, and shown in one line
@@ -40,6 +41,7 @@ class Client:
     upload_s: float | None = None
     fixed_cost_s: float | None = None
     late_rounds: int = 0
+    blind_answers: int = 0  # in a row, in which it could not use Redis
     note: str = ""  # what its next order tells the people of its site
 
     @property
@@ -55,6 +57,7 @@ class Client:
             self.start_s, self.upload_s = before.start_s, before.upload_s
             self.fixed_cost_s = before.fixed_cost_s
             self.begin_s, self.late_rounds = before.begin_s, before.late_rounds
+            self.blind_answers = before.blind_answers
 
 
 @dataclass
@@ -181,7 +184,12 @@ class Roster:
                 self.report.client_warned(name, other)
 
     def _ask_again_s(self, client: Client) -> float:
-        return self.clock.now_s() + BLIND_AGAIN_S if client.blind else float("inf")
+        if not client.blind:
+            client.blind_answers = 0
+            return float("inf")
+        pause_s = min(BLIND_AGAIN_MAX_S, BLIND_AGAIN_S * 2.0 ** min(client.blind_answers, 10))
+        client.blind_answers += 1
+        return self.clock.now_s() + pause_s
 
     def _find_agreement(self) -> bool:
         """Fix what to agree on, once enough clients do."""

@@ -13,6 +13,7 @@ from pilot.server.mailbox import LOST_AFTER_S, Mailbox
 from pilot.server.report import Report
 from pilot.server.roster import (
     ASK_AGAIN_S,
+    BLIND_AGAIN_MAX_S,
     BLIND_AGAIN_S,
     LOST_AGAIN_S,
     TAKEN_AGAIN_S,
@@ -285,7 +286,7 @@ def test_answer_to_another_message_is_not_taken() -> None:
     assert not them.roster.handle_answer(answer)
 
 
-def test_site_without_redis_is_asked_again_each_minute_and_nothing_is_told_twice(
+def test_client_without_redis_is_asked_again_ever_more_rarely_and_nothing_is_said_twice(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -293,20 +294,23 @@ def test_site_without_redis_is_asked_again_each_minute_and_nothing_is_told_twice
     them.says(1, "a", redis=False)
     them.says(2, "b", redis=True)
     them.roster.accepted()[0].tokens_per_s = 7.0
-    for _ in range(2):
-        them.clock.at_s += BLIND_AGAIN_S
+    for factor in (1, 2):
+        them.clock.at_s += factor * BLIND_AGAIN_S - 0.1
+        them.turn()
+        assert len(them.grid.to(1)) == factor, "not yet"
+        them.clock.at_s += 0.1
         them.turn()
         assert not them.roster.questions_open, "no round waits for that"
         them.says(1, "a", redis=False)
     assert (len(them.grid.to(1)), len(them.grid.to(2))) == (3, 1)
     assert caplog.text.count("Client a joined") == 1
     assert them.roster.accepted()[0].blind
-    them.clock.at_s += BLIND_AGAIN_S
+    them.clock.at_s += 4 * BLIND_AGAIN_S
     them.turn()
     them.says(1, "a", redis=True)
     site = them.roster.accepted()[0]
     assert not site.blind and site.tokens_per_s == 7.0
-    them.clock.at_s += BLIND_AGAIN_S
+    them.clock.at_s += BLIND_AGAIN_MAX_S
     them.turn()
     assert len(them.grid.to(1)) == 4
 
