@@ -6,6 +6,7 @@ ServerApp, a SuperLink that was started again, a disk that was full for a while.
 """
 
 import re
+import threading
 import time
 from collections.abc import Callable
 
@@ -33,6 +34,7 @@ def keep_running(
     first round that is passed on; later it counts as a failure like any other.
     """
     begun, failures = False, 0
+    stopping: list[threading.Thread] = []
 
     def watched(line: str) -> None:
         nonlocal begun, failures
@@ -44,6 +46,8 @@ def keep_running(
         run: FlowerRun | None = None
         try:
             run = submit()
+            while stopping:
+                stopping.pop().start()
             outcome = follow(run, watched)
         except PilotError as error:
             if not begun:
@@ -59,8 +63,10 @@ def keep_running(
         failures += 1
         if failures > MAX_FAILURES:
             return outcome
-        if run is not None:
-            run.stop()  # Flower may think for another minute that it runs
+        if (
+            run is not None
+        ):  # Flower may think for another minute that it runs, which can't hold up the next
+            stopping.append(threading.Thread(target=run.stop, daemon=True))
         pause_s = min(MAX_PAUSE_S, 2.0**failures - 2)  # none at first
         show(
             f"The run ended ({outcome.details or 'no reason is known'}): "

@@ -1,5 +1,6 @@
 """A deployed run whose server is gone is resumed; a mistake is not repeated."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,10 @@ class Run:
     """What `FlowerRun` is to its keeper."""
 
     def __init__(self) -> None:
-        self.stopped = self.closed = False
+        self.stopped, self.closed = threading.Event(), False
 
     def stop(self) -> None:
-        self.stopped = True
+        self.stopped.set()
 
     def close(self) -> None:
         self.closed = True
@@ -58,7 +59,8 @@ def test_a_run_whose_server_is_gone_is_resumed_at_once_and_flower_told_that_it_e
     attempts = Attempts(([ROUND, COMMIT], KILLED), ([ROUND, COMMIT], COMPLETED))
     assert attempts.keep() == COMPLETED
     assert attempts.pauses == [0.0]
-    assert [run.stopped for run in attempts.runs] == [True, False]
+    first, second = attempts.runs
+    assert first.stopped.wait(30) and not second.stopped.is_set()
     assert all(run.closed for run in attempts.runs)
     said = "The run ended (its process was killed): resuming run r in 0 s"
     assert attempts.shown == [ROUND, COMMIT, said, ROUND, COMMIT]
