@@ -81,7 +81,7 @@ class Limits:
     @staticmethod
     def of(config: Mapping[str, Any], *, restart_s: float) -> "Limits":
         """A round ends at `round-max-duration` and waits `grace-max` for replies; between rounds the server
-        waits at most RETURN_S (15 s, pilot/server/round_loop.py) for clients that may return. A client without
+        waits at most 15 s (`return_s`, pilot/rules/rounds.py) for clients that may return. A client without
         an order is back within a restart."""
         slack_s = 10.0  # outer step, snapshot, ticks of a busy machine
         return Limits(

@@ -20,7 +20,10 @@ _SILENCE_MIN_S = 2.0
 # The wait for replies is this many times the slowest upload measured so far ...
 _GRACE_FACTOR = 3.0
 # ... and at least this long: what was measured may have been a quiet moment (seconds).
-_GRACE_MIN_S = 10.0
+_GRACE_MIN_S = 5.0
+# A round opens without a client that may come, after this share of what rounds last, within these
+# bounds (seconds): it may still join, and all the others would stand still.
+_RETURN_SHARE, _RETURN_MIN_S, _RETURN_MAX_S = 0.1, 2.0, 15.0
 # What starting a worker group and moving a small model costs, until it has been measured (seconds).
 _FIXED_COST_S = 15.0
 # A client that was asked is given this many times what it needed to begin before, or what the slowest other
@@ -218,14 +221,23 @@ def blind_seconds(
     return max(0.0, min(whole_s, _BLIND_SHARE * expected_s - elapsed_s))
 
 
-def grace_s(uploads_s: Sequence[float], grace_max_s: float) -> float:
+def grace_s(uploads_s: Sequence[float], grace_max_s: float, *, worth_s: float = 0.0) -> float:
     """Seconds for which replies are waited for after the end of a round.
 
-    `uploads_s`: what the clients needed from the end of their last round to their reply's arrival.
+    `uploads_s`: what the clients needed from the end of their last round to their reply's arrival. `worth_s`:
+    how long the others may stand still before that costs more training than the missing replies hold.
     """
     if not uploads_s:
         return grace_max_s
-    return min(grace_max_s, max(_GRACE_MIN_S, _GRACE_FACTOR * max(uploads_s)))
+    return min(grace_max_s, max(_GRACE_MIN_S, _GRACE_FACTOR * max(uploads_s), worth_s))
+
+
+def return_s(lengths_s: Sequence[float]) -> float:
+    """Seconds for which a round does not open for clients that may come; `lengths_s` of the last ones."""
+    if not lengths_s:
+        return _RETURN_MAX_S
+    usual_s = _RETURN_SHARE * statistics.median(lengths_s)
+    return min(_RETURN_MAX_S, max(_RETURN_MIN_S, usual_s))
 
 
 def stuck_s(grace_max_s: float) -> float:

@@ -36,6 +36,7 @@ _FIXED_KEYS = frozenset(
         "packing",
     ]
 )
+_LAST_ROUNDS = 3  # whose lengths show how long the next may be
 _LENGTH_KEYS = ("total-tokens", "target-param-data-ratio", "total-batch-size")
 
 
@@ -147,6 +148,12 @@ class RunState:
     def steps(self) -> int:
         """Optimizer steps of the federation, as checkpoints count them."""
         return self.tokens // self.config.total_batch_size
+
+    @property
+    def last_lengths_s(self) -> list[float]:
+        """What the last rounds lasted in which clients took part: how long the next one may be."""
+        lengths_s = [record.duration_s for record in self.history if record.clients]
+        return lengths_s[-_LAST_ROUNDS:]
 
     def record(self, round_number: int) -> RoundRecord | None:
         return next((r for r in self.history if r.round_number == round_number), None)

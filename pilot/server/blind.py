@@ -15,8 +15,6 @@ from pilot.server.open_round import OpenRound
 from pilot.server.report import Report
 from pilot.server.roster import Client
 
-_LAST_ROUNDS = 3  # whose lengths show how long the next may be
-
 
 @dataclass(frozen=True)
 class BlindClients:
@@ -29,8 +27,7 @@ class BlindClients:
 
     def seconds(self, elapsed_s: float = 0.0) -> float | None:
         """What an order may give one, `elapsed_s` after the round opened; None while that is not known."""
-        lengths = [record.duration_s for record in self.state.history if record.clients]
-        return blind_seconds(self.config, lengths[-_LAST_ROUNDS:], elapsed_s)
+        return blind_seconds(self.config, self.state.last_lengths_s, elapsed_s)
 
     def askable(
         self, clients: Sequence[Client], open_round: OpenRound | None = None, now_s: float = 0.0

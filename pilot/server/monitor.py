@@ -216,6 +216,15 @@ class RoundMonitor:
         ]
 
     @property
+    def worth_waiting_s(self) -> float:
+        """Seconds that the clients which have replied may stand still for those that are awaited: as long as
+        these have trained, all together."""
+        waiting = len(self.open_round.done)
+        if self.ended_at_s is None or not waiting:
+            return math.inf
+        return (self.ended_at_s - self.open_round.opened_at_s) * len(self.awaited) / waiting
+
+    @property
     def unbegun(self) -> set[str]:
         """Clients of a round that has ended that have not begun, as far as heartbeats show."""
         if self.ended_at_s is None or not self._heard_at_s:

@@ -62,6 +62,12 @@ class OpenRound:
         return [client.order for client in self.clients.values() if client.order is not None]
 
     @property
+    def done(self) -> set[str]:
+        """Clients that have replied and owe nothing more."""
+        done = (Last.REPLIED, Last.USED_UP)
+        return {name for name, client in self.clients.items() if client.last in done}
+
+    @property
     def failures(self) -> dict[str, str]:
         """Client → what it answered that cannot be used."""
         return {name: client.failure for name, client in self.clients.items() if client.failure}

@@ -22,6 +22,7 @@ from pilot.rules.rounds import (
     grace_s,
     join_min_remaining_s,
     remaining_s,
+    return_s,
 )
 from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
@@ -41,7 +42,7 @@ _REDIS_EVERY_S = 1.0
 _PROGRESS_EVERY_S = 2.0
 _REPORT_WAITING_EVERY_S = 5.0
 _IDLE_TICK_S = 1.0  # while no client works
-RETURN_S = 15.0  # for which missing clients are waited for, once each time that some are
+_BRISK_S = 15.0  # for which clients are looked for at each tick
 _EVALUATION_ATTEMPTS = 3
 
 
@@ -145,7 +146,7 @@ class RoundLoop:
         began_s = reported_s = self.clock.now_s()
         while True:
             waited_s = self.clock.now_s() - began_s
-            self._tick(_TICK_S if waited_s < RETURN_S else _IDLE_TICK_S)
+            self._tick(_TICK_S if waited_s < _BRISK_S else _IDLE_TICK_S)
             self._raise_if_interrupted()
             clients = self._available(to_train=to_train)
             asked = self.roster.questions_open
@@ -164,7 +165,7 @@ class RoundLoop:
                 reported_s = self.clock.now_s()
 
     def _all_there(self, there: int, wanted: int) -> bool:
-        """Whether a round may open with `there` clients, or those that are missing have been waited for.
+        """Whether a round may open with `there` clients, or those that are missing have been waited for, once.
 
         A node that was asked what it is and does not answer counts as missing: it may hang.
         """
@@ -174,7 +175,8 @@ class RoundLoop:
             return True
         if self._incomplete_since_s is None:
             self._incomplete_since_s = now_s
-        return there >= wanted and now_s - self._incomplete_since_s >= RETURN_S
+        patience_s = return_s(self.state.last_lengths_s)
+        return there >= wanted and now_s - self._incomplete_since_s >= patience_s
 
     def _present(self) -> list[Client]:
         """Clients that owe no answer and are not leaving."""
@@ -323,19 +325,24 @@ class RoundLoop:
     def _collect(self, patience_s: float | None = None) -> OpenRound:
         """Wait for the replies that are still to come, and return the round, to which no more can come.
 
-        The wait is a multiple of what uploads have ever taken, or `patience_s` seconds where clients have
-        more to do than to send.
+        The wait is a multiple of what uploads have ever taken, or longer where that is worth it, or
+        `patience_s` seconds where clients have more to do than to send.
         """
         monitor, open_round = self._monitor, self._round
-        measured = patience_s is None
-        if patience_s is None:
-            patience_s = grace_s(uploads_s(monitor.awaited), self.config.grace_max)
-        deadline_s = self.clock.now_s() + patience_s
+        measured, uploads, began_s = (
+            patience_s is None,
+            uploads_s(monitor.awaited),
+            self.clock.now_s(),
+        )
         while open_round.pending:
             self._tick()  # at least once: a client that began in the last moment is heard then
             self._raise_if_interrupted()
-            if not monitor.awaited or self.clock.now_s() >= deadline_s:
+            if measured:
+                worth_s = monitor.worth_waiting_s
+                patience_s = grace_s(uploads, self.config.grace_max, worth_s=worth_s)
+            if not monitor.awaited or self.clock.now_s() - began_s >= (patience_s or 0.0):
                 break
+        patience_s = patience_s or 0.0
         if measured:
             monitor.note_slow_uploads(patience_s)
             monitor.note_late_beginners()

@@ -37,7 +37,7 @@ def beat(server: Server, order: TrainOrder, **values: Any) -> None:
 def test_a_client_that_falls_silent_holds_nothing_up_and_its_late_reply_is_refused(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(round_loop, "RETURN_S", 1.0)
+    monkeypatch.setattr(round_loop, "return_s", lambda lengths_s: 1.0)
     released = threading.Event()
 
     def fall_silent(order: TrainOrder, *_: Any) -> None:

@@ -1,5 +1,6 @@
 """When a round ends: one row a rule."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from pilot.rules.rounds import (
     grace_s,
     join_min_remaining_s,
     remaining_s,
+    return_s,
     silence_s,
     waits_for_beginning,
 )
@@ -148,9 +150,22 @@ def test_a_site_joins_when_twice_the_cost_of_a_round_is_left_or_what_is_configur
 def test_grace_is_three_times_the_slowest_upload_within_its_bounds() -> None:
     assert grace_s([], 600.0) == 600.0
     assert grace_s([5.0, 20.0], 600.0) == 60.0
-    assert grace_s([0.1], 600.0) == 10.0
+    assert grace_s([0.1], 600.0) == 5.0
     assert grace_s([500.0], 600.0) == 600.0
     assert grace_s([0.1], 4.0) == 4.0
+
+
+def test_grace_is_longer_where_the_missing_replies_are_worth_it() -> None:
+    assert grace_s([5.0], 600.0, worth_s=200.0) == 200.0
+    assert grace_s([5.0], 600.0, worth_s=3.0) == 15.0
+    assert grace_s([5.0], 600.0, worth_s=math.inf) == 600.0
+
+
+def test_a_round_waits_to_open_for_a_tenth_of_what_rounds_last() -> None:
+    assert return_s([]) == 15.0
+    assert return_s([40.0, 60.0, 1000.0]) == 6.0
+    assert return_s([1.0]) == 2.0
+    assert return_s([3600.0]) == 15.0
 
 
 def test_silence_is_three_heartbeats_and_not_less_than_two_seconds() -> None:

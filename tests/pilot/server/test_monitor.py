@@ -1,5 +1,6 @@
 """Who works, who is silent, and what a site's rounds cost, from heartbeats and replies."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from pilot.server.open_round import OpenRound, SentOrder
 from pilot.server.report import Report
 from pilot.server.roster import Client
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply
+from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_header
+
+from .round_kit import said
 
 
 class Watched:
@@ -118,6 +121,18 @@ def test_a_silent_client_is_waited_for_as_long_as_all_need_to_train_what_it_has(
     assert watched.awaited == ["a", "b"]
     watched.silent(112.1, a=beat(), b=beat(age=5.2, tokens=50))
     assert watched.awaited == ["a"]
+
+
+def test_a_missing_reply_is_worth_as_long_a_wait_as_its_training_shared_by_those_that_wait(
+    watched: Watched,
+) -> None:
+    watched.silent(130.0, a=beat(), b=beat())
+    assert watched.monitor.worth_waiting_s == math.inf, "the round runs"
+    watched.monitor.ended_at_s = 130.0
+    assert watched.monitor.worth_waiting_s == math.inf, "nobody stands still for another"
+    reply = to_header(TrainReply(fence=watched.orders["a"].fence, client="a"))
+    watched.round.handle_answer(said("m-a", reply))
+    assert watched.monitor.worth_waiting_s == 30.0, "one waits for one that has trained for 30 s"
 
 
 def test_who_had_not_begun_at_the_end_of_a_round_is_not_waited_for(watched: Watched) -> None:
