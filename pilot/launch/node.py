@@ -53,6 +53,7 @@ MAX_RESTARTS = 300  # of SuperNodes that lived for less than STEADY_S, in a row:
 # Flower misses a node that has sent no heartbeat for this: it takes it off line and gives up its order. The
 # SuperNode notices that at its next heartbeat and its ClientApp's end, which took 26 to 50 s; a new one, 6.
 FROZEN_S = 60.0
+LOST_S = 6.0  # for a SuperNode to give up an order whose ClientApp is gone (`supernode.py`)
 _POLL_S = 0.2
 _ORDER_POLL_S = 0.5
 _STOP_EXPIRY_S = 3600.0
@@ -107,6 +108,7 @@ class _Node:
     signals: list[int]  # that have come so far; the handler appends to it
     say: Callable[[str], None]
     _restarts: int = field(default=0, init=False)
+    _lost_at_s: float | None = field(default=None, init=False)
     _awake_at_s: float = field(default_factory=lambda: _real_s(), init=False)
 
     def run(self) -> int:
@@ -179,13 +181,19 @@ class _Node:
         return f"this node stood still for {still_s:.0f} s"
 
     def _clientapp_lost(self) -> str:
-        """A clause if the ClientApp died while working on an order.
+        """A clause if the ClientApp died while working on an order, and the SuperNode does not see it.
 
-        The SuperNode would notice in about a minute, and takes no other order until then (docs/flower.md).
+        Flower's own would in about a minute, and takes no other order until then (docs/flower.md).
         """
         order = in_flight.read(self.directory)
         if order is None or order.state != in_flight.WORKING or alive(order.pid):
+            self._lost_at_s = None
             return ""
+        now_s = time.monotonic()
+        self._lost_at_s = self._lost_at_s or now_s
+        if now_s - self._lost_at_s < LOST_S:
+            return ""
+        self._lost_at_s = None
         (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)
         return "the ClientApp died while working on an order"
 

@@ -1,51 +1,111 @@
-"""`flower-supernode` that looks for its next order at once, not three seconds later.
+"""`flower-supernode` that looks for its next order at once, and gives up one whose ClientApp is gone.
 
 A SuperNode asks the SuperLink for a message, and if there is none it sleeps 3 s (hard-coded; docs/flower.md).
 The next round's order comes about a second after the last reply, so nearly every round waits for that sleep.
 Here the sleeps are short for a while after each message, and Flower's own while nothing happens.
+
+It waits for a reply without a look at the ClientApp, whose death it takes a minute to notice. Here it looks: at
+the file in which a ClientApp says what it works on (`site/in_flight.py`).
 """
 
 import contextlib
+import functools
 import importlib
+import os
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-from pilot.launch.warm import write_program
+from pilot.launch import warm
+from pilot.processes.ancestry import alive
+from pilot.site import in_flight
+from pilot.site.notice import NODE_VARIABLE
 
 PROGRAM = "flower-supernode"
+_LOOP = "flwr.supernode.start_client_internal"
 _IDLE_S, _REPLY_S = 3.0, 0.5  # Flower's sleeps: while there is no message, and no reply to one
 _EAGER_S, _EAGER_FOR_S = 0.5, 20.0
 _REPLY_EAGER_S = 0.2
 
 
 class Pace:
-    """Stands in for `time.sleep` in Flower's loop."""
+    """Stands in for `time.sleep` in Flower's loop; `lost` is called while that waits for a reply."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: Callable[[], None] = lambda: None) -> None:
         self._eager_until_s = time.monotonic() + _EAGER_FOR_S
+        self._lost = lost
 
     def sleep(self, seconds: float) -> None:
         now_s = time.monotonic()
         if seconds == _REPLY_S:  # there is a message
             seconds, self._eager_until_s = _REPLY_EAGER_S, now_s + _EAGER_FOR_S
+            self._lost()
         elif seconds == _IDLE_S and now_s < self._eager_until_s:
             seconds = _EAGER_S
         time.sleep(seconds)
 
 
+class LostClientApp:
+    """Ends the wait for a reply that will not come; `directory` is the node's."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._state: Any = None  # Flower's, of this node
+        self._since = 0.0  # wall clock, as the times of files are
+
+    def watched(self, push: Callable[..., None]) -> Callable[..., None]:
+        """Flower's function that waits for a reply and sends it, with its `state` known here."""
+
+        @functools.wraps(push)
+        def pushing(*, state: Any, **others: Any) -> None:
+            self._state, self._since = state, time.time()
+            try:
+                push(state=state, **others)
+            finally:
+                self._state = None
+
+        return pushing
+
+    def look(self) -> None:
+        """Let Flower see at once what it would see in a minute, if the ClientApp at work is gone."""
+        path = self._directory / in_flight.FILE_NAME
+        order = in_flight.read(self._directory)
+        if self._state is None or order is None or alive(order.pid):
+            return
+        with contextlib.suppress(OSError, AttributeError):  # of another Flower: `pilot node` helps
+            if path.stat().st_mtime < self._since:
+                return  # of an earlier message
+            with self._state.lock_task_store:
+                for record in self._state.task_token_store.values():
+                    record.active_until -= timedelta(days=1)
+            path.unlink(missing_ok=True)
+
+
 def install(directory: Path) -> Path:
     """Write the program into `directory`: a file of Flower's name, which `ps` shows."""
-    return write_program(directory / PROGRAM, f"from {__name__} import main\n\nmain()\n")
+    return warm.write_program(directory / PROGRAM, f"from {__name__} import main\n\nmain()\n")
 
 
 def main() -> None:
     """Be `flower-supernode`, with its own command line."""
     sys.argv[0] = PROGRAM
     with contextlib.suppress(ImportError):  # another Flower
-        loop = importlib.import_module("flwr.supernode.start_client_internal")
-        vars(loop)["time"] = SimpleNamespace(**{**vars(time), "sleep": Pace().sleep})
+        loop = importlib.import_module(_LOOP)
+        warm.preload()
+        if sys.platform.startswith("linux"):
+            template = warm.Template.fork()
+            if isinstance(template, list):
+                warm.be_superexec(template)
+                return
+            template.starts(warm.PROGRAM, of=loop)
+        lost = LostClientApp(Path(os.environ.get(NODE_VARIABLE, "")))
+        pace = Pace(lost.look)
+        vars(loop)["time"] = SimpleNamespace(**{**vars(time), "sleep": pace.sleep})
+        vars(loop)["_push_messages"] = lost.watched(loop._push_messages)
     from flwr.supernode.cli import flower_supernode
 
     flower_supernode()

@@ -1,14 +1,14 @@
-"""A SuperExec whose ClientApps need not import Flower: they are forks of a process that has.
+"""SuperExec and ClientApps that need not import Flower: they are forks of a process that has.
 
 Flower starts a process per message, which imports all of Flower: seconds of a processor, once per client and
-round (docs/flower.md). `pilot node` puts a program named `flower-superexec` (`install`) in front of the PATH
-of its SuperNode, which starts it by that name. It is Flower's own SuperExec but for the start of ClientApps:
-these are forks of a *template*, a child of the SuperExec that was forked before there was any thread or
-connection.
+round (docs/flower.md). Here a ClientApp is a fork of a *template*, a child of the SuperExec that was forked
+before there was any thread or connection; and the SuperExec is such a fork of a child of the SuperNode
+(`supernode.py`). Where that is not to be had, `pilot node` puts a program named `flower-superexec`
+(`install`) in front of the PATH of its SuperNode, which starts it by that name.
 
-A ClientApp is forked twice, so that the kernel hands it to the SuperExec, its *subreaper*: above it stand the
-same processes as ever. Where anything of this is not to be had (another system, the template killed, another
-Flower), the SuperExec does what Flower does.
+What is forked is forked twice, so that the kernel hands it to the process above, its *subreaper*: above it
+stand the same processes as ever. Where anything of this is not to be had (another system, the template killed,
+another Flower), things happen as Flower has them.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from pilot.processes.keeper import become_subreaper, die_with_parent
 
 PROGRAM = "flower-superexec"
-# What a ClientApp imports in the end; not `pilot`, which is the run's own and not this installation's.
+# What they import in the end; not `pilot`, which is the run's own and not this installation's.
 _PRELOADED = (
     "flwr.supercore.cli.flower_superexec",
     "flwr.supernode.cli.flwr_clientapp",
@@ -61,23 +61,41 @@ def write_program(path: Path, text: str) -> Path:
 def main() -> None:
     """Be `flower-superexec`, with its own command line."""
     sys.argv[0] = PROGRAM
+    preload()
+    _be_superexec()
+
+
+def preload() -> None:
+    """Import what all forks need."""
     for module in _PRELOADED:
         with contextlib.suppress(ImportError):  # of a Flower that is built otherwise
             importlib.import_module(module)
+
+
+def be_superexec(words: Sequence[str]) -> None:
+    """Be `flower-superexec` in a fork of a process that has imported all."""
+    _appear_as(words)
+    _be_superexec()
+
+
+def _be_superexec() -> None:
     if sys.platform.startswith("linux"):
         template = Template.fork()
         if isinstance(template, list):
             _be_clientapp(template)
             return
         with contextlib.suppress(ImportError, AttributeError, KeyError):  # another Flower
-            _use(template)
+            from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+            from flwr.supercore.superexec.executor import subprocess_executor
+
+            template.starts(TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP], of=subprocess_executor)
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
     flower_superexec()
 
 
 class Template:
-    """The process that ClientApps are forks of, as the SuperExec sees it."""
+    """The process that others are forks of, as the process sees it that starts them."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(_REPLY_S)
@@ -97,6 +115,17 @@ class Template:
             return _serve(theirs)
         theirs.close()
         return Template(ours)
+
+    def starts(self, program: str, *, of: ModuleType) -> None:
+        """Let a module of Flower's that makes nothing of what `Popen` returns start `program` by a fork."""
+
+        def start(words: Sequence[str], **options: Any) -> object:
+            if words[0] == program and not options:
+                with contextlib.suppress(OSError, ValueError):
+                    return self.start(words)
+            return subprocess.Popen(words, **options)
+
+        vars(of)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": start})
 
     def start(self, words: Sequence[str]) -> int:
         """The pid of a new fork with these words, 0 if it is not there yet.
@@ -143,15 +172,20 @@ def _fork_again(connection: socket.socket) -> None:
 
 
 def _be_clientapp(words: list[str]) -> None:
-    sys.argv = words
-    parent = words.index("--parent-pid") if "--parent-pid" in words else len(words)
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        show_as([sys.executable, words[0], *words[parent : parent + 2]])
+    _appear_as(words)
     for name in [name for name in sys.modules if name.partition(".")[0] == "pilot"]:
         del sys.modules[name]
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     flwr_clientapp()
+
+
+def _appear_as(words: Sequence[str]) -> None:
+    """Take a command line: what this process reads, and what others see of it."""
+    sys.argv = list(words)
+    parent = words.index("--parent-pid") if "--parent-pid" in words else len(words)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        show_as([sys.executable, words[0], *words[parent : parent + 2]])
 
 
 def show_as(words: Sequence[str]) -> None:
@@ -167,20 +201,3 @@ def show_as(words: Sequence[str]) -> None:
         raise ValueError(f"{len(text)} bytes do not fit into {end - start}")
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, text, len(text))
-
-
-def _use(template: Template) -> None:
-    """Let Flower's executor of subprocesses start its ClientApps by `template`."""
-    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
-    from flwr.supercore.superexec.executor import subprocess_executor as flower
-
-    clientapp = TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]
-
-    def start(words: Sequence[str], **options: Any) -> object:
-        if words[0] == clientapp and not options:
-            with contextlib.suppress(OSError, ValueError):
-                return template.start(words)
-        return subprocess.Popen(words, **options)
-
-    # that module makes nothing of what `Popen` returns
-    vars(flower)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": start})

@@ -1,12 +1,26 @@
-"""How long a SuperNode of `pilot node` sleeps: briefly after a message, as Flower's own if nothing happens."""
+"""A SuperNode of `pilot node`: how long it sleeps, and what it does when its ClientApp is gone."""
 
 import inspect
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.supercore.constant import TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from pilot.launch import supernode
+from pilot.site import in_flight
+from pilot.site.in_flight import InFlight
+from pilot.wire.messages import Fence
 
 
 @pytest.fixture
@@ -38,3 +52,73 @@ def test_it_is_eager_for_a_while_after_a_message_and_patient_afterwards(
 def test_flowers_loop_sleeps_as_it_is_expected_to() -> None:
     source = inspect.getsource(start_client_internal)
     assert set(re.findall(r"\btime\.\w+\([^)]*\)", source)) == {"time.sleep(3)", "time.sleep(0.5)"}
+
+
+@pytest.fixture
+def state() -> InMemoryNodeState:
+    """Flower's state of a node whose ClientApp has taken the one message and works on it."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    state = InMemoryNodeState(ObjectStoreFactory().store())
+    state.set_node_id(1)
+    message = Message(RecordDict(), 1, "train")
+    message.metadata.__dict__["_message_id"] = "an order"
+    state.store_message(message)
+    task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=message.metadata.run_id)
+    assert task is not None and state.claim_task(task) and state.activate_task(task)
+    assert state.get_messages_legacy(is_reply=False) == [message]
+    state.record_message_processing_start("an order")
+    return state
+
+
+def works_on_an_order(pid: int) -> None:
+    order: dict[str, Any] = {
+        "run": "r",
+        "redis_url": "",
+        "client": "a",
+        "fence": Fence("r", 1, 1, 1),
+    }
+    rest: dict[str, Any] = {"preempt_file": "", "drain_deadline_s": 20.0}
+    in_flight.write(InFlight(**order, **rest, state=in_flight.WORKING, pid=pid))
+
+
+def test_a_clientapp_that_dies_at_work_has_its_order_answered_at_once(
+    state: InMemoryNodeState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOT_NODE_DIR", str(tmp_path))
+    clientapp = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    works_on_an_order(clientapp.pid)
+    os.utime(tmp_path / in_flight.FILE_NAME, (0, 0))
+    replies: list[list[Message]] = []
+
+    def push(*, state: InMemoryNodeState, store: str) -> None:  # as Flower's, but for the waiting
+        assert store == "a store"
+
+        def wait() -> None:
+            lost.look()
+            replies.append(list(state.get_messages_legacy(is_reply=True)))
+
+        clientapp.kill()
+        clientapp.wait()
+        wait()  # the file is of an earlier message
+        works_on_an_order(os.getpid())
+        wait()
+        works_on_an_order(clientapp.pid)
+        wait()
+
+    lost = supernode.LostClientApp(tmp_path)
+    lost.watched(push)(state=state, store="a store")
+    assert replies[:2] == [[], []]
+    (reply,) = replies[2]
+    assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert reply.metadata.reply_to_message_id == "an order"
+    assert in_flight.read(tmp_path) is None
+    works_on_an_order(clientapp.pid)
+    lost.look()
+    assert in_flight.read(tmp_path) is not None, "nothing is waited for any more"
+
+
+def test_flowers_loop_waits_for_a_reply_as_it_is_expected_to() -> None:
+    called = re.search(
+        r"\n( +)_push_messages\((.*?)\n\1\)", inspect.getsource(start_client_internal), re.S
+    )
+    assert called is not None and "state=state," in called[2]

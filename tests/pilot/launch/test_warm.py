@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -99,10 +100,13 @@ def test_flower_starts_its_clientapps_by_the_template_and_all_else_as_ever(
 ) -> None:
     started: list[list[str]] = []
 
-    class Fake:
+    class Fake(warm.Template):
         works = True
 
-        def start(self, words: list[str]) -> int:
+        def __init__(self) -> None:
+            pass
+
+        def start(self, words: Sequence[str]) -> int:
             if not self.works:
                 raise BrokenPipeError
             started.append(list(words))
@@ -115,7 +119,7 @@ def test_flower_starts_its_clientapps_by_the_template_and_all_else_as_ever(
     monkeypatch.setattr(subprocess_executor, "subprocess", subprocess_executor.subprocess)
     monkeypatch.setattr(subprocess, "Popen", Popen)
     template = Fake()
-    warm._use(template)  # type: ignore[arg-type]
+    template.starts("flwr-clientapp", of=subprocess_executor)
     executor = subprocess_executor.SubprocessExecutor()
     types = subprocess_executor.TaskType
 
