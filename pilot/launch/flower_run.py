@@ -24,6 +24,7 @@ COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports
 LOST_SUPERLINK_S = 120.0  # for how long we keep asking a SuperLink that does not answer
 DEAD_SERVER_S = 5.0  # from the end of the server's process to the end of its log, if it ended well
 
+_UNKNOWN_RUN = re.compile(r"run id\b.* not found", re.IGNORECASE)
 _RUN_ID = re.compile(r"Successfully started run (\d+)")
 # Flower's own lines that aren't the run's log, or are advice that doesn't fit a run of ours
 _NOISE = (
@@ -130,6 +131,8 @@ class FlowerRun:
         listing = self._command(
             "ls", self._connection, "--run-id", str(self.run_id), "--format", "json"
         )
+        if _UNKNOWN_RUN.search(listing):  # its books are in its memory, and it was started again
+            return Outcome("finished:failed", "the SuperLink does not know it any more")
         try:
             run = json.loads(listing)["runs"][0]
             details = str(run.get("status-details") or "")

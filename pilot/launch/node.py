@@ -168,6 +168,7 @@ class _Node:
                     break
                 time.sleep(_POLL_S)
             else:
+                (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)  # its order is gone, too
                 self._wait_for_restart(supernode.returncode, time.monotonic() - began)
         return None, reason
 

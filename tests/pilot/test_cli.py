@@ -271,6 +271,21 @@ esac"""
     assert (outcome.status, outcome.details) == ("finished:failed", "it was killed")
 
 
+def test_a_run_that_its_restarted_superlink_does_not_know_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = json.dumps({"success": False, "error-message": "Run ID 7 not found"})
+    body = f"""
+case $1 in
+  run) echo "Successfully started run 7"; echo one ;;
+  ls) echo '{said}'; exit 1 ;;
+esac"""
+    run = fake_flwr(tmp_path, monkeypatch, body)
+    run.submit(None)
+    outcome = run.follow(lambda line: None)
+    assert outcome.status == "finished:failed" and "does not know it" in outcome.details
+
+
 def test_a_refused_run_says_why_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

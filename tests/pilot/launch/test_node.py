@@ -192,6 +192,15 @@ def test_supernode_that_does_not_see_its_clientapps_death_is_restarted(site: Sit
         process.kill()
 
 
+def test_the_order_of_a_supernode_that_was_killed_is_forgotten_with_it(site: Site) -> None:
+    with site.node() as process:
+        site.has_order(in_flight.WORKING)
+        os.kill(site.logged("pid")[0], signal.SIGKILL)
+        until(lambda: len(site.logged("argv")) == 2)
+        assert in_flight.read(site.directory) is None
+        process.kill()
+
+
 def test_supernode_of_a_node_that_stood_still_is_restarted_at_once(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
