@@ -103,6 +103,7 @@ def node(arguments: argparse.Namespace) -> int:
         supernode=[word for word in arguments.supernode if word != "--"],
         preempt_file=arguments.preempt_file,
         leave_within_s=arguments.leave_within,
+        device_batch_size=arguments.device_batch_size,
     )
     return run_node(options, say=speaker(options.name))
 
@@ -347,6 +348,12 @@ def _add_node(commands: Any) -> None:
         type=float,
         metavar="SECONDS",
         help="wait at most this long for the server (default: the run's drain-deadline plus 60 s)",
+    )
+    command.add_argument(
+        "--device-batch-size",
+        type=int,
+        metavar="ROWS",
+        help="rows per device and forward pass on this client; 0: what fits (default: the run's)",
     )
     command.set_defaults(function=node)
 

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,6 +24,7 @@ from pilot.rules.rounds import stuck_s
 from pilot.site import in_flight
 from pilot.site.handle import SuperNodeGone, WorkerError, WorkerHandle
 from pilot.site.notice import notice_files, noticed
+from pilot.site.rows import ROWS_VARIABLE, rows_of_node
 from pilot.wire.messages import (
     AnyMessage,
     Header,
@@ -57,7 +59,7 @@ def train(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context) -> Message:
     try:
-        content = answer(message.content, node_name(context))
+        content = answer(message.content, node_name(context), context.node_config)
     except SuperNodeGone as error:
         # Flower would go on trying to deliver a reply for minutes, beside the next SuperNode of this site
         print(f"{error}: ending", file=sys.stderr, flush=True)
@@ -65,45 +67,66 @@ def _answer(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def answer(content: RecordDict, name: str) -> RecordDict:
+@dataclass(frozen=True)
+class _Node:
+    """What this client is called, and what its workers find in their environment besides ours."""
+
+    name: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def answer(
+    content: RecordDict, name: str, node_config: Mapping[str, object] | None = None
+) -> RecordDict:
     """What the client called `name` says to a message, whatever happens in its worker.
 
     Raises SuperNodeGone if nobody is left to say it to.
     """
     header, parts = from_records(content)
+    reply: Header
+    update: list[Part]
+    try:
+        rows = rows_of_node(node_config or {})
+    except PilotError as error:
+        reply, update = _failure(header, str(error)), []
+    else:
+        node = _Node(name, {} if rows is None else {ROWS_VARIABLE: str(rows)})
+        reply, update = _reply(header, parts, node)
+    return to_records(reply | {"node_name": name}, update)
+
+
+def _reply(header: Header, parts: list[Part], node: _Node) -> tuple[Header, list[Part]]:
     try:
         order = from_header(header)
         config = RunConfig.from_mapping(getattr(order, "config", {}))
     except ValueError:  # the worker says what is wrong with it
-        reply, update = _ask_worker(header, parts, RunConfig(worker_idle=0.0), name)
-    else:
-        reply, update = _obey(order, config, header, parts, name)
-    return to_records(reply | {"node_name": name}, update)
+        return _ask_worker(header, parts, RunConfig(worker_idle=0.0), node)
+    return _obey(order, config, header, parts, node)
 
 
 def _obey(
-    order: AnyMessage, config: RunConfig, header: Header, parts: list[Part], name: str
+    order: AnyMessage, config: RunConfig, header: Header, parts: list[Part], node: _Node
 ) -> tuple[Header, list[Part]]:
     match order:
         case HelloOrder():
-            if reason := _leaving(config, order.redis_url, name, order.run):
+            if reason := _leaving(config, order.redis_url, node.name, order.run):
                 return to_header(HelloReply(error=f"this client is leaving ({reason})")), []
         case TrainOrder(fence=fence, client=client):
             if _leaving(config, order.redis_url, client, fence.run):
                 reply = TrainReply(fence=fence, client=client, stopped_by=StopReason.LEAVING)
                 return to_header(reply), []
-            return _train(order, config, header, parts, name)
-    return _ask_worker(header, parts, config, name, limit_s=_HELLO_S)
+            return _train(order, config, header, parts, node)
+    return _ask_worker(header, parts, config, node, limit_s=_HELLO_S)
 
 
 def _train(
-    order: TrainOrder, config: RunConfig, header: Header, parts: list[Part], name: str
+    order: TrainOrder, config: RunConfig, header: Header, parts: list[Part], node: _Node
 ) -> tuple[Header, list[Part]]:
     """Let the worker train; this site's node and the server can see where the order is."""
     in_flight.write(in_flight.of_order(order, config, in_flight.WORKING))
     # the worker itself notices that it hangs, unless all its threads do
     limit_s = order.seconds_left + 2 * stuck_s(config.grace_max)
-    reply, update = _ask_worker(header, parts, config, name, limit_s=limit_s)
+    reply, update = _ask_worker(header, parts, config, node, limit_s=limit_s)
     state = in_flight.SENDING if update else in_flight.DONE
     after = in_flight.of_order(order, config, state)
     in_flight.write(after)
@@ -129,7 +152,12 @@ def _leaving(config: RunConfig, redis_url: str, client: str, run: str) -> str:
 
 
 def _ask_worker(
-    header: Header, parts: list[Part], config: RunConfig, name: str, *, limit_s: float = math.inf
+    header: Header,
+    parts: list[Part],
+    config: RunConfig,
+    node: _Node,
+    *,
+    limit_s: float = math.inf,
 ) -> tuple[Header, list[Part]]:
     processes = int(header.get("processes", 1))
     # a hello is asked of one process: with several, a resident group would be of no more use
@@ -139,8 +167,9 @@ def _ask_worker(
             processes=processes,
             device=config.device,
             idle_s=config.worker_idle if stays else 0.0,
-            name=name,
+            name=node.name,
             limit_s=limit_s,
+            environment=node.environment,
         ) as worker:
             with _sigterm_drains(worker):
                 return worker.ask(header, parts)

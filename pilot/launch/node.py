@@ -41,6 +41,7 @@ from pilot.site.notice import (
     notice_path,
     noticed,
 )
+from pilot.site.rows import ROWS_KEY, checked_rows
 
 # Beyond the drain deadline, for the upload: 1 GB took 76 s there and back on loopback (docs/flower.md).
 UPLOAD_S = 60.0
@@ -69,6 +70,7 @@ class NodeOptions:
     supernode: Sequence[str] = ()
     preempt_file: str = ""
     leave_within_s: float | None = None
+    device_batch_size: int | None = None
 
 
 def node_directory(name: str) -> Path:
@@ -86,6 +88,7 @@ def run_node(options: NodeOptions, *, say: Callable[[str], None]) -> int:
     Raises PilotError for a mistake in the options, or if a node with that name already runs here.
     """
     check_name(options.name, "--name")
+    supernode_options(options.name, options.supernode, options.device_batch_size)
     directory = node_directory(options.name)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(directory / "lock")
@@ -150,7 +153,8 @@ class _Node:
         elif configured := environment.get(PREEMPT_VARIABLE):
             environment[PREEMPT_VARIABLE] = str(notice_path(configured))
         program = str(supernode.install(self.directory / "programs"))
-        options = supernode_options(self.options.name, self.options.supernode)
+        given = self.options
+        options = supernode_options(given.name, given.supernode, given.device_batch_size)
         command = [sys.executable, program, *options]
         return keeper.start(command, env=environment, output=None, grace_s=ENDING_S)
 
@@ -298,10 +302,12 @@ def _written_at(directory: Path) -> float:
         return 0.0
 
 
-def supernode_options(name: str, options: Sequence[str]) -> list[str]:
-    """`options` with the client's name, and a free port for the SuperNode's own interface unless given.
+def supernode_options(name: str, options: Sequence[str], rows: int | None = None) -> list[str]:
+    """`options` with the client's name, its rows per device unless None, and a free port for the SuperNode's
+    own interface unless given.
 
-    Raises PilotError if the options give another name, or a node configuration to which none can be added.
+    Raises PilotError if the options give another name or other rows, or a node configuration to which nothing
+    can be added.
     """
     rest, configured = [], ""
     words = iter(options)
@@ -318,9 +324,26 @@ def supernode_options(name: str, options: Sequence[str]) -> list[str]:
         raise PilotError(f"--node-config sets the name {named[1]}: use --name instead")
     if not named:
         configured = f'{configured} name="{name}"'.strip()
+    configured = _with_rows(configured, rows)
     if not any(word.partition("=")[0] == "--port" for word in rest):
         rest += ["--port", str(free_port())]
     return [*rest, "--node-config", configured]
+
+
+def _with_rows(configured: str, rows: int | None) -> str:
+    """The node configuration with `rows` per device. Raises PilotError for no number of rows, or for two."""
+    if rows is not None:
+        checked_rows(rows, f"--{ROWS_KEY}")
+    found = re.search(rf"(?:^|\s){ROWS_KEY}=(\S+)", configured)
+    if found is None:
+        return configured if rows is None else f"{configured} {ROWS_KEY}={rows}"
+    word = found[1]
+    there = checked_rows(int(word) if word.isdecimal() else word, f"{ROWS_KEY} in --node-config")
+    if rows not in (None, there):
+        raise PilotError(
+            f"--{ROWS_KEY} is {rows}, and --node-config says {there}: give one of them"
+        )
+    return configured
 
 
 def default_name() -> str:

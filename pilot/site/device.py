@@ -1,7 +1,5 @@
 """What all ranks of a group compute with: the dtype of matmuls, and the rows that a device takes at once."""
 
-import os
-
 import torch
 
 from nanochat.gpus import capability_of, device_rows
@@ -9,8 +7,7 @@ from nanochat.kernels.choices import default_compute_dtype, dtype_from_name
 from pilot.config import RunConfig
 from pilot.errors import PilotError
 from pilot.site.ranks import Ranks
-
-ROWS_VARIABLE = "PILOT_DEVICE_BATCH_SIZE"  # of a machine; wins over the run's `device-batch-size`
+from pilot.site.rows import given_rows
 
 
 def agree_on_device(config: RunConfig, ranks: Ranks) -> tuple[torch.dtype, int]:
@@ -43,15 +40,3 @@ def _rows(config: RunConfig, ranks: Ranks) -> int:
         sequence_len=config.sequence_len,
         rank_rows=-(-config.batch_rows // ranks.world_size),
     )
-
-
-def given_rows(configured: int) -> int:
-    """What this machine says, else what the run does. Raises PilotError for what is no number."""
-    text = os.environ.get(ROWS_VARIABLE, "")
-    if not text:
-        return configured
-    if not text.isdecimal():
-        raise PilotError(
-            f"{ROWS_VARIABLE} is {text!r}: set it to a number of rows, or to 0 for what fits"
-        )
-    return int(text)

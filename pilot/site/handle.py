@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
@@ -57,7 +57,7 @@ class WorkerHandle:
     simulation: the same actor, whatever the name). It is temporary all the same if there is neither, or if
     another ClientApp is using the resident group. Raises WorkerError from `ask` if one of its processes
     dies; the exit then stops the rest as usual. A group that has not answered `limit_s` seconds from now
-    hangs, and is killed.
+    hangs, and is killed. `environment` is added to ours for a group that is started.
     """
 
     def __init__(
@@ -68,9 +68,11 @@ class WorkerHandle:
         idle_s: float = 0.0,
         name: str = "",
         limit_s: float = math.inf,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._processes, self._device = processes, device
         self._idle_s, self._name = idle_s, name
+        self._environment = dict(environment or {})
         self._until_s = time.monotonic() + limit_s
         self._parent = os.getppid()
         self._above = (ancestors(os.getpid()) or [])[
@@ -113,7 +115,7 @@ class WorkerHandle:
             command += ["--idle", str(self._idle_s)]
         # The group has our working directory, since paths may be relative, but imports the installed package
         # only. It inherits a blocked SIGTERM: one that arrives before it can drain must not kill it.
-        environment = os.environ | {"PYTHONSAFEPATH": "1"}
+        environment = os.environ | {"PYTHONSAFEPATH": "1"} | self._environment
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             self._group = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)

@@ -19,6 +19,7 @@ from pilot.client_app import answer
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
+from pilot.site.rows import ROWS_VARIABLE
 from pilot.wire.codec import encode
 from pilot.wire.messages import (
     Fence,
@@ -88,6 +89,36 @@ def test_what_runs_once_per_message_or_command_imports_neither_torch_nor_nanocha
     code = f"import sys, {modules}; print(*{{'torch', 'nanochat'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+# -- rows per device -----------------------------------------------------------------------------
+
+
+def test_rows_of_the_node_configuration_are_those_of_its_worker(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ROWS_VARIABLE, "4")  # the machine's; the node's is narrower
+    config = site_config(site, round_steps=1, device_batch_size=2)
+    content = to_records(to_header(train_order(config, ENDLESS[:1])), encode(first_weights(config)))
+    reply = from_header(from_records(answer(content, "c", {"device-batch-size": 1}))[0])
+    assert isinstance(reply, TrainReply) and reply.error == ""
+    assert (reply.steps, reply.batches) == (1, config.batch_rows)
+
+
+def test_rows_that_are_no_number_are_refused_before_a_worker_starts(
+    worker: FakeWorker, site: Path
+) -> None:
+    config = site_config(site)
+    orders = (
+        HelloOrder(run="r", config=config.to_mapping(), redis_url=""),
+        train_order(config, ENDLESS[:1]),
+    )
+    for order in orders:
+        content = to_records(to_header(order), [])
+        reply = from_header(from_records(answer(content, "c", {"device-batch-size": "many"}))[0])
+        assert isinstance(reply, HelloReply | TrainReply)
+        assert reply.error.startswith("device-batch-size in --node-config is 'many'")
+    assert worker.asked == 0
 
 
 # -- leaving -------------------------------------------------------------------------------------

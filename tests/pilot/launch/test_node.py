@@ -133,6 +133,20 @@ def test_name_and_a_free_port_are_added_to_the_supernodes_own_options() -> None:
     assert default_name()
 
 
+def test_rows_per_device_are_added_to_the_node_configuration() -> None:
+    assert supernode_options("a", [], 16)[-1] == 'name="a" device-batch-size=16'
+    for given in (None, 8):
+        config = supernode_options("a", ["--node-config", "device-batch-size=8"], given)[-1]
+        assert config == 'device-batch-size=8 name="a"'
+    for configured, given in (
+        ("", -1),
+        ("device-batch-size=8", 16),
+        ("device-batch-size='8'", None),
+    ):
+        with pytest.raises(PilotError, match="device-batch-size"):
+            supernode_options("a", ["--node-config", configured], given)
+
+
 @pytest.mark.parametrize("base", ["", "~/elsewhere", "here"])
 def test_node_and_its_workers_agree_on_the_base_directory(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,8 +9,11 @@ import torch
 from nanochat import gpus
 from pilot.errors import PilotError
 from pilot.site import device as device_module
-from pilot.site.device import ROWS_VARIABLE, agree_on_device, given_rows
+from pilot.site.data import hello
+from pilot.site.device import agree_on_device
 from pilot.site.ranks import Ranks
+from pilot.site.rows import ROWS_KEY, ROWS_VARIABLE, given_rows, rows_of_node
+from pilot.wire.messages import HelloOrder
 
 from ..worker_kit import BATCH_ROWS, site_config
 
@@ -55,6 +58,24 @@ def test_one_rank_alone_takes_what_its_device_has_room_for(
 
 def test_rows_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given_rows(6) == 6
+    for wrong in ("many", "-1", "1.5", "²", str(1 << 40)):
+        monkeypatch.setenv(ROWS_VARIABLE, wrong)
+        with pytest.raises(PilotError, match=ROWS_VARIABLE):
+            given_rows(6)
+
+
+def test_rows_of_a_node_are_whole_numbers() -> None:
+    assert rows_of_node({"name": "a"}) is None
+    assert [rows_of_node({ROWS_KEY: rows}) for rows in (0, 16)] == [0, 16]
+    for wrong in ("16", 1.5, True, -1, 1 << 40):
+        with pytest.raises(PilotError, match="in --node-config is"):
+            rows_of_node({ROWS_KEY: wrong})
+
+
+def test_rows_that_are_no_number_are_the_answer_to_a_hello(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url="")
+    assert hello(order).error == ""
     monkeypatch.setenv(ROWS_VARIABLE, "many")
-    with pytest.raises(PilotError, match=ROWS_VARIABLE):
-        given_rows(6)
+    assert hello(order).error.startswith(f"{ROWS_VARIABLE} is 'many'")
