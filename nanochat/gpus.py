@@ -130,18 +130,30 @@ def capability_of(device: "torch.device") -> tuple[int, int]:
     return _Known.capability
 
 
-def peak_flops(device: "torch.device") -> float | None:
-    """Dense bf16 FLOP/s of the card's data sheet; None for a CPU or a card that is not known."""
+def peak_flops(device: "torch.device", world_size: int = 1) -> float | None:
+    """Dense bf16 FLOP/s of `world_size` such cards, by the data sheet; None for a CPU or a card that is
+    not known."""
     if device.type != "cuda":
         return None
     import torch
 
-    return peak_flops_of(torch.cuda.get_device_name(device))
+    of_one = peak_flops_of(torch.cuda.get_device_name(device))
+    return None if of_one is None else world_size * of_one
 
 
 def peak_flops_of(name: str) -> float | None:
     """The same by the name that torch gives a card."""
     return next((flops for part, flops in _PEAK_FLOPS if part in name), None)
+
+
+def mfu(tokens_per_s: float, *, token_flops: float, peak: float | None) -> float | None:
+    """Model FLOP utilisation, 0..1: which share of the devices' arithmetic a training rate uses.
+
+    token_flops: FLOP of training on one token (`GPT.estimate_flops`); peak: dense bf16 FLOP/s of all
+    devices together, None where no data sheet says it, as for CPUs: then there is no such figure.
+    As defined in PaLM (arXiv 2204.02311, appendix B).
+    """
+    return tokens_per_s * token_flops / peak if peak else None
 
 
 def rows_by_memory(total_bytes: int, sequence_len: int) -> int:

@@ -75,7 +75,7 @@ def _open_log(setup: Setup) -> ProgressLog:
         done=setup.state.step,
         training_time_s=setup.state.training_time_s,
         token_flops=setup.model.estimate_flops(),
-        peak_flops=plan.place.world_size * (peak_flops(plan.place.device) or 0.0),
+        peak_flops=peak_flops(plan.place.device, plan.place.world_size),
         wandb_id=plan.wandb_id,
     )
 

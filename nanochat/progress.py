@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nanochat.common import get_base_dir
 from nanochat.core_bundle import CoreResult
 from nanochat.errors import UserError
+from nanochat.gpus import mfu
 from nanochat.settings import Settings
 from nanochat.wandb_run import WandbRun
 
@@ -41,12 +42,12 @@ class ProgressLog:
         done: int = 0,
         training_time_s: float = 0.0,
         token_flops: float = 0.0,
-        peak_flops: float = 0.0,
+        peak_flops: float | None = None,
         wandb_id: str = "",
     ) -> None:
         """For a run of `num_steps` of which `done` are done, after `training_time_s` of training.
 
-        `token_flops`: of training on one token; `peak_flops`: FLOP/s of all devices, 0 if unknown;
+        `token_flops`: of training on one token; `peak_flops`: FLOP/s of all devices, None if unknown;
         `wandb_id`: of the W&B run, which a resumed run continues.
         """
         self.loss: float | None = None  # the last one that was read
@@ -98,18 +99,19 @@ class ProgressLog:
             f"epoch={epoch} shard={shard} shard_progress={progress}"
         )
         values = {"train/loss": loss, "train/lrm": lr_multiplier, "train/tok_per_s": rate}
-        if self._peak_flops:
-            values["train/mfu"] = self._mfu(rate)
+        if (share := self._mfu(rate)) is not None:
+            values["train/mfu"] = share
         self._record(done, values)
 
     def _speed(self, done: int, rate: float) -> str:
         """What share of the devices' arithmetic is used, where that is known, and the time left."""
         left_s = (self._num_steps - done) * self._step_tokens / rate
-        mfu = f"mfu={self._mfu(rate):.1%} " if self._peak_flops else ""
-        return f"{mfu}eta={_clock(left_s)} "
+        share = self._mfu(rate)
+        used = "" if share is None else f"mfu={share:.1%} "
+        return f"{used}eta={_clock(left_s)} "
 
-    def _mfu(self, rate: float) -> float:
-        return rate * self._token_flops / self._peak_flops
+    def _mfu(self, rate: float) -> float | None:
+        return mfu(rate, token_flops=self._token_flops, peak=self._peak_flops)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from pilot.run.quarantine import keep_refused
 from pilot.run.snapshot import write_snapshot
 from pilot.run.state import MergedReply, RoundRecord, RunState
 from pilot.server.admit import compare, disagreeing
+from pilot.server.bars import speeds
 from pilot.server.open_round import OpenRound
 from pilot.server.report import Report
 
@@ -79,7 +80,8 @@ class Committer:
         state.absorb(record, [one.contribution for one in accepted], model)
         self._write()
         self._keep_spool(closed)
-        self.report.round_committed(record, state, votes.figures(merged))
+        fast = speeds((one.order.client.name, one.reply) for one in accepted)
+        self.report.round_committed(record, state, votes.figures(merged), fast)
         return False
 
     def score(self, closed: OpenRound) -> bool:

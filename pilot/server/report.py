@@ -10,11 +10,10 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
-from tqdm import tqdm
-
 from nanochat.schedule import Schedule
 from pilot.rules.rounds import EndReason
 from pilot.run.state import RoundRecord, RunState
+from pilot.server.bars import Speed, bar, bar_end
 from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_json
 
@@ -183,8 +182,11 @@ class Report:
             self._shown[name] = now
             postfix = beat.state
             if beat.step:
-                postfix = _postfix(beat.loss, beat.shard, beat.shard_row, beat.shard_rows)
-            _meter(name, beat.tokens, postfix, tokens=tokens, elapsed_s=elapsed_s)
+                postfix = bar_end(
+                    beat.loss, beat.shard, beat.shard_row, beat.shard_rows, beat.mfu or None
+                )
+            rate = beat.tokens_per_s or None
+            log.info("%s", bar(name, beat.tokens, postfix, tokens, elapsed_s, rate))
 
     def reply_accepted(
         self, name: str, reply: TrainReply, state: RunState, *, trained: bool, elapsed_s: float
@@ -194,18 +196,20 @@ class Report:
         number = name.removeprefix("client_")
         known = reply.loss_nats is not None and reply.tokens > 0
         loss = (reply.loss_nats or 0.0) / reply.tokens if known else None
+        rate = reply.tokens / reply.train_s if reply.tokens and reply.train_s else None
         self.telemetry.event(
             "reply",
             f"Client {number}: {reply.batches} batches" if trained else None,
             loss=loss,
+            tokens_per_s=rate,
             **values,
         )
         if reply.tokens and reply.consumed:
             # the line that a client's bar ends with: a round may be over before a heartbeat was due
             last = reply.consumed[-1]
             rows = state.ledger.row_counts.get(last.shard, 0)
-            postfix = _postfix(loss, last.shard, last.end_row or 0, rows)
-            _meter(name, reply.tokens, postfix, tokens=reply.tokens, elapsed_s=elapsed_s)
+            postfix = bar_end(loss, last.shard, last.end_row or 0, rows, reply.mfu)
+            log.info("%s", bar(name, reply.tokens, postfix, reply.tokens, elapsed_s, rate))
 
     def reply_refused(self, name: str, fence: Fence, reason: str) -> None:
         number = fence.round_number
@@ -246,17 +250,22 @@ class Report:
         record: RoundRecord,
         state: RunState,
         learning: Mapping[str, float | None] = MappingProxyType({}),
+        speeds: Mapping[str, Speed] = MappingProxyType({}),
     ) -> None:
-        """The round is on disk; `learning`: what its updates say of it (`Votes.figures`)."""
+        """The round is on disk; `learning`: what its updates say of it (`Votes.figures`); `speeds`: client →
+        how fast it trained."""
         loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
         refused = f" refused={record.refused}" if record.refused else ""
+        rate = sum(speed.tokens_per_s for speed in speeds.values()) or None
+        fast = f" tokens_per_s={rate:,.0f}" if rate else ""
         self.telemetry.event(
             "round_committed",
             f"[ROUND {record.round_number}] committed: clients={record.clients} "
-            f"tokens={record.tokens} train_loss={loss} total_tokens={state.tokens}{refused} "
+            f"tokens={record.tokens} train_loss={loss} total_tokens={state.tokens}{refused}{fast} "
             f"({record.duration_s:.1f} s)",
             total_tokens=state.tokens,
             merged=[reply.to_json() for reply in state.merged],
+            speeds={name: asdict(speed) for name, speed in speeds.items()},
             **asdict(record),
         )
         self.telemetry.metrics(
@@ -265,6 +274,7 @@ class Report:
             tokens=state.tokens,
             clients=record.clients,
             refused=record.refused,
+            tokens_per_s=rate,
             **learning,
         )
 
@@ -371,24 +381,3 @@ def table(state: RunState) -> str:
 
 def _bpb(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _postfix(loss: float | None, shard: int, row: int, rows: int) -> str:
-    share = 100 * row / rows if rows else 0.0
-    loss_text = "-" if loss is None else f"{loss:.4f}"
-    return f"loss={loss_text} shard={shard} shard_progress={share:.1f}%"
-
-
-def _meter(name: str, done: int, postfix: str, *, tokens: int, elapsed_s: float) -> None:
-    """A client's bar at `done` of `tokens`."""
-    meter = tqdm.format_meter(
-        min(done, tokens),
-        tokens,
-        elapsed_s,
-        prefix=name,
-        unit="tok",
-        unit_scale=True,
-        postfix=postfix,
-        ncols=120,
-    )
-    log.info("%s", meter)

@@ -38,14 +38,13 @@ from pilot.site.data import SiteData, open_data
 from pilot.site.device import agree_on_device
 from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
+from pilot.site.meter import Meter
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
 from pilot.site.stop import Progress, StopWatcher
 from pilot.wire.messages import StopReason, TrainOrder, TrainReply
 
-_LOSS_EMA = 0.9
 _RUINED_NATS = 1e12
-_READ_EVERY_S = 1.0  # reading the loss waits for the device: no more often than this
 
 log = logging.getLogger("pilot.site")
 
@@ -191,7 +190,7 @@ class Round:
         progress.update(state="training")
         began_s = time.monotonic()
         with self._bar() as bar:
-            meter = LossMeter(self.ranks, progress, bar)
+            meter = Meter(self.ranks, progress, bar, token_flops=model.estimate_flops())
             if self.order.segments:
                 self._train(trainer, stream, meter, stop)
             meter.read()
@@ -213,12 +212,13 @@ class Round:
             "tokens": progress.heartbeat.tokens,
             "loss_nats": self.ranks.sum([float(meter.nats)])[0],
             "train_s": train_s,
+            "mfu": meter.mfu(progress.heartbeat.tokens / max(1e-9, train_s)),
             "consumed": stream.consumed(progress.rows),
             "row_counts": row_counts,
         }
 
     def _train(
-        self, trainer: Trainer, stream: "RowStream[Segment]", meter: "LossMeter", stop: StopWatcher
+        self, trainer: Trainer, stream: "RowStream[Segment]", meter: Meter, stop: StopWatcher
     ) -> None:
         """Whole optimizer steps; every decision to stop is rank 0's, and all ranks take it together."""
         config, progress = self.config, self.progress
@@ -341,55 +341,6 @@ class Round:
 def _finite(nats: float) -> float:
     """A sum that every header takes: that of a model out of all bounds is still a very bad one."""
     return nats if math.isfinite(nats) else _RUINED_NATS
-
-
-class LossMeter:
-    """The sum of nats of a round, read from the device now and then, and shown where people look."""
-
-    def __init__(self, ranks: Ranks, progress: Progress, bar: "tqdm[object]") -> None:
-        self.nats = torch.zeros((), dtype=torch.float64)  # read so far, of this rank
-        self._pending = torch.zeros((), device=ranks.device)  # not read yet
-        self._pending_tokens = 0
-        self._ranks, self._progress, self._bar = ranks, progress, bar
-        self._began_s = self._read_at_s = time.monotonic()
-
-    def add(
-        self, nats: Tensor, tokens: int, position: tuple[int, int, int, int | None] | None
-    ) -> None:
-        """One step's nats of this rank and tokens of all; `position` as of `RowStream`."""
-        self._pending += nats
-        self._pending_tokens += tokens
-        late = time.monotonic() - self._read_at_s >= _READ_EVERY_S
-        if late or self._progress.heartbeat.step == 1:
-            self._show(position)
-
-    def read(self) -> Tensor:
-        """Wait for the device, and return the nats that were pending."""
-        read = self._pending.cpu().double()  # float64 does not exist on MPS
-        self.nats += read
-        self._pending.zero_()
-        self._read_at_s = time.monotonic()
-        return read
-
-    def _show(self, position: tuple[int, int, int, int | None] | None) -> None:
-        tokens, self._pending_tokens = self._pending_tokens, 0
-        done = self._progress.heartbeat
-        # rank 0 has about 1/n of the tokens; what the heartbeat shows need not be exact
-        loss = float(self.read()) * self._ranks.world_size / tokens
-        smoothed = _LOSS_EMA * (done.loss or loss) + (1 - _LOSS_EMA) * loss
-        _, shard, row, rows = position or (0, -1, 0, None)
-        self._progress.update(
-            loss=smoothed,
-            tokens_per_s=done.tokens / max(1e-9, time.monotonic() - self._began_s),
-            shard=shard,
-            shard_row=row,
-            shard_rows=rows or 0,
-        )
-        share = row / rows if rows else 0.0
-        self._bar.set_postfix_str(
-            f"loss={smoothed:.4f} shard={shard} shard_progress={share:.1%}", refresh=False
-        )
-        self._bar.update(done.tokens - self._bar.n)
 
 
 def _give_up(sentence: str) -> None:

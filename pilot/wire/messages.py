@@ -103,6 +103,7 @@ class Heartbeat:
     tokens: int = 0
     loss: float = 0.0  # nats per token, smoothed
     tokens_per_s: float = 0.0
+    mfu: float = 0.0  # share of the devices' arithmetic; 0: nothing says what they can do
     shard: int = -1  # -1: none yet
     shard_row: int = 0
     shard_rows: int = 0  # 0: not known yet
@@ -192,7 +193,8 @@ class TrainReply:
     `consumed` are closed segments, a prefix of the lease; `row_counts` the rows of each shard that the
     client has packed; `loss_nats` the sum over the tokens trained on, `eval_*` the sums over its slice of
     validation rows for the model that it received, `scores` the same for each piece. A sum of nats is None
-    if it is no number.
+    if it is no number. `mfu`: which share of the devices' arithmetic training used (`nanochat.gpus.mfu`);
+    None where no data sheet says what they can do, as for CPUs.
     """
 
     fence: Fence
@@ -208,6 +210,7 @@ class TrainReply:
     eval_rows: int = _metric(0)
     train_s: float = _metric(0.0, low=_SHORTEST_S)
     total_s: float = _metric(0.0, low=_SHORTEST_S)
+    mfu: float | None = _metric(None)
     consumed: list[Segment] = field(default_factory=list)
     row_counts: dict[int, int] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list, metadata={"metric": True})

@@ -13,6 +13,8 @@ from nanochat.gpus import (
     capability_of,
     device_rows,
     driver_version,
+    mfu,
+    peak_flops,
     peak_flops_of,
     prepare_device,
     rows_by_memory,
@@ -120,6 +122,12 @@ def test_a_cards_peak_is_found_by_its_name() -> None:
     assert peak_flops_of("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops_of("NVIDIA A10G") == 70e12
     assert peak_flops_of("NVIDIA GeForce GTX 1080") is None
+
+
+def test_mfu_is_the_share_of_all_devices_arithmetic_and_a_cpu_has_none() -> None:
+    # 8 cards of 989 TFLOP/s at 1.2 M tokens/s of depth 20 (docs/performance.md: 3.49 GFLOP a token)
+    assert mfu(1.2e6, token_flops=3.49e9, peak=8 * 989e12) == pytest.approx(0.5293, abs=1e-4)
+    assert mfu(1.2e6, token_flops=3.49e9, peak=peak_flops(torch.device("cpu"), 8)) is None
 
 
 def test_a_cpu_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What people are told: of a changed configuration, and of each client's part of a round."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
 from pilot.run.state import ConfigChange, RoundRecord, RunState
 from pilot.segment import Segment
+from pilot.server.bars import speeds
 from pilot.server.report import Report, table
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import Fence, TrainReply
+from pilot.wire.messages import Fence, Heartbeat, TrainReply
 
 
 def test_changed_keys_are_told_one_by_one_when_they_begin_to_hold_and_not_again(
@@ -67,6 +69,46 @@ def test_each_clients_bar_ends_with_its_loss_and_shard_though_no_heartbeat_was_d
     assert batches == "Client 7: 0 batches"
     assert line.startswith("client_7: 100%")
     assert "loss=2.0000 shard=3 shard_progress=25.0%" in line
+
+
+def test_rate_and_mfu_of_each_client_are_in_its_line_and_in_the_events_of_the_round(
+    report: Report, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger(num_shards=4, epochs=1, shard_order=lambda _: range(4))
+    config = RunConfig(run_name="r", num_shards=4)
+    state = RunState(config, {"w": torch.zeros(1)}, ledger, total_tokens=1)
+    rows = [Segment(0, 2, 0, 9)]
+    fast = TrainReply(
+        fence=Fence("r", 1, 1, 0),
+        client="a",
+        tokens=600_000,
+        train_s=4.0,
+        mfu=0.5,
+        consumed=rows,
+    )
+    slow = replace(fast, fence=Fence("r", 1, 1, 1), tokens=100_000, train_s=1.0, mfu=0.3)
+    cpu = TrainReply(fence=Fence("r", 1, 1, 2), client="b", tokens=500, train_s=2.0, consumed=rows)
+    caplog.set_level(logging.INFO, logger="pilot")
+    beat = Heartbeat(state="training", step=1, tokens=50, tokens_per_s=150e3, mfu=0.531)
+    report.progress({"a": beat, "b": replace(beat, mfu=0.0)}, tokens=100, elapsed_s=9.0)
+    told_a, told_b = caplog.messages
+    assert "150ktok/s" in told_a and told_a.endswith("mfu=53.1%]") and "mfu" not in told_b
+    for reply in (fast, slow, cpu):
+        report.reply_accepted(reply.client, reply, state, trained=True, elapsed_s=60.0)
+    lines = [line for line in caplog.messages[2:] if "tok/s" in line]
+    assert "150ktok/s" in lines[0] and "mfu=50.0%" in lines[0]
+    assert "250tok/s" in lines[2] and "mfu" not in lines[2]
+    record = RoundRecord(1, "all-replied", 2, 700_500, 61.0, 3.0)
+    found = speeds((reply.client, reply) for reply in (fast, slow, cpu))
+    report.round_committed(record, state, speeds=found)
+    assert " tokens_per_s=140,250 (61.0 s)" in caplog.messages[-1]
+    events = {e["event"]: e for e in read_events(tmp_path / "events.jsonl")}
+    assert events["round_committed"]["speeds"] == {
+        "a": {"tokens_per_s": 140_000.0, "mfu": pytest.approx(0.46)},
+        "b": {"tokens_per_s": 250.0, "mfu": None},
+    }
+    assert (events["reply"]["tokens_per_s"], events["reply"]["mfu"]) == (250.0, None)
+    assert events["metrics"]["tokens_per_s"] == 140_250.0
 
 
 def test_a_client_that_only_evaluated_has_no_line(

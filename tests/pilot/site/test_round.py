@@ -26,6 +26,7 @@ from pilot import plan
 from pilot.config import RunConfig
 from pilot.overrides import load_run_config
 from pilot.segment import Score
+from pilot.site import meter as meter_module
 from pilot.site import round as round_module
 from pilot.site.data import SiteData, hello, open_data
 from pilot.site.handle import ERROR_NAME
@@ -213,6 +214,26 @@ def test_site_that_is_not_done_by_the_drain_deadline_ends_with_a_sentence(
     child.start()
     child.join()
     assert child.exitcode == 1 and (tmp_path / ERROR_NAME).read_text() == sentences[0]
+
+
+# -- speed ---------------------------------------------------------------------------------------
+
+
+def test_speed_and_share_of_the_cards_arithmetic_are_in_heartbeat_and_reply(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = site_config(site, round_steps=2)
+    reply, _ = run(config, [[0, 0, 0, -1]])
+    assert reply.mfu is None, "no data sheet says what a CPU can do"
+    monkeypatch.setattr(meter_module, "peak_flops", lambda device, world_size: 1e12 * world_size)
+    task = Round(train_order(config, [[0, 0, 0, -1]]), ALONE, time.monotonic())
+    reply, _ = task.run(first_weights(config))
+    model = plan.build_model(config, device=torch.device("meta"), compute_dtype=torch.float32)
+    token_flops = model.estimate_flops()
+    assert reply.mfu == pytest.approx(reply.tokens / reply.train_s * token_flops / 1e12)
+    beat = task.progress.heartbeat
+    assert beat.mfu == pytest.approx(beat.tokens_per_s * token_flops / 1e12) and beat.mfu > 0
+    assert from_header(json.loads(header_text(to_header(reply)))) == reply
 
 
 # -- evaluation ----------------------------------------------------------------------------------
