@@ -70,15 +70,15 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-_BATCH: dict[str, Any] = {"total-batch-size": 512}
+_BATCH: dict[str, Any] = {"total-batch-size": 512, "outer-lr": 0.7}
 CASES = (
     Case(3, (1, 2, 4), 0.05, _BATCH | {"lr": 0.1}),
     Case(2, (2,), 0.05, _BATCH | {"lr": 0.1, "outer-momentum": 0.9}),
-    Case(5, (1, 8), 0.05, {"total-batch-size": 256, "lr": 0.1}),
+    Case(5, (1, 8), 0.05, _BATCH | {"total-batch-size": 256, "lr": 0.1}),
     Case(3, (4,), 0.0, _BATCH | {"lr": 0.2, "outer-momentum": 0.9}),
     Case(4, (1,), 0.05, _BATCH | {"lr": 0.02, "outer-optimizer": "fedavg", "outer-lr": 1.0}),
     Case(3, (2,), 1.0, _BATCH | {"lr": 0.1, "arch": "modern"}),
-    Case(3, (2, 16), 0.05, {"total-batch-size": 256, "lr": 0.05, "outer-momentum": 0.9}),
+    Case(3, (2, 16), 0.05, _BATCH | {"total-batch-size": 256, "lr": 0.05, "outer-momentum": 0.9}),
     Case(2, (1, 6), 0.05, _BATCH | {"lr": 0.1, "weight-decay": 0.002}),
 )
 

@@ -12,12 +12,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pilot.errors import ConfigError
 from pilot.redis_url import check_redis_url, has_credentials
 
 Scalar = bool | int | float | str
+AUTO: Literal["auto"] = "auto"
+AutoFloat = float | Literal["auto"]  # "auto": the program chooses the number
 
 
 def _key(
@@ -154,8 +156,14 @@ class RunConfig:
         "how the mean pseudo-gradient changes the global model",
         choices=("fedavg", "nesterov", "adam"),
     )
-    outer_lr: float = _key(0.7, "learning rate of the outer step", low=0)
-    outer_momentum: float = _key(0.9, "momentum of nesterov, beta1 of adam", low=0, high=1)
+    outer_lr: float | Literal["auto"] = _key(
+        AUTO,
+        "learning rate of the outer step; auto: 1, of a mean as long as the clients' updates",
+        low=0,
+    )
+    outer_momentum: float | Literal["auto"] = _key(
+        AUTO, "momentum of nesterov, beta1 of adam; auto: 0, of adam 0.9", low=0, high=1
+    )
     aggregation: str = _key(
         "mean",
         "how the clients' pseudo-gradients are combined",
@@ -290,6 +298,10 @@ class RunConfig:
             )
         if self.run_name:
             check_name(self.run_name, "run-name")
+        if self.outer_optimizer == "adam" and self.outer_lr == AUTO:
+            raise ConfigError(
+                'outer-lr "auto" is not known for adam: choose a number, such as 0.001'
+            )
         if self.outer_optimizer == "adam" and self.outer_momentum == 1:
             raise ConfigError("outer-momentum 1 has no bias correction in adam: choose less than 1")
         if self.redis_url:
@@ -322,11 +334,17 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 def _check(key: str, value: Any, declared: Any) -> Scalar:
     kind: Any = declared.type
+    if kind == AutoFloat:
+        if value == AUTO:
+            return AUTO
+        kind, auto = float, f' or "{AUTO}"'
+    else:
+        auto = ""
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 1 << 1000 else math.inf  # beyond: OverflowError
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"run-config key {key}={value!r} must be {names[kind]}")
+        raise ConfigError(f"run-config key {key}={value!r} must be {names[kind]}{auto}")
     low, high = declared.metadata["low"], declared.metadata["high"]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"run-config key {key}={value} must be finite")

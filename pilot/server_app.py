@@ -102,6 +102,7 @@ def _lead(
     finished = False
     try:
         state = _resume_or_start(config, run_dir)
+        config = state.config  # with its own numbers, if it was begun before a default was "auto"
         log.info("Redis: %s", redact_url(url))
         telemetry_of_run = Telemetry(
             run_dir,

@@ -24,10 +24,14 @@ from nanochat.trainer import Trainer
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.rules.aggregation import weighted_mean
-from pilot.rules.outer import outer_step
+from pilot.rules.lengths import Lengths
+from pilot.rules.outer import outer_step, restores_lengths
 
 _CPU = torch.device("cpu")
-_EVALUATIONS = 16  # of a run, besides the last
+_EVALUATIONS = (
+    8  # of a run, besides the last, on so many of the validation rows (16 on all: a third of a run)
+)
+_CURVE_ROWS = 128
 Tensors = dict[str, Tensor]
 
 
@@ -59,8 +63,10 @@ class Case:
     of a client's step or of all clients' together ("federation": a client that is alone takes whole steps).
     `speeds`: of the clients, 1 where none is given. `away`: the share of clients that a round does without,
     drawn at random, at least one stays; `away_rounds`: for how long. `inner`: what a client begins a
-    round with of its optimizer's state, "keep" its own, "reset" nothing. `weights`: what a client counts in
-    the mean, "tokens", "steps" or "equal". `config`: run-config keys of the outer step.
+    round with of its optimizer's state, "keep" its own, "reset" nothing, "average" that of all who were there.
+    `weights`: what a client counts in the mean, "tokens", "steps" or "equal". `config`: run-config keys of the
+    outer step. `momentum_follows_lr`: whether the outer momentum, which is made of earlier rounds' longer
+    updates, is shortened as the schedule lowers the clients' rates.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Case:
     away: float = 0.0
     away_rounds: int = 1
     inner: str = "keep"
+    momentum_follows_lr: bool = False
     weights: str = "tokens"
     lr_factor: float = 1.0
     config: tuple[tuple[str, Any], ...] = ()
@@ -85,7 +92,7 @@ class Case:
 @dataclass
 class Outcome:
     """`curve`: (tokens, bpb); `rounds` that merged something; `norms` and `cosines` of their outer steps: the
-    length of each, and its cosine with the one before."""
+    length of each, and its cosine with the one before; `agreement`: the cosine of two clients' updates."""
 
     bpb: float
     curve: list[tuple[int, float]]
@@ -93,6 +100,7 @@ class Outcome:
     seconds: float
     norms: list[float]
     cosines: list[float]
+    agreement: list[float]
 
 
 def train(scale: Scale, case: Case, seed: int, text: Path, cache: Path) -> dict[str, Any]:
@@ -135,7 +143,9 @@ class Laboratory:
         self.absent_until: dict[int, int] = {}
         self.norms: list[float] = []
         self.cosines: list[float] = []
+        self.agreement: list[float] = []
         self._step_before: Tensors = {}
+        self._rate_before = 1.0
 
     def run(self) -> Outcome:
         began_s, rounds = time.monotonic(), 0
@@ -149,7 +159,7 @@ class Laboratory:
         seconds = time.monotonic() - began_s
         bpb = self._bpb()
         self.curve.append((self.tokens, bpb))
-        return Outcome(bpb, self.curve, rounds, seconds, self.norms, self.cosines)
+        return Outcome(bpb, self.curve, rounds, seconds, self.norms, self.cosines, self.agreement)
 
     # -- plain -----------------------------------------------------------------------------------
 
@@ -174,13 +184,43 @@ class Laboratory:
             counts = {"tokens": float(mine), "steps": float(steps), "equal": 1.0}
             updates.append((counts[self.case.weights], update))
             tokens += mine
-        mean = weighted_mean(updates)
-        assert mean is not None
+        if len(updates) > 1:
+            self.agreement.append(_cosine(updates[0][1], updates[1][1]))
+        if self.case.inner == "average":
+            self._average_states(there)
+        if self.case.momentum_follows_lr:
+            self._anneal(self.tokens + tokens / 2)
         before = self.weights
-        self.weights, self.outer = outer_step(self.config, before, mean, self.outer)
+        self.weights, self.outer = outer_step(self.config, before, self._mean(updates), self.outer)
         self._note_step({n: before[n] - t for n, t in self.weights.items()})
         self.model.load_state_dict(self.weights)
         self.tokens += tokens
+
+    def _mean(self, updates: list[tuple[float, Tensors]]) -> Tensors:
+        mean = weighted_mean(updates)
+        assert mean is not None
+        if not restores_lengths(self.config):
+            return mean
+        lengths = Lengths()
+        for weight, update in updates:
+            lengths.add(weight, update)
+        return lengths.restore(mean)
+
+    def _anneal(self, middle: float) -> None:
+        """Shorten the momentum as much as the rates are lower in this round, `middle` tokens into the run."""
+        rate = self.schedule.at(middle / self.scale.batch_tokens).lr_multiplier
+        ratio = min(1.0, rate / self._rate_before)
+        self.outer = {n: t * ratio for n, t in self.outer.items()}
+        self._rate_before = max(rate, 1e-9)
+
+    def _average_states(self, there: list[int]) -> None:
+        states = [self.states[i] for i in there]
+        mean = copy.deepcopy(states[0])
+        for key, own in mean["state"].items():
+            for name, value in own.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    value.copy_(torch.stack([s["state"][key][name] for s in states]).mean(dim=0))
+        self.states = {i: copy.deepcopy(mean) for i in range(self.case.clients)}
 
     def _present(self, number: int) -> list[int]:
         case = self.case
@@ -203,7 +243,7 @@ class Laboratory:
             steps, batch = case.steps, rows * scale.sequence_len
         self.model.load_state_dict(self.weights)
         optimizer = plan.make_optimizer(self.config, self.model)
-        if case.inner == "keep" and i in self.states:
+        if case.inner != "reset" and i in self.states:
             optimizer.load_state_dict(self.states[i])
         trainer, own = self._trainer(optimizer), 0
         for _ in range(steps):
@@ -231,20 +271,24 @@ class Laboratory:
         due = len(self.curve) * self.scale.total_tokens // _EVALUATIONS
         if (self.curve and self.tokens < due) or self.tokens >= self.scale.total_tokens:
             return
-        self.curve.append((self.tokens, self._bpb()))
+        self.curve.append((self.tokens, self._bpb(_CURVE_ROWS)))
 
     def _note_step(self, step: Tensors) -> None:
-        norm = _dot(step, step) ** 0.5
-        self.norms.append(round(norm, 5))
+        self.norms.append(round(_dot(step, step) ** 0.5, 5))
         if self._step_before:
-            size = norm * _dot(self._step_before, self._step_before) ** 0.5
-            self.cosines.append(round(_dot(step, self._step_before) / max(size, 1e-30), 4))
+            self.cosines.append(_cosine(step, self._step_before))
         self._step_before = step
 
-    def _bpb(self) -> float:
-        batches = np.array_split(self.corpus.validation, max(1, len(self.corpus.validation) // 64))
+    def _bpb(self, rows: int | None = None) -> float:
+        validation = self.corpus.validation[:rows]
+        batches = np.array_split(validation, max(1, len(validation) // 64))
         return bits_per_byte(*bpb_sums(self.model, batches, self.corpus.token_bytes))
 
 
 def _dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return sum(float((t.double() * other[n].double()).sum()) for n, t in one.items())
+
+
+def _cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    size = (_dot(one, one) * _dot(other, other)) ** 0.5
+    return round(_dot(one, other) / max(size, 1e-30), 4)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pilot.rules.agreement import Votes
+from pilot.rules.lengths import Lengths, factors, squares
 
 MIN_VOTES = 3
 _TINY = 1e-300
@@ -42,20 +43,35 @@ class Spilled:
 
 
 def aggregate(
-    replies: Sequence[Spilled], *, method: str, trim_fraction: float = 0.0
+    replies: Sequence[Spilled],
+    *,
+    method: str,
+    trim_fraction: float = 0.0,
+    restore_lengths: bool = False,
 ) -> dict[str, Tensor] | None:
     """The pseudo-gradient of a round, fp32; None if there are no replies.
 
     `method`: "mean", "trimmed-mean" (of n votes, floor(trim_fraction * n) are cut at each end, but at least
     one, unless the fraction is 0) or "median" (of an even number: the mean of the two in the middle).
-    Replies in lease order. Raises ValueError for tokens that aren't positive.
+    `restore_lengths`: as `lengths.py` says; of robust methods by the same method. Replies in lease order.
+    Raises ValueError for tokens that aren't positive.
     """
     votes = len({reply.client for reply in replies})
     if method != "mean" and votes >= MIN_VOTES:
-        return _robust(replies, _cut(votes, method, trim_fraction))
+        return _robust(replies, _cut(votes, method, trim_fraction), restore_lengths)
     if method != "mean" and replies:
         log.info("%d clients are too few for a %s: using their mean", votes, method)
-    return weighted_mean((float(reply.tokens), load_file(reply.path)) for reply in replies)
+    lengths = Lengths()
+
+    def updates() -> Iterator[tuple[float, dict[str, Tensor]]]:
+        for reply in replies:
+            update = load_file(reply.path)
+            if restore_lengths:
+                lengths.add(float(reply.tokens), update)
+            yield float(reply.tokens), update
+
+    mean = weighted_mean(updates())
+    return mean if mean is None or not restore_lengths else lengths.restore(mean)
 
 
 def weighted_mean(
@@ -124,11 +140,20 @@ def _cut(votes: int, method: str, trim_fraction: float) -> int:
     return min(wanted, most)
 
 
-def _robust(replies: Sequence[Spilled], cut: int) -> dict[str, Tensor]:
+def _robust(
+    replies: Sequence[Spilled], cut: int, restore_lengths: bool = False
+) -> dict[str, Tensor]:
     with contextlib.ExitStack() as stack:
         by_client = _open(replies, stack)
         names = next(iter(by_client.values()))[0][1].keys()
-        return {name: _middle(list(_votes(by_client, name)), cut) for name in names}
+        found = {}
+        for name in names:
+            votes = list(_votes(by_client, name))
+            found[name] = _middle(votes, cut)
+            if restore_lengths:
+                usual = _middle([squares(vote) for vote in votes], cut).double()
+                found[name] *= factors(found[name], usual, most=float(len(votes)))
+        return found
 
 
 def _open(

@@ -4,20 +4,47 @@ The pseudo-gradient is global minus local weights, so all three are descents alo
 SGD; with a rate of 1 the new model is the mean of the clients'. Nesterov: SGD with Nesterov momentum,
 DiLoCo's choice (arXiv 2311.08105). Adam: FedOpt's (arXiv 2003.00295), with bias correction.
 Each agrees with the optimizer of that name in torch.optim.
+
+"auto" is a rate of 1 without momentum, of a mean whose rows are as long as the clients' own (`lengths.py`):
+what depends on the number of clients is measured in their updates rather than assumed. With one client that is
+exactly the training that it would do alone. docs/quality.md says what was compared.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pilot.config import RunConfig
+from pilot.config import AUTO, RunConfig
 
 # FedOpt (arXiv 2003.00295, section 5): beta2 0.99; epsilon as in Adam.
 ADAM_BETA2 = 0.99
 ADAM_EPSILON = 1e-8
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class OuterRates:
+    """`lr` and `momentum` (beta1 of adam) of one outer step."""
+
+    lr: float
+    momentum: float
+
+    @staticmethod
+    def of(config: RunConfig) -> "OuterRates":
+        """What `config` says, with a number for "auto"."""
+        lr, momentum = config.outer_lr, config.outer_momentum
+        chosen = 0.9 if config.outer_optimizer == "adam" else 0.0
+        return OuterRates(
+            lr=1.0 if lr == AUTO else lr, momentum=chosen if momentum == AUTO else momentum
+        )
+
+
+def restores_lengths(config: RunConfig) -> bool:
+    """Whether the step is meant for a mean as long as the clients' updates: where its rate is "auto"."""
+    return config.outer_lr == AUTO
 
 
 def outer_step(
@@ -32,21 +59,26 @@ def outer_step(
     """
     if weights.keys() != gradient.keys():
         raise ValueError("weights and pseudo-gradient have different names")
+    rates = OuterRates.of(config)
     new_weights: Tensors = {}
     new_state: Tensors = {}
     if config.outer_optimizer == "adam":
         new_state["step"] = state.get("step", torch.zeros(())) + 1
     for name, weight in weights.items():
-        update = _update(config, name, gradient[name], state, new_state)
-        new_weights[name] = weight - config.outer_lr * update
+        update = _update(config, rates.momentum, name, gradient[name], state, new_state)
+        new_weights[name] = weight - rates.lr * update
     return new_weights, new_state
 
 
 def _update(
-    config: RunConfig, name: str, grad: Tensor, state: Mapping[str, Tensor], new_state: Tensors
+    config: RunConfig,
+    beta: float,
+    name: str,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    new_state: Tensors,
 ) -> Tensor:
     """The direction of the step for one tensor, per unit of learning rate; fills `new_state`."""
-    beta = config.outer_momentum
     if config.outer_optimizer == "fedavg":
         return grad
     momentum = state.get(f"momentum.{name}", torch.zeros_like(grad))

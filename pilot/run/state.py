@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pilot import plan
-from pilot.config import RunConfig, Scalar
+from pilot.config import AUTO, RunConfig, Scalar
 from pilot.errors import PilotError
 from pilot.rules.admission import AdmissionBooks
 from pilot.rules.ledger import Ledger
@@ -36,6 +36,8 @@ _FIXED_KEYS = frozenset(
         "packing",
     ]
 )
+# What "auto" was before there was one: a run that was begun with these continues with them.
+_BEFORE_AUTO: Mapping[str, Scalar] = {"outer-lr": 0.7, "outer-momentum": 0.9}
 _LAST_ROUNDS = 3  # whose lengths show how long the next may be
 _LENGTH_KEYS = ("total-tokens", "target-param-data-ratio", "total-batch-size")
 
@@ -243,7 +245,10 @@ class RunState:
         *,
         shard_order: Callable[[int], Sequence[int]],
     ) -> "RunState":
-        """Raises ResumeError if `config` would train another model, naming the keys that differ.
+        """The run's state. Its `config` is the one to continue with: that given, with the run's own numbers
+        for what was not "auto" when it began.
+
+        Raises ResumeError if `config` would train another model, naming the keys that differ.
 
         With `resume-anyway` the new values hold from here on, and `config_changes` lists them; the keys
         that the model's tensors or the ledger's rows depend on can't be changed even so.
@@ -254,6 +259,8 @@ class RunState:
                 f"run {config.run_name} was written by another version of pilot (format "
                 f"{state['format']}, not {FORMAT}): resume it with that version"
             )
+        if not config.resume_anyway:
+            config = _keeping_its_numbers(state["config"], config)
         changes = _changes(state["config"], config, after=state["round"])
         resumed = RunState(
             config=config,
@@ -299,6 +306,17 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "flwr": version("flwr"),
     }
+
+
+def _keeping_its_numbers(before: Mapping[str, Scalar], config: RunConfig) -> RunConfig:
+    """`config`, but with the numbers of a run that was begun before the defaults became "auto"."""
+    asked = config.to_mapping()
+    kept = {
+        key: number
+        for key, number in _BEFORE_AUTO.items()
+        if asked[key] == AUTO and before.get(key) == number
+    }
+    return RunConfig.from_mapping(asked | kept) if kept else config
 
 
 def _changes(before: dict[str, Scalar], config: RunConfig, *, after: int) -> list[ConfigChange]:

@@ -20,6 +20,7 @@ from pilot.errors import PilotError
 from pilot.faults import fault_point
 from pilot.rules.admission import REFUSALS_IN_A_ROW
 from pilot.rules.aggregation import Spilled, aggregate
+from pilot.rules.outer import restores_lengths
 from pilot.rules.validation import NOTHING, Asked, Figure, figure
 from pilot.run.quarantine import keep_refused
 from pilot.run.snapshot import SnapshotError
@@ -286,7 +287,12 @@ class OpenRound:
         """The round's pseudo-gradient, from its replies in lease order; None without replies."""
         config = self._state.config
         method, trim_fraction = config.aggregation, config.trim_fraction
-        return aggregate(self.spilled, method=method, trim_fraction=trim_fraction)
+        return aggregate(
+            self.spilled,
+            method=method,
+            trim_fraction=trim_fraction,
+            restore_lengths=restores_lengths(config),
+        )
 
     def in_lease_order(self) -> list[AcceptedReply]:
         return sorted(self.accepted, key=lambda one: one.reply.fence.lease_id)

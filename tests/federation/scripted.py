@@ -136,6 +136,7 @@ def scripted_config(**values: Any) -> RunConfig:
         "clients-timeout": 300.0,
         "heartbeat": 0.05,
         "outer-lr": 0.7,
+        "outer-momentum": 0.9,
         "min-update-cosine": -1.0,  # updates are random numbers, which point anywhere
     }
     dashed = {key.replace("_", "-"): value for key, value in values.items()}
@@ -170,6 +171,7 @@ class Server:
         self.state = fresh_state(self.config)
         if snapshot is not None:
             self.state = RunState.from_snapshot(snapshot, self.config, shard_order=_in_order)
+            self.config = self.state.config
 
     def run(self, clock: FastClock | None = None) -> RunState:
         clock = clock or FastClock()

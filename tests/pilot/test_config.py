@@ -11,18 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot.config import DEFAULTS, RunConfig
+from pilot.config import DEFAULTS, AutoFloat, RunConfig
 from pilot.errors import ConfigError
 from pilot.overrides import load_run_config
 from pilot.redis_url import check_redis_url, redact_url, without_credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {f.name.replace("_", "-"): f for f in dataclasses.fields(RunConfig)}
-WRONG_TYPES = {
+WRONG_TYPES: dict[Any, list[Any]] = {
     bool: [1, "true", None],
     int: [1.5, "1", True, None],
     float: ["0.1", True, None],
     str: [1, None, b"x"],
+    AutoFloat: ["0.1", "Auto", "", True, None],
 }
 
 
@@ -69,7 +70,7 @@ def test_unknown_key_is_named_with_a_suggestion_and_all_valid_keys(
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_mistyped_value_is_refused_by_name(key: str) -> None:
-    for value in WRONG_TYPES[FIELDS[key].type]:  # type: ignore[index]
+    for value in WRONG_TYPES[FIELDS[key].type]:
         with pytest.raises(ConfigError, match=rf"\b{key}="):
             RunConfig.from_mapping({key: value})
 
@@ -105,6 +106,16 @@ def test_whole_number_is_taken_for_a_float_and_becomes_one() -> None:
     assert config(lr=1).training_keys() == config(lr=1.0).training_keys()
 
 
+def test_a_number_that_the_program_may_choose_is_a_number_or_auto() -> None:
+    assert config().outer_momentum == "auto"
+    found = config(outer_lr="auto", outer_momentum=0)
+    assert (found.outer_lr, found.outer_momentum) == ("auto", 0.0)
+    assert type(found.outer_momentum) is float
+    sentence = "run-config key outer-lr='often' must be a number or \"auto\""
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        config(outer_lr="often")
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -117,7 +128,8 @@ def test_whole_number_is_taken_for_a_float_and_becomes_one() -> None:
         ({"run_name": ".hidden"}, "run-name"),
         ({"run_name": "a:b"}, "run-name"),
         ({"run_name": "a" * 101}, "run-name"),
-        ({"outer_optimizer": "adam", "outer_momentum": 1.0}, "outer-momentum"),
+        ({"outer_optimizer": "adam"}, 'outer-lr "auto" is not known for adam'),
+        ({"outer_optimizer": "adam", "outer_lr": 1e-3, "outer_momentum": 1.0}, "outer-momentum"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(values: dict[str, Any], words: str) -> None:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from pilot.config import RunConfig
-from pilot.rules.outer import ADAM_BETA2, ADAM_EPSILON, outer_step
+from pilot.rules.outer import (
+    ADAM_BETA2,
+    ADAM_EPSILON,
+    OuterRates,
+    outer_step,
+    restores_lengths,
+)
 
 STEPS = 7
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "empty": (0,)}
@@ -53,7 +59,7 @@ def test_outer_step_is_that_of_torch_over_several_steps(
 
 @pytest.mark.parametrize("name", ["fedavg", "nesterov", "adam"])
 def test_step_changes_neither_its_inputs_nor_depends_on_them_later(name: str) -> None:
-    config = RunConfig(outer_optimizer=name)
+    config = RunConfig(outer_optimizer=name, outer_lr=0.1)
     weights, first_state = outer_step(config, tensors(0), tensors(1), {})
     inputs: list[dict[str, Tensor]] = [weights, tensors(2), first_state]
     before = [{key: value.clone() for key, value in one.items()} for one in inputs]
@@ -78,3 +84,19 @@ def test_other_tensors_than_the_models_are_refused() -> None:
     del gradient["b"]
     with pytest.raises(ValueError, match="different names"):
         outer_step(RunConfig(), tensors(0), gradient, {})
+
+
+# -- auto ----------------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_mean_of_the_clients_models_and_a_number_is_kept() -> None:
+    assert OuterRates.of(RunConfig()) == OuterRates(1.0, 0.0)
+    assert OuterRates.of(RunConfig(outer_optimizer="fedavg")) == OuterRates(1.0, 0.0)
+    assert OuterRates.of(RunConfig(outer_lr=0.5)) == OuterRates(0.5, 0.0)
+    assert OuterRates.of(RunConfig(outer_lr=0.0, outer_momentum=0.9)) == OuterRates(0.0, 0.9)
+    assert OuterRates.of(RunConfig(outer_optimizer="adam", outer_lr=0.1)) == OuterRates(0.1, 0.9)
+    weights, gradient = tensors(0), tensors(1)
+    stepped, _ = outer_step(RunConfig(), weights, gradient, {})
+    for key, weight in weights.items():
+        torch.testing.assert_close(stepped[key], weight - gradient[key])
+    assert restores_lengths(RunConfig()) and not restores_lengths(RunConfig(outer_lr=1.0))

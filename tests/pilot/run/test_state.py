@@ -97,6 +97,26 @@ def test_changed_configuration_goes_on_if_one_insists_and_is_remembered_key_by_k
     assert again.config_changes == resumed.config_changes
 
 
+def test_run_begun_before_a_default_was_auto_keeps_its_own_numbers() -> None:
+    of_then = replace(CONFIG, outer_lr=0.7, outer_momentum=0.9)
+    resumed = RunState.from_snapshot(through_json(trained(of_then)), CONFIG, shard_order=order)
+    assert (resumed.config.outer_lr, resumed.config.outer_momentum) == (0.7, 0.9)
+    assert resumed.config == of_then and resumed.config_changes == trained().config_changes
+    insisting = replace(CONFIG, resume_anyway=True)
+    changed = RunState.from_snapshot(through_json(trained(of_then)), insisting, shard_order=order)
+    assert changed.config.outer_momentum == "auto"
+    assert ConfigChange(4, "outer-momentum", 0.9, "auto") in changed.config_changes
+
+
+def test_numbers_that_were_never_the_default_are_not_forgotten() -> None:
+    chosen = through_json(trained(replace(CONFIG, outer_momentum=0.8)))
+    with pytest.raises(ResumeError, match=r"outer-momentum \(was 0.8, is 'auto'\)"):
+        RunState.from_snapshot(chosen, CONFIG, shard_order=order)
+    new = through_json(trained())
+    with pytest.raises(ResumeError, match=r"outer-lr \(was 'auto', is 0.7\)"):
+        RunState.from_snapshot(new, replace(CONFIG, outer_lr=0.7), shard_order=order)
+
+
 def test_run_is_made_longer_if_one_insists() -> None:
     other = replace(CONFIG, total_tokens=409_600, resume_anyway=True)
     resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)
