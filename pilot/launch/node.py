@@ -172,7 +172,7 @@ class _Node:
                     break
                 time.sleep(_POLL_S)
             else:
-                (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)  # its order is gone, too
+                self._forget_order()
                 self._wait_for_restart(supernode.returncode, time.monotonic() - began)
         return None, reason
 
@@ -182,7 +182,7 @@ class _Node:
         still_s = self._awake_at_s - before_s
         if still_s < FROZEN_S:
             return ""
-        (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)  # its order was given up
+        self._forget_order()  # the server gave it up
         return f"this node stood still for {still_s:.0f} s"
 
     def _clientapp_lost(self) -> str:
@@ -199,8 +199,11 @@ class _Node:
         if now_s - self._lost_at_s < LOST_S:
             return ""
         self._lost_at_s = None
-        (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)
+        self._forget_order()
         return "the ClientApp died while working on an order"
+
+    def _forget_order(self) -> None:
+        (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)
 
     def _wait_for_restart(self, code: int, lived_s: float) -> None:
         if code in (_USAGE, _NOT_STARTED):
