@@ -37,6 +37,7 @@ _PRELOADED = (
     "flwr.supernode.cli.flwr_clientapp",
     *("flwr.clientapp", "numpy", "psutil", "redis"),
 )
+_TEMPLATE = "pilot-template"  # as `ps` shows it
 _REPLY_S = 10.0  # for a fork; Flower's own way is taken after that
 
 
@@ -149,6 +150,8 @@ class Template:
 def _serve(connection: socket.socket) -> list[str]:
     """In the template: a fork for each line of words, until the connection closes. Returns in forks only."""
     die_with_parent()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        show_as([sys.executable, _TEMPLATE])  # it is not the program that it was forked of
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the SuperExec
     with connection, connection.makefile("r") as lines:
         for line in lines:

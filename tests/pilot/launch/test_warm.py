@@ -76,7 +76,9 @@ def test_a_fork_is_a_child_of_the_superexec_with_the_same_processes_above_it(
     second = superexec.start(tmp_path / "second", "stay")
     assert not psutil.pid_exists(clientapp.pid), "the SuperExec has taken leave of it"
     members = psutil.Process(superexec.process.pid).children(recursive=True)
-    assert second in members and len(members) == 2  # and the template
+    assert second in members and len(members) == 2
+    (template,) = set(members) - {second}
+    assert template.cmdline()[:2] == [sys.executable, "pilot-template"], "it is no SuperExec"
     superexec.process.kill()
     superexec.process.wait()
     until(lambda: gone([m for m in members if m != second]))
