@@ -9,6 +9,7 @@ gradient.) The collectives of all groups are started before the first is waited 
 rules themselves are in `update_rules`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from nanochat.optimizer_shards import ShardedArray
 from nanochat.update_rules import AdamWRule, MuonRule, adamw_update, muon_update, shorter_dim
 
-_ADAMW_STATE_BYTES, _MUON_STATE_BYTES = 8, 4  # of a parameter: two fp32 moments, or one
+_STATE_BYTES = 4  # all moments are fp32
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -107,13 +108,10 @@ class MuonAdamW(torch.optim.Optimizer):
                     state[number] = cut
         return {"state": state, "param_groups": groups}
 
-    def state_bytes(self) -> int:
-        """Of all ranks' state together, once there is one: two fp32 moments, or one and a little."""
-        return sum(
-            param.numel() * (_MUON_STATE_BYTES if group["kind"] == "muon" else _ADAMW_STATE_BYTES)
-            for group in self.param_groups
-            for param in group["params"]
-        )
+    def state_bytes(self, world_size: int = 1) -> int:
+        """Of the first of `world_size` ranks, which has the largest share, once it has a state."""
+        arrays = [array for group in self.param_groups for array in _arrays(group)]
+        return sum(_state_elements(array, world_size) for array in arrays) * _STATE_BYTES
 
     def fits(self, state: dict[int, dict[str, Any]]) -> bool:
         """Whether `state`, by the parameter's number, is one of this rank of as many."""
@@ -225,6 +223,15 @@ def _arrays(group: dict[str, Any]) -> list[ShardedArray]:
     params: list[Tensor] = group["params"]
     together = [params] if group["kind"] == "muon" else [[param] for param in params]
     return [ShardedArray(group, members) for members in together]
+
+
+def _state_elements(array: ShardedArray, world_size: int) -> int:
+    """Of rank 0: two moments of AdamW, or Muon's momentum and its factored second moment, padding included."""
+    if not array.is_muon:
+        return 2 * array.chunk_of(0, world_size)[1] * array.item_shape.numel()
+    factored = list(array.item_shape)
+    factored[shorter_dim(array.item_shape)] = 1
+    return array.chunk_size(world_size) * (array.item_shape.numel() + math.prod(factored))
 
 
 def _fitted_state(

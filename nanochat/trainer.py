@@ -140,7 +140,7 @@ class Trainer:
         such limit."""
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if not self.optimizer.state:
-            size += self.optimizer.state_bytes() // self.world_size
+            size += self.optimizer.state_bytes(self.world_size)
         if self.device.type == "cpu":
             size = 0
         return torch.empty(size, dtype=torch.uint8, device=self.device)

@@ -169,6 +169,12 @@ def _rows(x: Tensor, vocab_size: int) -> int:
     return max(1, _MATMUL_ELEMENTS.get(x.device.type, _MATMUL_ELEMENTS_GPU) // vocab_size)
 
 
+def gpu_bytes(tokens: int, *, vocab_size: int, width: int, dtype: torch.dtype) -> int:
+    """What the loss of `tokens` holds on a GPU: a chunk of logits, the weight in `dtype`, its fp32 gradient."""
+    rows = min(tokens, max(1, _MATMUL_ELEMENTS_GPU // vocab_size))
+    return vocab_size * ((rows + width) * dtype.itemsize + 4 * width)
+
+
 def _passes(scaled: Tensor, targets: Tensor, nats: Tensor, scale: Tensor | None) -> None:
     """From 2/15 of the raw logits, (n, V), to `nats` (n,) and, with `scale`, to their gradient with
     respect to what was handed in, in place."""
