@@ -1,5 +1,7 @@
 """What a machine and a run get: the one place where dtype, attention kernel and compiling are chosen."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -140,3 +142,43 @@ def test_one_sentence_says_what_was_chosen() -> None:
         "Training step: matmuls in bfloat16; attention by blocks of queries (window 128), "
         "torch's fused causal attention (window 512); compile: off (requested)"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "device_type", "capability", "has_flash3"),
+    [
+        (0, "cuda", (9, 0), True),
+        (1, "cuda", (8, 0), False),
+        (2, "cuda", (7, 5), False),
+        (3, "cpu", (0, 0), False),
+    ],
+)
+def test_the_table_of_the_docs_is_what_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    row: int,
+    device_type: str,
+    capability: tuple[int, int],
+    has_flash3: bool,
+) -> None:
+    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device_type == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    dtype = default_compute_dtype(device_type)
+
+    def kernel(window: int, *, compiled: bool) -> str:
+        return choose_kernel(
+            device_type=device_type,
+            dtype=dtype,
+            length=2048,
+            window=window,
+            has_flash3=has_flash3,
+            compiled=compiled,
+        ).value
+
+    page = Path(__file__).parents[3].joinpath("docs/deployment.md").read_text(encoding="utf-8")
+    lines = page.partition("<!-- kernels:")[2].partition("<!-- /kernels -->")[0].splitlines()
+    _, matmuls, full, *rest = (cell.strip() for cell in lines[3 + row].strip("|").split("|"))
+    assert str(dtype).removeprefix("torch.") in matmuls
+    assert full == kernel(2048, compiled=True) == kernel(2048, compiled=False)
+    passes = choose_head_passes(device_type=device_type, missing="").value
+    assert rest == [kernel(512, compiled=True), kernel(512, compiled=False), passes]
