@@ -1,10 +1,14 @@
 """The GPU check on a machine without one: its code runs, and no check's failure hides another's."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -13,7 +17,7 @@ import pytest
 if TYPE_CHECKING:  # the checks below are loaded by other processes, too
     from zygote import Child, Zygote
 
-from benchmarks.gpu_check import runner
+from benchmarks.gpu_check import data, federation, runner
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.plan import Check, checks, parse_variants
 from benchmarks.gpu_check.runner import Outcome, environment, run_all
@@ -119,12 +123,48 @@ def test_variants_are_before_and_after() -> None:
             wrong()
 
 
+def test_checks_that_run_at_once_make_the_data_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(device="cpu", tiny=True, directory=tmp_path)
+    written: list[int] = []
+    both = threading.Barrier(2)
+
+    def write(path: Path, number: int, characters: int) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # without a lock the other one is here, too
+        written.append(number)
+        path.touch()
+
+    monkeypatch.setattr(data, "_write_shard", write)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(data.make, [setup, setup]))
+    assert written == list(range(data.TRAIN_SHARDS + 1))
+
+
+def test_only_the_server_of_its_own_federation_is_killed(tmp_path: Path) -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)", "flwr-serverapp"]
+    homes = [tmp_path / "own", tmp_path / "other"]
+    servers = [
+        subprocess.Popen(sleeper, env=os.environ | {"HOME": str(home)}, start_new_session=True)
+        for home in homes
+    ]
+    try:
+        federation._kill_server(homes[0])
+        assert servers[0].wait(60) == -signal.SIGKILL
+        assert servers[1].poll() is None
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
 @pytest.mark.timeout(1700)
 def test_the_checks_run_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zygote: "Zygote"
 ) -> None:
-    """All but benches of the step that differ in size only, and what tests of pilot do in many ways."""
-    left_out = ["federation", "groups", "memory", "d20-b8", "d12-b32", "d20-b8-eager"]
+    """All but `federation`, which takes as much as the others together and which tests/federation does, too."""
+    left_out = ["federation"]
     command = ["gpu_check", "--device", "cpu", "--tiny", "--seconds", "1500"]
     command += ["--skip", ",".join(left_out), "--out", str(tmp_path)]
 
@@ -134,6 +174,7 @@ def test_the_checks_run_on_a_cpu(
 
     monkeypatch.setattr(runner, "start_child", start_child)
     monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main() == 0, (tmp_path / "logs.txt").read_text(encoding="utf-8")[-5000:]

@@ -25,6 +25,8 @@ def main() -> None:
     verdict.save = lambda: _write(path, verdict, raised=False, over=False)
     module, _, function = order["function"].partition(":")
     try:
+        if setup.tiny:  # a fork of a process that has torch did not look at OMP_NUM_THREADS
+            importlib.import_module("torch").set_num_threads(1)
         check = getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), function)
         check(setup, verdict)
     except Exception as error:  # noqa: BLE001 - a check that raises has failed, and the others go on

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import tiktoken
 
 from benchmarks.gpu_check.verdict import Setup, Verdict
+from nanochat.files import atomic_path, file_lock
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 TRAIN_SHARDS = 4
@@ -39,19 +40,23 @@ def shard_dir(setup: Setup) -> Path:
 
 
 def make(setup: Setup) -> tuple[RustBPETokenizer, Path]:
-    """The tokenizer and the directory of shards; made if missing."""
-    directory = tokenizer_dir(setup)
-    if not (directory / "tokenizer.json").is_file():
-        _byte_pairs(vocab_size(setup)).save(directory)
-    shards = shard_dir(setup)
-    characters = setup.size(8_000_000, 100_000)
-    for number in range(TRAIN_SHARDS + 1):
-        path = shards / f"shard_{number:05d}.parquet"
-        if not path.is_file():
-            shards.mkdir(parents=True, exist_ok=True)
-            table = pa.table({"text": pa.array(_documents(number, characters), type=pa.string())})
-            pq.write_table(table, path, row_group_size=500, write_page_checksum=True)
+    """The tokenizer and the directory of shards; made if missing, by one of the checks that run beside it."""
+    directory, shards = tokenizer_dir(setup), shard_dir(setup)
+    with file_lock(setup.directory / "data.lock"):
+        if not (directory / "tokenizer.json").is_file():
+            _byte_pairs(vocab_size(setup)).save(directory)
+        for number in range(TRAIN_SHARDS + 1):
+            path = shards / f"shard_{number:05d}.parquet"
+            if not path.is_file():
+                shards.mkdir(parents=True, exist_ok=True)
+                _write_shard(path, number, setup.size(8_000_000, 100_000))
     return RustBPETokenizer.from_directory(directory), shards
+
+
+def _write_shard(path: Path, number: int, characters: int) -> None:
+    table = pa.table({"text": pa.array(_documents(number, characters), type=pa.string())})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=500, write_page_checksum=True)
 
 
 def _byte_pairs(vocab: int) -> RustBPETokenizer:

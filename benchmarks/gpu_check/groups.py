@@ -1,4 +1,4 @@
-"""Two worker groups at once on one GPU, three rounds with the outer step between; then depth 20's bytes."""
+"""Two worker groups at once on one GPU, three rounds with the outer step between; and depth 20's bytes."""
 
 import math
 import os
@@ -19,13 +19,13 @@ from pilot.site.handle import WorkerHandle
 from pilot.wire.messages import Fence, TrainReply
 
 _ROUNDS = 3
+_ORDER_S = 200.0  # a first step that is compiled beside other checks must fit; steps end a round
 _CLIENTS = ("site_0", "site_1")
 Answer = tuple[TrainReply, dict[str, Tensor], float]
 
 
 def check(setup: Setup, verdict: Verdict) -> None:
     _rounds(setup, verdict)
-    _large_messages(setup, verdict)
     verdict.that(not site_kit.ranks_below(os.getpid()), "a rank has outlived its group")
 
 
@@ -77,7 +77,7 @@ def _round(
 
         def work(name: str) -> None:
             more: dict[str, Any] = {"last_merged_fence": merged.get(name)}
-            what = site_kit.order(config, name, number, seconds=100.0, **more)
+            what = site_kit.order(config, name, number, seconds=_ORDER_S, **more)
             try:
                 answers[name] = site_kit.ask(workers[name], what, weights)
             except Exception as error:  # noqa: BLE001 - raised below, in the thread that can
@@ -97,7 +97,7 @@ def _norm(update: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in update.values()))
 
 
-def _large_messages(setup: Setup, verdict: Verdict) -> None:
+def large(setup: Setup, verdict: Verdict) -> None:
     """One round of depth 20: 2.24 GB there and back, on one GPU."""
     config = site_kit.config(
         setup,
@@ -119,7 +119,7 @@ def _large_messages(setup: Setup, verdict: Verdict) -> None:
     }
     size = sum(tensor.nbytes for tensor in weights.values())
     with WorkerHandle(processes=1, device=setup.device) as worker:
-        what = site_kit.order(config, "site_0", 1, seconds=100.0)
+        what = site_kit.order(config, "site_0", 1, seconds=_ORDER_S)
         reply, update, seconds = site_kit.ask(worker, what, weights)
     verdict.that(not reply.error, reply.error)
     verdict.that(update.keys() == weights.keys(), "the pseudo-gradient lacks tensors")

@@ -18,6 +18,7 @@ from nanochat.schedule import Hyper, learning_rates, scale_lr_for_batch
 from nanochat.source import get_source
 from nanochat.trainer import Trainer
 
+_CPU_THREADS = 4  # other checks run beside this one
 _CPU_STEPS = 3  # of fp32 on the CPU, which takes its time
 _TAIL = 10  # last steps whose mean is compared
 _LONG_RUN_S = 1e6
@@ -46,6 +47,7 @@ def check(setup: Setup, verdict: Verdict) -> None:
     torch.set_float32_matmul_precision("highest")
     short = rows[:, : setup.size(129, 65)]  # an eighth of the tokens
     ours = _train(setup, setup.device, torch.float32, "off", short, _CPU_STEPS)
+    torch.set_num_threads(min(_CPU_THREADS, torch.get_num_threads()))
     cpu = _train(setup, "cpu", torch.float32, "off", short, _CPU_STEPS)
     worst = max(abs(a - b) for a, b in zip(ours, cpu, strict=True))
     verdict.at_most("fp32_minus_cpu", worst, 1e-3)
@@ -68,7 +70,10 @@ def _train(
     """The mean nats of each step of 8 rows."""
     device = torch.device(device_type)
     config = config_for_depth(
-        setup.size(6, 2), vocab_size=data.vocab_size(setup), sequence_len=rows.shape[1] - 1
+        setup.size(6, 1),
+        vocab_size=data.vocab_size(setup),
+        sequence_len=rows.shape[1] - 1,
+        head_dim=setup.size(128, 64),
     )
     model = build_gpt(config, device=device, seed=0, compute_dtype=dtype)
     run, _ = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)

@@ -77,8 +77,12 @@ def speed(setup: Setup, verdict: Verdict) -> None:
     """A whole step of depth 20, and one rank's share of its matrices on a machine of eight."""
     device = torch.device(setup.device)
     torch.set_float32_matmul_precision("high")
-    depth, vocab = setup.size(20, 2), setup.size(65536, 300)
-    config = config_for_depth(depth, vocab_size=vocab, sequence_len=setup.size(2048, 64))
+    config = config_for_depth(
+        setup.size(20, 1),
+        vocab_size=setup.size(65536, 300),
+        sequence_len=setup.size(2048, 64),
+        head_dim=setup.size(128, 64),
+    )
     model = build_gpt(config, device=device, seed=0)
     optimizer = make_optimizer(model, learning_rates("classic"), weight_decay=0.1)
     for parameter in model.parameters():

@@ -90,9 +90,12 @@ def make_trainer(setup: Setup) -> tuple[Trainer, np.ndarray]:
     options, device = setup.options, torch.device(setup.device)
     prepare_device(device, cache=compile_cache())
     length, vocab = setup.size(2048, 64), setup.size(65536, 300)
-    depth, rows = (int(options["depth"]), int(options["rows"])) if not setup.tiny else (2, 2)
+    depth, rows = (int(options["depth"]), int(options["rows"])) if not setup.tiny else (1, 2)
     arch = options.get("arch", "classic")
-    config = config_for_depth(depth, vocab_size=vocab, sequence_len=length, arch=arch)
+    width = setup.size(128, 64)
+    config = config_for_depth(
+        depth, vocab_size=vocab, sequence_len=length, arch=arch, head_dim=width
+    )
     model = build_gpt(config, device=device, seed=0)
     mode = options.get("compile", "on" if setup.cuda else "off")
     run, chosen = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)

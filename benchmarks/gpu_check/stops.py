@@ -66,7 +66,7 @@ def _by_redis(scene: _Scene) -> None:
 
 
 def _by_clock(scene: _Scene) -> None:
-    seconds = scene.setup.size(12, 8)  # on a busy CPU over before the first step
+    seconds = scene.setup.size(12, 5)  # on a busy CPU over before the first step
     with scene.worker() as worker:
         what = scene.order("site_1", 2, seconds=seconds)
         reply, _, taken = ask(worker, what, scene.weights)
