@@ -57,6 +57,7 @@ def accelerated_block(
         length=model.config.sequence_len,
         has_flash3=flash3_for(device) is not None,
         compiling=choice,
+        fp8=model.fp8,
     )
 
 

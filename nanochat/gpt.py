@@ -21,6 +21,7 @@ from nanochat.gpt_config import SMEAR_CHANNELS, GPTConfig, config_for_depth
 from nanochat.kernels.attention import layer_windows, rotary_tables
 from nanochat.kernels.choices import default_compute_dtype
 from nanochat.kernels.cpu import norm
+from nanochat.kernels.fp8 import fits
 from nanochat.kernels.head import head_loss, softcap
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Block, Embedding, Linear, Mix, RunBlock, run_block
@@ -55,6 +56,7 @@ class GPT(nn.Module):
             compute_dtype = default_compute_dtype(autodetect_device_type())
         self.config = config
         self.compute_dtype = compute_dtype
+        self.fp8 = False
         # fp16 cannot hold the small updates of a table that has no fp32 master copy
         table_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         positions = _ROTARY_LENGTH_FACTOR * config.sequence_len
@@ -141,6 +143,16 @@ class GPT(nn.Module):
         self.cos.copy_(cos)
         self.sin.copy_(sin)
 
+    def use_fp8(self) -> None:
+        """From now on, training multiplies in fp8: in blocks and head, wherever sizes allow it.
+
+        Tensors and their names stay as they are. `kernels.fp8.check_fp8` says where that works.
+        """
+        self.fp8 = True
+        for module in self.transformer.h.modules():
+            if isinstance(module, Linear):
+                module.fp8 = fits(module.weight)
+
     # -- the function that it computes ---------------------------------------------------------
 
     def forward(
@@ -167,6 +179,7 @@ class GPT(nn.Module):
             targets.reshape(-1),
             vocab_size=self.config.vocab_size,
             reduction=loss_reduction,
+            fp8=self.fp8,
         )
 
     def _hidden(

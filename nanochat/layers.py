@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nanochat.gpt_config import VE_GATE_CHANNELS, GPTConfig
 from nanochat.kernels.attention import cached_attention, causal_attention
 from nanochat.kernels.cpu import norm, relu_squared_mlp, rotated_norm
+from nanochat.kernels.fp8 import fp8_linear
 from nanochat.kv_cache import KVCache
 
 
@@ -17,14 +18,20 @@ def _leave_unset(_module: nn.Module) -> None:
 
 
 class Linear(nn.Linear):
-    """A matmul in the input's dtype over an fp32 master weight; never a bias."""
+    """A matmul in the input's dtype over an fp32 master weight; never a bias.
+
+    With `fp8` set, in fp8 where gradients follow: not in evaluation.
+    """
 
     reset_parameters = _leave_unset
+    fp8 = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -74,6 +81,9 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.c_fc.fp8:
+            hidden: Tensor = self.c_proj(F.relu(self.c_fc(x)).square())
+            return hidden
         return relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 

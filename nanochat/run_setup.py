@@ -20,7 +20,8 @@ from nanochat.data_spec import DataSpec, check_footers, count_train_shards
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, build_gpt
 from nanochat.gpus import device_rows
-from nanochat.kernels.choices import training_seconds
+from nanochat.kernels.choices import default_compute_dtype, training_seconds
+from nanochat.kernels.fp8 import check_fp8
 from nanochat.layers import RunBlock
 from nanochat.optim import MuonAdamW
 from nanochat.param_groups import make_optimizer
@@ -138,6 +139,13 @@ def plan_run(settings: Settings, place: Place) -> RunPlan:
         settings = replace(settings, num_shards=saved.user_config.get("num_shards"))
     inputs = _open(settings)
     config = inputs.config
+    if settings.fp8:
+        check_fp8(
+            place.device,
+            default_compute_dtype(place.device.type),
+            sequence_len=config.sequence_len,
+            vocab_size=config.vocab_size,
+        )
     with torch.device("meta"):
         params = GPT(config, compute_dtype=torch.float32)
     settings = replace(
@@ -182,6 +190,8 @@ def _check_continues(plan: RunPlan) -> None:
     if saved is None:
         return
     kept = {k: v for k, v in plan.user_config.items() if k not in _FREE_TO_CHANGE}
+    if "fp8" not in saved.user_config and not plan.settings.fp8:
+        del kept["fp8"]  # of a run that began before there was any
     data = {"tokenizer_sha256": spec.tokenizer_sha256, "val_shard": spec.val_shard}
     config = plan.inputs.config.to_meta()
     saved.check_same({"model_config": config, "data": data, "user_config": kept})
@@ -206,6 +216,8 @@ def build(plan: RunPlan) -> Setup:
         raise UserError(
             f"the memory of {place.device} is too small for this model: choose a smaller --depth"
         ) from error
+    if settings.fp8:
+        model.use_fp8()
     optimizer = make_optimizer(model, plan.rates, weight_decay=plan.schedule.weight_decay)
     trainer = Trainer(
         model,

@@ -71,6 +71,7 @@ class Settings:
     wandb_project: str = ""
     wandb_mode: str = "auto"
     compile: str = "auto"  # auto, on, off (acceleration.py)
+    fp8: bool = False  # matmuls of training (kernels/fp8.py)
     seed: int = 0
 
     def check(self) -> None:

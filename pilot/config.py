@@ -209,6 +209,10 @@ class RunConfig:
         choices=("auto", "on", "off"),
         shapes_training=False,
     )
+    fp8: bool = _key(
+        False,
+        "train with matmuls in fp8; every site then needs GPUs that have it (Ada, Hopper or newer)",
+    )
     client_processes: int = _key(
         0,
         "worker processes per client; 0: one per GPU, or one without GPUs",
@@ -296,6 +300,7 @@ class RunConfig:
             raise ConfigError(
                 f'window-pattern "{self.window_pattern}" may hold only the letters S and L'
             )
+        self._check_fp8()
         if self.run_name:
             check_name(self.run_name, "run-name")
         if self.outer_optimizer == "adam" and self.outer_lr == AUTO:
@@ -310,6 +315,19 @@ class RunConfig:
                 raise ConfigError(
                     "redis-url holds credentials, which would travel with the run configuration: "
                     "put the whole URL in the environment variable PILOT_REDIS_URL instead"
+                )
+
+    def _check_fp8(self) -> None:
+        if not self.fp8:
+            return
+        if self.device in ("cpu", "mps"):
+            raise ConfigError(
+                f'fp8 needs NVIDIA GPUs, and device is "{self.device}": leave one out'
+            )
+        for key, size in (("vocab-size", self.vocab_size), ("sequence-len", self.sequence_len)):
+            if size % 16:
+                raise ConfigError(
+                    f"fp8 needs a {key} that 16 divides, not {size}: {size - size % 16}?"
                 )
 
 

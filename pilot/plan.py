@@ -40,6 +40,8 @@ def build_model(config: RunConfig, *, device: torch.device, compute_dtype: torch
         model = GPT(model_config(config), compute_dtype=compute_dtype)
     model.to_empty(device=device)
     model.init_rotary()
+    if config.fp8:
+        model.use_fp8()
     return model
 
 

@@ -8,11 +8,9 @@ Ctrl-C or SIGTERM finishes the step and saves it; so does whatever fails. The sa
 torchrun kills 30 s after Ctrl-C: give it `--shutdown-timeout SECONDS` if a step and its save take longer.
 """
 
-from argparse import SUPPRESS
 from collections.abc import Callable
 
 from nanochat.common import ArgumentParser, compute_cleanup, compute_init, run_command_line
-from nanochat.errors import UserError
 from nanochat.gpt_config import ARCHITECTURES
 from nanochat.kernels.choices import COMPILE_MODES
 from nanochat.pretrain import pretrain
@@ -39,7 +37,8 @@ def _parser() -> ArgumentParser:
     _add_length_options(add)
     _add_optimizer_options(add)
     _add_report_options(add)
-    parser.add_argument("--fp8", action="store_true", help=SUPPRESS)
+    text = "matmuls of training in fp8, on GPUs that have it (Ada, Hopper or newer)"
+    parser.add_argument("--fp8", action="store_true", help=text)
     return parser
 
 
@@ -129,8 +128,6 @@ def _add_report_options(add: Add) -> None:
 
 def main() -> None:
     values = vars(_parser().parse_args())
-    if values.pop("fp8"):
-        raise UserError("fp8 is not supported (matmuls take bf16 or fp32): leave --fp8 out")
     if values["resume_from_step"] == "-1":  # upstream's way to say: from the beginning
         values["resume_from_step"] = None
     device_type = values.pop("device_type")

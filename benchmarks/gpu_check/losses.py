@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_check import data
+from benchmarks.gpu_check.fp8 import has_fp8
 from benchmarks.gpu_check.verdict import Setup, Verdict
 from nanochat.acceleration import accelerated_block
 from nanochat.common import compile_cache
@@ -30,17 +31,20 @@ def check(setup: Setup, verdict: Verdict) -> None:
     prepare_device(torch.device(setup.device), cache=compile_cache())
     curves = {}
     compiled = "on" if setup.cuda and not what_compiling_lacks("cuda") else "off"
-    for name, dtype, mode in (
-        ("bf16_compiled", torch.bfloat16, compiled),
-        ("bf16_eager", torch.bfloat16, "off"),
-        ("fp32_eager", torch.float32, "off"),
-    ):
+    ways = [
+        ("bf16_compiled", torch.bfloat16, compiled, False),
+        ("bf16_eager", torch.bfloat16, "off", False),
+        ("fp32_eager", torch.float32, "off", False),
+    ]
+    if has_fp8(setup):
+        ways.append(("fp8_compiled", torch.bfloat16, compiled, True))
+    for name, dtype, mode, fp8 in ways:
         began = time.monotonic()
-        curves[name] = _train(setup, setup.device, dtype, mode, rows, steps)
+        curves[name] = _train(setup, setup.device, dtype, mode, rows, steps, fp8=fp8)
         verdict.note(f"{name}_s", time.monotonic() - began)
         verdict.note(f"{name}_last", float(np.mean(curves[name][-_TAIL:])))
     exact = float(np.mean(curves["fp32_eager"][-_TAIL:]))
-    for name in ("bf16_compiled", "bf16_eager"):
+    for name in curves.keys() - {"fp32_eager"}:
         difference = abs(float(np.mean(curves[name][-_TAIL:])) - exact)
         verdict.at_most(f"{name}_minus_fp32", difference, 0.03 if not setup.tiny else 0.2)
     verdict.that(curves["fp32_eager"][-1] < curves["fp32_eager"][0], "the loss does not fall")
@@ -65,7 +69,14 @@ def _rows(setup: Setup) -> np.ndarray:
 
 
 def _train(
-    setup: Setup, device_type: str, dtype: torch.dtype, mode: str, rows: np.ndarray, steps: int
+    setup: Setup,
+    device_type: str,
+    dtype: torch.dtype,
+    mode: str,
+    rows: np.ndarray,
+    steps: int,
+    *,
+    fp8: bool = False,
 ) -> list[float]:
     """The mean nats of each step of 8 rows."""
     device = torch.device(device_type)
@@ -76,6 +87,8 @@ def _train(
         head_dim=setup.size(128, 64),
     )
     model = build_gpt(config, device=device, seed=0, compute_dtype=dtype)
+    if fp8:
+        model.use_fp8()
     run, _ = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)
     tokens = 8 * (rows.shape[1] - 1)
     rates = learning_rates("classic").scaled(scale_lr_for_batch(tokens))

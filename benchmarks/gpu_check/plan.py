@@ -38,6 +38,7 @@ _CHECKS = (
     # correctness, all at once: these are bound by compilers and imports, not by the GPU
     Check(name="data", function="data:check", limit_s=90, cost_s=30, group="exact"),
     Check(name="head", function="head:check", limit_s=90, cost_s=30, group="exact"),
+    Check(name="fp8", function="fp8:check", limit_s=90, cost_s=20, group="exact"),
     Check(name="attention", function="attention:check", limit_s=120, cost_s=45, group="exact"),
     Check(name="optimizer", function="optimizer:check", limit_s=90, cost_s=30, group="exact"),
     Check(name="nccl", function="nccl:check", limit_s=60, cost_s=20, group="exact"),
@@ -52,6 +53,9 @@ _CHECKS = (
     # speed, alone
     Check(name="kernels", function="kernels:check", limit_s=120, cost_s=45),
     _step("d20-b32", depth="20", rows="32", step_tokens="524288", steps="2", cost_s=45),
+    _step(
+        "d20-b32-fp8", depth="20", rows="32", step_tokens="524288", steps="2", fp8="on", cost_s=45
+    ),
     _step("d12-b32", depth="12", rows="32", cost_s=15),
     _step("d20-b8", depth="20", rows="8", profile="1"),
     # memory that a step has not, alone, since it takes all there is

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_check.fp8 import has_fp8
 from benchmarks.gpu_check.kit import Stages, memory_gb, synchronize
 from benchmarks.gpu_check.profile import profile_step
 from benchmarks.gpu_check.variants import using
@@ -61,8 +62,9 @@ def _check(setup: Setup, verdict: Verdict) -> None:
     seconds = sorted(times)[len(times) // 2]
     rate = tokens / seconds
     flops = trainer.model.estimate_flops()
-    tokens_bound, mfu_bound, memory_bound = _BOUNDS[setup.options["bench"]]
-    varied = "head" in setup.options or "sdpa" in setup.options  # they are compared, not judged
+    bench = setup.options["bench"].removesuffix("-fp8")
+    tokens_bound, mfu_bound, memory_bound = _BOUNDS[bench]
+    varied = bool({"head", "sdpa", "fp8"} & setup.options.keys())  # they are compared, not judged
     judge = verdict.note if varied else None
     mfu = 100 * rate * flops / (peak_flops(device) or float("inf"))
     memory = memory_gb(device)
@@ -89,14 +91,16 @@ def make_trainer(setup: Setup) -> tuple[Trainer, np.ndarray]:
     """The bench's model, ready to train, and rows of random tokens for one step."""
     options, device = setup.options, torch.device(setup.device)
     prepare_device(device, cache=compile_cache())
-    length, vocab = setup.size(2048, 64), setup.size(65536, 300)
-    depth, rows = (int(options["depth"]), int(options["rows"])) if not setup.tiny else (1, 2)
+    length, vocab = setup.size(2048, 64), setup.size(65536, 304)
+    depth, rows = (int(options["depth"]), int(options["rows"])) if not setup.tiny else (2, 2)
     arch = options.get("arch", "classic")
     width = setup.size(128, 64)
     config = config_for_depth(
         depth, vocab_size=vocab, sequence_len=length, arch=arch, head_dim=width
     )
     model = build_gpt(config, device=device, seed=0)
+    if options.get("fp8") == "on" and has_fp8(setup):
+        model.use_fp8()
     mode = options.get("compile", "on" if setup.cuda else "off")
     run, chosen = accelerated_block(mode, model=model, run_s=_LONG_RUN_S)
     print(chosen, flush=True)

@@ -5,7 +5,7 @@ and takes an explicit T x T mask for a window shorter than the sequence: exact e
 work of a windowed kernel at T = 2048. On CPUs windows have a kernel of their own (2.3-2.9 times as fast as
 the mask at windows of a quarter), on Hopper GPUs FlashAttention-3 takes all of them, on other CUDA GPUs
 FlexAttention where blocks are compiled.
-There is no fp8: matmuls are in bf16 at the least, as the weights' updates were tuned for.
+Attention has no fp8 (fp8.py has, for the matmuls around it).
 """
 
 from functools import lru_cache

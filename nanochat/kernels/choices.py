@@ -62,12 +62,14 @@ class Choices:
     dtype: torch.dtype
     kernels: tuple[tuple[int, Kernel], ...]
     compiling: CompileChoice
+    fp8: bool = False
 
     def __str__(self) -> str:
         attention = ", ".join(
             f"{kernel.value} (window {window})" for window, kernel in self.kernels
         )
         dtype = str(self.dtype).removeprefix("torch.")
+        dtype = f"fp8, the small ones in {dtype}" if self.fp8 else dtype
         return f"Training step: matmuls in {dtype}; attention by {attention}; {self.compiling}"
 
 
@@ -79,6 +81,7 @@ def make_choices(
     length: int,
     has_flash3: bool,
     compiling: CompileChoice,
+    fp8: bool = False,
 ) -> Choices:
     """The description of steps on rows of `length` tokens; `windows` as of `layer_windows`."""
     kernels = tuple(
@@ -95,7 +98,7 @@ def make_choices(
         )
         for window in sorted({*windows})
     )
-    return Choices(dtype, kernels, compiling)
+    return Choices(dtype, kernels, compiling, fp8)
 
 
 # -- dtype --------------------------------------------------------------------------------------

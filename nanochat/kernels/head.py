@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.choices import HeadPasses, choose_head_passes, what_compiling_lacks
+from nanochat.kernels.fp8 import HeadProducts
 
 _LOG = logging.getLogger(__name__)
 _PRICE = "on an H100 that is a sixth of a step at depth 20"
@@ -48,13 +49,20 @@ def softcap(logits: Tensor) -> Tensor:
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    reduction: str,
+    fp8: bool = False,
 ) -> Tensor:
     """Cross entropy in nats of `targets` under softcap(x @ weight.T), in fp32.
 
     x: (N, C); weight: (at least vocab_size, C), in fp32, cast to x's dtype in the matmuls; targets:
     (N,), those that are -1 count nothing; reduction: 'sum', 'mean', or 'none', which gives (N,).
-    'none' with gradients does hold all logits: what weighs the tokens is only known later.
+    'none' with gradients does hold all logits: what weighs the tokens is only known later. `fp8`: its
+    products where gradients follow (fp8.py).
     """
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"unknown reduction {reduction!r}: choose sum, mean or none")
@@ -62,7 +70,7 @@ def head_loss(
         if reduction == "none":
             logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-        loss: Tensor = _HeadLoss.apply(x, weight, targets, vocab_size, reduction)
+        loss: Tensor = _HeadLoss.apply(x, weight, targets, vocab_size, reduction, fp8)
         return loss
     nats, _, _ = _chunks(x, weight, targets, vocab_size, scale=None)
     if reduction == "none":
@@ -73,12 +81,22 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        reduction: str,
+        fp8: bool,
     ) -> Tensor:
         scale = torch.ones((), device=x.device)
         if reduction == "mean":
             scale = scale / (targets >= 0).sum()
-        nats, ctx.grad_x, ctx.grad_weight = _chunks(x, weight, targets, vocab_size, scale=scale)
+        # fp8 holds few orders of magnitude: there the gradients of the sum are scaled once they are known
+        ctx.left_out = scale if fp8 else None
+        nats, ctx.grad_x, ctx.grad_weight = _chunks(
+            x, weight, targets, vocab_size, scale=torch.ones_like(scale) if fp8 else scale, fp8=fp8
+        )
         return nats.sum() * scale
 
     @staticmethod
@@ -88,12 +106,35 @@ class _HeadLoss(torch.autograd.Function):
             raise RuntimeError("the head's gradients are handed out once: compute the loss again")
         grad_x, grad_weight = ctx.grad_x, ctx.grad_weight
         ctx.grad_x = ctx.grad_weight = None
-        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None, None
+        if ctx.left_out is not None:
+            grad = grad * ctx.left_out
+        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None, None, None
+
+
+class _Products:
+    """The products of `x` (N, C) with `table` (V, C), in their dtype; fp8.py has them in fp8."""
+
+    gradient_scale = 1.0  # times which `grad_x` takes its gradients
+
+    def __init__(self, x: Tensor, table: Tensor) -> None:
+        self._x, self._table = x, table
+
+    def logits(self, first: int, end: int, out: Tensor) -> None:
+        torch.mm(self._x[first:end], self._table.T, out=out)
+
+    def grad_x(self, gradient: Tensor, out: Tensor) -> None:
+        torch.mm(gradient, self._table, out=out)
 
 
 @torch.no_grad()
 def _chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, scale: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    *,
+    scale: Tensor | None,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(nats (N,) unscaled, gradient of x, gradient of weight); with `scale` None those are empty.
 
@@ -101,21 +142,25 @@ def _chunks(
     """
     rows = _rows(x, vocab_size)
     table = _scaled(weight[:vocab_size], x.dtype)
+    products = HeadProducts(x, table) if fp8 else _Products(x, table)
     nats = torch.empty(x.size(0), device=x.device)
     grad_x, grad_weight = torch.empty(0), torch.empty(0)
     if scale is not None:
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         grad_weight[vocab_size:] = 0
+        scale = scale * products.gradient_scale
+    alpha = _INNER / products.gradient_scale
     chunk = torch.empty((min(rows, x.size(0)), vocab_size), dtype=x.dtype, device=x.device)
     for first in range(0, x.size(0), rows):
         end = min(first + rows, x.size(0))
         logits = chunk[: end - first]
-        torch.mm(x[first:end], table.T, out=logits)
+        products.logits(first, end, logits)
         _passes(logits, targets[first:end], nats[first:end], scale)
         if scale is None:
             continue
-        torch.mm(logits, table, out=grad_x[first:end])
-        _add_product(grad_weight[:vocab_size], logits.T, x[first:end], is_first=first == 0)
+        products.grad_x(logits, grad_x[first:end])
+        is_first = first == 0
+        _add_product(grad_weight[:vocab_size], logits.T, x[first:end], alpha, is_first=is_first)
     return nats, grad_x, grad_weight
 
 
@@ -130,8 +175,10 @@ def _scaled(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
-    """Add 2/15 of left @ right to `total`, or set it: chunks are summed in the weight's dtype.
+def _add_product(
+    total: Tensor, left: Tensor, right: Tensor, alpha: float, *, is_first: bool
+) -> None:
+    """Add `alpha` times left @ right to `total`, or set it: chunks are summed in the weight's dtype.
 
     On CUDA bf16 matmuls write their fp32 sums: no rounding to bf16, and 18 bytes an element and chunk
     less than a product of its own (1.4 of 145 ms at depth 20 with chunks of 4,096 rows).
@@ -139,22 +186,22 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
     if total.device.type == "cuda" and left.dtype in (torch.bfloat16, torch.float16):
         if is_first:
             total.zero_()
-        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=_INNER, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, out=total)
         return
-    _add_scaled(total, left @ right, is_first=is_first)
+    _add_scaled(total, left @ right, alpha, is_first=is_first)
 
 
-def _add_scaled(total: Tensor, part: Tensor, *, is_first: bool) -> None:
-    """Add 2/15 of `part` to fp32 `total`, or set it, if it is the first.
+def _add_scaled(total: Tensor, part: Tensor, alpha: float, *, is_first: bool) -> None:
+    """Add `alpha` times `part` to fp32 `total`, or set it, if it is the first.
 
     Converted in pieces: torch's sum of two dtypes costs five times as much (171 against 31 ms per step
     at a vocabulary of 32,768).
     """
     for mine, more in _pieces(total, part):
         if is_first:
-            torch.mul(more.float(), _INNER, out=mine)
+            torch.mul(more.float(), alpha, out=mine)
         else:
-            mine.add_(more.float(), alpha=_INNER)
+            mine.add_(more.float(), alpha=alpha)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pilot import plan
-from pilot.config import AUTO, RunConfig, Scalar
+from pilot.config import AUTO, DEFAULTS, RunConfig, Scalar
 from pilot.errors import PilotError
 from pilot.rules.admission import AdmissionBooks
 from pilot.rules.ledger import Ledger
@@ -325,7 +325,7 @@ def _changes(before: dict[str, Scalar], config: RunConfig, *, after: int) -> lis
     changes = [
         ConfigChange(after, key, before.get(key), value)
         for key, value in config.training_keys().items()
-        if before.get(key) != value
+        if before.get(key, DEFAULTS[key]) != value  # what no run knew yet was as by default
     ]
     refused = [c for c in changes if c.key in _FIXED_KEYS] if config.resume_anyway else changes
     if refused:

@@ -19,6 +19,7 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, tokenizer_dir
 from pilot.config import RunConfig
 from pilot.coordination.link import check_run, resolve_url
 from pilot.errors import PilotError
+from pilot.site.device import check_fp8
 from pilot.site.rows import given_rows
 from pilot.wire.messages import HelloOrder, HelloReply, code_hashes
 
@@ -81,6 +82,8 @@ def hello(order: HelloOrder) -> HelloReply:
         log.warning("The server of run %s does not let this client in: %s", order.run, order.note)
     try:
         config = RunConfig.from_mapping(order.config)
+        kind = autodetect_device_type() if config.device == "auto" else config.device
+        check_fp8(config, torch.device(kind))
         given_rows(config.device_batch_size)  # a mistake is one before work begins
         data = open_data(config)
         validation = data.validation_rows(0, config.eval_rows)

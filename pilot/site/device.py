@@ -3,6 +3,7 @@
 import torch
 
 from nanochat.gpus import capability_of, device_rows
+from nanochat.kernels import fp8
 from nanochat.kernels.choices import default_compute_dtype, dtype_from_name
 from pilot.config import RunConfig
 from pilot.errors import PilotError
@@ -17,6 +18,7 @@ def agree_on_device(config: RunConfig, ranks: Ranks) -> tuple[torch.dtype, int]:
     other kernels, and perhaps tables of another dtype, which no collective can fill.
     """
     device = ranks.device
+    check_fp8(config, device)
     capability = list(capability_of(device))
     own = {
         "dtype": str(default_compute_dtype(device.type)).removeprefix("torch."),
@@ -31,6 +33,18 @@ def agree_on_device(config: RunConfig, ranks: Ranks) -> tuple[torch.dtype, int]:
             f"has {mine}. Set CUDA_VISIBLE_DEVICES to cards of one kind, and start a node for the others"
         )
     return dtype_from_name(agreed["dtype"]), int(agreed["rows"])
+
+
+def check_fp8(config: RunConfig, device: torch.device) -> None:
+    """Raise UserError if the run trains in fp8 and this machine's device cannot."""
+    if not config.fp8:
+        return
+    fp8.check_fp8(
+        device,
+        default_compute_dtype(device.type),
+        sequence_len=config.sequence_len,
+        vocab_size=config.vocab_size,
+    )
 
 
 def _rows(config: RunConfig, ranks: Ranks) -> int:

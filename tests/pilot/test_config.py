@@ -40,7 +40,7 @@ def test_pyproject_holds_every_key_with_its_default_and_its_sentence() -> None:
     assert table == DEFAULTS
     assert {k: type(v) for k, v in table.items()} == {k: type(v) for k, v in DEFAULTS.items()}
     section = text.partition("[tool.flwr.app.config]\n")[2].partition("\n\n")[0]
-    comments = dict(re.findall(r"^([a-z-]+) = .*?  +# (.*)$", section, flags=re.MULTILINE))
+    comments = dict(re.findall(r"^([a-z0-9-]+) = .*?  +# (.*)$", section, flags=re.MULTILINE))
     assert comments == {key: f.metadata["help"] for key, f in FIELDS.items()}
 
 
@@ -93,6 +93,21 @@ def test_number_that_is_not_finite_is_refused(value: float) -> None:
     for key in ("lr", "round-max-duration"):
         with pytest.raises(ConfigError, match=key):
             RunConfig.from_mapping({key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"device": "cpu"}, 'needs NVIDIA GPUs, and device is "cpu"'),
+        ({"vocab_size": 50257}, "vocab-size that 16 divides, not 50257"),
+        ({"sequence_len": 1000, "total_batch_size": 8000}, "sequence-len that 16 divides"),
+    ],
+)
+def test_fp8_that_cannot_work_anywhere_is_refused(values: dict[str, Any], words: str) -> None:
+    assert config(fp8=True, device="cuda").training_keys()["fp8"] is True
+    with pytest.raises(ConfigError, match=words):
+        config(fp8=True, **values)
+    config(**values)
 
 
 def test_whole_number_that_64_bits_do_not_hold_is_refused() -> None:

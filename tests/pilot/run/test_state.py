@@ -82,6 +82,14 @@ def test_configuration_that_trains_another_model_is_refused_by_key() -> None:
     assert "wandb" not in message and "another run-name" in message
 
 
+def test_key_that_its_version_did_not_know_yet_was_as_by_default() -> None:
+    snapshot = through_json(trained())
+    del snapshot.state["config"]["fp8"]
+    assert not RunState.from_snapshot(snapshot, CONFIG, shard_order=order).config.fp8
+    with pytest.raises(ResumeError, match="fp8 "):
+        RunState.from_snapshot(snapshot, replace(CONFIG, fp8=True), shard_order=order)
+
+
 def test_changed_configuration_goes_on_if_one_insists_and_is_remembered_key_by_key() -> None:
     other = replace(CONFIG, lr=0.1, outer_optimizer="adam", resume_anyway=True)
     resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)

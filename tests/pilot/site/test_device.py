@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from nanochat import gpus
+from nanochat.errors import UserError
+from nanochat.gpt import Linear
+from pilot import plan
 from pilot.errors import PilotError
 from pilot.site import device as device_module
 from pilot.site.data import hello
@@ -44,6 +47,28 @@ def test_ranks_with_gpus_of_two_kinds_are_refused(
     monkeypatch.setattr(device_module, "capability_of", lambda _: (7, 5))
     with pytest.raises(PilotError, match=r"capability 8\.0, rank 1 has 7\.5"):
         agree_on_device(site_config(site), _follower(capability=[8, 0]))
+
+
+def test_machine_without_fp8_says_so_in_its_hello_and_to_an_order(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 304, "sequence_len": 16}
+    config = site_config(site, fp8=True, device="auto", **sizes)
+    reply = hello(HelloOrder(run="r", config=config.to_mapping(), redis_url=""))
+    assert "fp8 needs an NVIDIA GPU" in reply.error and "\n" not in reply.error
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    with pytest.raises(UserError, match="fp8 needs an NVIDIA GPU"):
+        agree_on_device(config, ranks)
+    agree_on_device(site_config(site, **sizes), ranks)
+
+
+def test_runs_model_trains_in_fp8_if_its_configuration_says_so(site: Path) -> None:
+    for fp8 in (False, True):
+        config = site_config(site, fp8=fp8, device="auto", vocab_size=304)
+        device = torch.device("meta")
+        model = plan.build_model(config, device=device, compute_dtype=torch.bfloat16)
+        assert model.fp8 is fp8
+        assert {m.fp8 for m in model.transformer.h.modules() if isinstance(m, Linear)} == {fp8}
 
 
 def test_one_rank_alone_takes_what_its_device_has_room_for(
