@@ -347,7 +347,8 @@ def _add_node(commands: Any) -> None:
         "--leave-within",
         type=float,
         metavar="SECONDS",
-        help="wait at most this long for the server (default: the run's drain-deadline plus 60 s)",
+        help="wait at most this long for the server (default: the run's drain-deadline, and twice "
+        "what the last reply took, at least 60 s)",
     )
     command.add_argument(
         "--device-batch-size",

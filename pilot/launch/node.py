@@ -43,8 +43,8 @@ from pilot.site.notice import (
 )
 from pilot.site.rows import ROWS_KEY, checked_rows
 
-# Beyond the drain deadline, for the upload: 1 GB took 76 s there and back on loopback (docs/flower.md).
-UPLOAD_S = 60.0
+# Beyond the drain deadline, for the upload: this many times what the last one took, and at least this long.
+UPLOAD_FACTOR, UPLOAD_MIN_S = 2.0, 60.0
 BLIND_UPLOAD_S = 5.0  # without Redis we cannot learn when the SuperNode has sent the reply
 ENDING_S = 10.0  # for the SuperNode to take its leave of the SuperLink
 # A killed node with a key is refused for 36 to 60 s: with 10 s between attempts it is back 6 s after that on
@@ -239,7 +239,7 @@ class _Node:
             self.say(f"{reason}: leaving; no order in progress")
             return
         limit_s = self.options.leave_within_s
-        limit_s = order.drain_deadline_s + UPLOAD_S if limit_s is None else limit_s
+        limit_s = leave_within_s(order) if limit_s is None else limit_s
         self.say(f"{reason}: waiting up to {limit_s:g} s for the server to confirm our last reply")
         until = time.monotonic() + limit_s
         done = ""
@@ -290,6 +290,11 @@ class _Node:
             time.sleep(pause_s)
         else:
             coordinator.wait(pause_s)  # an acknowledgement wakes it
+
+
+def leave_within_s(order: InFlight) -> float:
+    """Seconds for the reply to reach the server's disk, unless `--leave-within` says otherwise."""
+    return order.drain_deadline_s + max(UPLOAD_MIN_S, UPLOAD_FACTOR * order.upload_s)
 
 
 def _real_s() -> float:

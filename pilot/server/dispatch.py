@@ -124,6 +124,7 @@ class Dispatcher:
             eval_end_row=asked.own[1],
             eval_pieces=[list(piece) for piece in asked.pieces],
             last_merged_fence=self.state.last_merged.get(client.name),
+            upload_s=client.upload_s or 0.0,
             run_is_over=run_is_over,
             note=client.note,
         )

@@ -32,6 +32,7 @@ log = logging.getLogger("pilot")
 class InFlight:
     """What became of one order so far; `state` is working, sending, or done (nothing to be lost).
 
+    `upload_s` is what the client's last reply took, 0 if nobody has measured it.
     `redis_url` holds no credentials: where it needs some, `PILOT_REDIS_URL` does. `pid` is the ClientApp's.
     """
 
@@ -43,6 +44,7 @@ class InFlight:
     pid: int
     preempt_file: str
     drain_deadline_s: float
+    upload_s: float = 0.0
 
     def coordinator(self) -> ClientCoordinator | None:
         """The client's half of Redis for this order; None without a usable URL."""
@@ -69,6 +71,7 @@ def of_order(order: TrainOrder, config: RunConfig, state: str) -> InFlight:
         pid=os.getpid(),
         preempt_file=config.preempt_file,
         drain_deadline_s=config.drain_deadline,
+        upload_s=order.upload_s,
     )
 
 

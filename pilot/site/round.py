@@ -27,6 +27,7 @@ from nanochat.kernels.choices import training_seconds
 from nanochat.layers import RunBlock, run_block
 from nanochat.loss_eval import bpb_sums
 from nanochat.memory import keep_freed_memory
+from nanochat.optim import MuonAdamW
 from nanochat.rows.stream import RowStream
 from nanochat.trainer import Trainer, rank_slice
 from pilot import plan
@@ -63,6 +64,7 @@ class Round:
         self.leaving = False  # after `run`: whether this client is leaving
         fence = order.fence
         self.inner = InnerState(inner_state_dir(fence.run, order.client), ranks)
+        self._trained: MuonAdamW | None = None  # whose state is still to be kept
 
     def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, dict[str, Tensor]]:
         """The reply and, on rank 0, the pseudo-gradient. `weights`: the global model, on rank 0."""
@@ -83,10 +85,23 @@ class Round:
             scores = self._evaluate(model, data, stop)
             reply = self._steps(model, data, stop)
             if self.order.run_is_over:
+                self._trained = None
                 self.inner.forget()
             reply |= self._sums(scores)
             update = self._pseudo_gradient(model, weights) if reply["tokens"] else {}
             return self._reply(stop.reason, **reply), update
+
+    def keep_state(self) -> None:
+        """Write what this round leaves of the inner optimizer; all ranks call it, after `run`.
+
+        A resident group does so when the reply has gone out: writing takes seconds for big models, which a
+        client that is leaving may not have, and the upload takes longer anyway.
+        """
+        optimizer, self._trained = self._trained, None
+        if optimizer is None:
+            return
+        self.inner.keep(optimizer, self.order.fence)
+        self.ranks.sum([0.0])  # a group that ends does so once all have written
 
     @contextlib.contextmanager
     def _stop_watcher(self) -> Iterator[StopWatcher]:
@@ -198,7 +213,8 @@ class Round:
         row_counts = self._row_counts(data, stream, stop)
         stop.enter("sending")
         if keeps and progress.heartbeat.step:
-            self.inner.keep(optimizer, self.order.fence)
+            self._trained = optimizer
+            self._keep_before_reply(stop)
         if not stop.reason:
             done = StopReason.STEPS_DONE if self.order.segments else StopReason.NOTHING_LEASED
             stop.stop(done)
@@ -216,6 +232,16 @@ class Round:
             "consumed": stream.consumed(progress.rows),
             "row_counts": row_counts,
         }
+
+    def _keep_before_reply(self, stop: StopWatcher) -> None:
+        """A temporary group is ended once it has replied: it writes before, or not at all if it is leaving."""
+        if self._resident:
+            return
+        if self.ranks.agree(bool(stop.leaving)):
+            self._trained = None
+            log.info("The inner optimizer's state of this round is not kept: the client is leaving")
+            return
+        self.keep_state()
 
     def _train(
         self, trainer: Trainer, stream: "RowStream[Segment]", meter: Meter, stop: StopWatcher

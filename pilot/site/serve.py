@@ -1,7 +1,8 @@
 """One process of a worker group: rank 0 takes orders from ClientApps, the other ranks follow rank 0.
 
 A ClientApp connects, both sides compare the hashes of their code, the ClientApp sends one order,
-rank 0 answers it. Then a temporary group ends, and a resident one waits for the next connection.
+rank 0 answers it. Then a temporary group ends. A resident one writes its inner optimizer's state, while the
+ClientApp carries the answer away, and waits for the next connection.
 """
 
 import contextlib
@@ -70,6 +71,7 @@ class _Server:
         self._directory, self._idle_s = directory, idle_s
         self._package = code_hashes()  # of the code that this process has imported
         self._ranks: Ranks | None = None  # joined when there is something to train
+        self._task: Round | None = None  # the last one, until it has kept its state
 
     def serve(self) -> None:
         with socket.socket(fileno=int(os.environ["PILOT_LISTENER"])) as listener:
@@ -112,7 +114,15 @@ class _Server:
                 raise ValueError(f"a worker takes orders, not {type(order).__name__}")
         wire_dtype = str(order.config["wire-dtype"])
         send_frame(connection, to_header(answer), encode(update, dtype=wire_dtype))
+        self._keep_state()
         return may_stay
+
+    def _keep_state(self) -> None:
+        """What a round leaves for the next one, now that its answer is out; SIGTERM waits for the write."""
+        task, self._task = self._task, None
+        if task is not None:
+            _block_sigterm()
+            task.keep_state()
 
     def _train(
         self, order: TrainOrder, parts: list[Part], received: float
@@ -122,7 +132,7 @@ class _Server:
         if self._ranks is None:
             self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         self._ranks.broadcast_json(to_header(order))
-        task = Round(order, self._ranks, received, resident=self._idle_s > 0)
+        self._task = task = Round(order, self._ranks, received, resident=self._idle_s > 0)
         reply, update = task.run(weights)
         return reply, update, not (order.run_is_over or task.leaving)
 
@@ -134,7 +144,9 @@ def _follow(directory: Path, idle_s: float) -> None:
     while (header := ranks.broadcast_json(None)) is not None:
         order = from_header(header)
         assert isinstance(order, TrainOrder)
-        Round(order, ranks, time.monotonic(), resident=idle_s > 0).run({})
+        task = Round(order, ranks, time.monotonic(), resident=idle_s > 0)
+        task.run({})
+        task.keep_state()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no order in progress: it may end here
     ranks.leave()
 

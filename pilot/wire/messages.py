@@ -163,7 +163,8 @@ class TrainOrder:
     `total_tokens` are the schedule's inputs, `share` being the client's share of the federation's token
     rate, 0..1. `lease_is_tail`: nothing was left to lease behind `segments`, so one short step may end
     them. `eval_pieces`: [first row, end row] of validation rows to score apart; empty: the slice as a whole.
-    `last_merged_fence`: of this client's last reply that was merged. `run_is_over`: no order follows.
+    `last_merged_fence`: of this client's last reply that was merged; `upload_s`: what its last reply took
+    from the end of the round, in seconds (0: not measured yet). `run_is_over`: no order follows.
     `note`: a sentence for the people of the site.
     """
 
@@ -182,6 +183,7 @@ class TrainOrder:
     eval_end_row: int
     eval_pieces: list[list[int]] = field(default_factory=list)
     last_merged_fence: Fence | None = None
+    upload_s: float = 0.0
     run_is_over: bool = False
     note: str = _text()
 

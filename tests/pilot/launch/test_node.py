@@ -347,6 +347,19 @@ def test_node_waits_no_longer_than_it_may(
     assert len(site.logged("ended")) == 1
 
 
+@pytest.mark.parametrize(("upload_s", "limit_s"), [(0.0, 80), (12.0, 80), (150.0, 320)])
+def test_time_for_the_upload_follows_the_last_one_that_was_measured(
+    upload_s: float, limit_s: int, site: Site, redis_url: str, leader: ServerCoordinator
+) -> None:
+    with site.node() as process:
+        site.has_order("sending", redis_url, upload_s=upload_s)
+        process.terminate()
+        until(lambda: leader.draining(["a"]))
+        process.send_signal(signal.SIGINT)
+        _, said = end(process)
+    assert f"waiting up to {limit_s} s for the server" in said
+
+
 def test_without_redis_it_waits_for_the_clientapp_and_a_moment_for_the_upload(site: Site) -> None:
     client = subprocess.Popen(["sleep", "60"])
     try:

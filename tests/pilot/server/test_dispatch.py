@@ -237,3 +237,11 @@ def test_note_for_the_people_of_a_site_travels_once(tmp_path: Path) -> None:
     for expected in ("another node has your name", ""):
         server.dispatcher.send_all(server.open, [one])
         assert server.order(1).note == expected
+
+
+def test_order_says_what_the_clients_last_reply_took(tmp_path: Path) -> None:
+    server, one = Server(tmp_path, 1, round_steps=1, known_rows=100), client(1)
+    for measured, said in ((None, 0.0), (42.5, 42.5)):
+        one.upload_s = measured
+        server.dispatcher.send_all(server.open, [one])
+        assert server.order(1).upload_s == said

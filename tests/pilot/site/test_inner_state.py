@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanochat.trainer import Trainer
 from pilot.config import RunConfig
 from pilot.site.inner_state import inner_state_dir
 from pilot.site.ranks import Ranks
@@ -153,6 +154,38 @@ def test_the_final_order_removes_what_the_client_has_kept(site: Path) -> None:
     )
     Round(order, ALONE, time.monotonic()).run(client.weights)
     assert not inner_state_dir("inner", "leaving").exists()
+
+
+def test_client_without_a_resident_group_keeps_nothing_when_it_is_leaving(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its group ends with its reply, which must not wait for the state."""
+    client = federation(site, "drained", preempt_file=str(tmp_path / "notice"))
+    client.round("merged")
+    kept = client.state()
+    whole = Trainer.step
+
+    def noticed(*given: Any, **options: Any) -> Any:
+        nats = whole(*given, **options)
+        (tmp_path / "notice").touch()
+        return nats
+
+    monkeypatch.setattr(Trainer, "step", noticed)
+    leaving: list[bool] = []
+    counts = Round._row_counts
+
+    def seen(task: Round, data: Any, stream: Any, stop: Any) -> Any:
+        while not stop.leaving:
+            time.sleep(0.01)
+        leaving.append(True)
+        return counts(task, data, stream, stop)
+
+    monkeypatch.setattr(Round, "_row_counts", seen)
+    before = client.merged
+    client.round("merged")
+    assert leaving and client.state() == {} and client.row == 2 * BATCH_ROWS
+    client.merged = before
+    assert client.state() == kept, "what that round began with is still there"
 
 
 def test_a_state_of_another_number_of_processes_is_not_taken(site: Path) -> None:
