@@ -48,7 +48,7 @@ from pilot.rules.admission import (
 from pilot.rules.aggregation import weighted_mean
 from pilot.rules.agreement import Votes, outliers
 from pilot.rules.merge_guard import GuardBooks, Verdict
-from pilot.rules.outer import outer_step
+from pilot.rules.outer import outer_step, restores_lengths
 from pilot.rules.validation import Figure, figure, slices
 from pilot.segment import Score
 from pilot.site.data import open_data
@@ -70,15 +70,20 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-_BATCH: dict[str, Any] = {"total-batch-size": 512, "outer-lr": 0.7}
+_BATCH: dict[str, Any] = {"total-batch-size": 512}
 CASES = (
     Case(3, (1, 2, 4), 0.05, _BATCH | {"lr": 0.1}),
-    Case(2, (2,), 0.05, _BATCH | {"lr": 0.1, "outer-momentum": 0.9}),
-    Case(5, (1, 8), 0.05, _BATCH | {"total-batch-size": 256, "lr": 0.1}),
-    Case(3, (4,), 0.0, _BATCH | {"lr": 0.2, "outer-momentum": 0.9}),
+    Case(2, (2,), 0.05, _BATCH | {"lr": 0.1, "outer-lr": 0.7, "outer-momentum": 0.9}),
+    Case(5, (1, 8), 0.05, {"total-batch-size": 256, "lr": 0.1}),
+    Case(3, (4,), 0.0, _BATCH | {"lr": 0.2, "outer-lr": 0.7, "outer-momentum": 0.9}),
     Case(4, (1,), 0.05, _BATCH | {"lr": 0.02, "outer-optimizer": "fedavg", "outer-lr": 1.0}),
     Case(3, (2,), 1.0, _BATCH | {"lr": 0.1, "arch": "modern"}),
-    Case(3, (2, 16), 0.05, _BATCH | {"total-batch-size": 256, "lr": 0.05, "outer-momentum": 0.9}),
+    Case(
+        3,
+        (2, 16),
+        0.05,
+        {"total-batch-size": 256, "lr": 0.05, "outer-lr": 0.7, "outer-momentum": 0.9},
+    ),
     Case(2, (1, 6), 0.05, _BATCH | {"lr": 0.1, "weight-decay": 0.002}),
 )
 
@@ -227,7 +232,10 @@ class Federation:
             del updates[int(name)]
         if updates:
             batch = self.config.total_batch_size
-            mean = weighted_mean((float(steps * batch), u) for u, steps in updates.values())
+            mean = weighted_mean(
+                ((float(steps * batch), u) for u, steps in updates.values()),
+                restore_lengths=restores_lengths(self.config),
+            )
             assert mean is not None
             self.weights, self.outer = outer_step(self.config, self.weights, mean, self.outer)
         self.tokens += sum(steps for _, steps in updates.values()) * self.config.total_batch_size

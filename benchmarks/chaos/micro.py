@@ -25,7 +25,6 @@ MICRO: dict[str, Any] = {
     "round-max-duration": 120.0,
     "grace-max": 90.0,
     "clients-timeout": 150.0,
-    "outer-momentum": 0.5,
     "device": "cpu",
     "heartbeat": 0.2,
     "wandb-mode": "disabled",

@@ -24,7 +24,6 @@ from nanochat.trainer import Trainer
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.rules.aggregation import weighted_mean
-from pilot.rules.lengths import Lengths
 from pilot.rules.outer import outer_step, restores_lengths
 
 _CPU = torch.device("cpu")
@@ -190,21 +189,13 @@ class Laboratory:
             self._average_states(there)
         if self.case.momentum_follows_lr:
             self._anneal(self.tokens + tokens / 2)
+        mean = weighted_mean(updates, restore_lengths=restores_lengths(self.config))
+        assert mean is not None
         before = self.weights
-        self.weights, self.outer = outer_step(self.config, before, self._mean(updates), self.outer)
+        self.weights, self.outer = outer_step(self.config, before, mean, self.outer)
         self._note_step({n: before[n] - t for n, t in self.weights.items()})
         self.model.load_state_dict(self.weights)
         self.tokens += tokens
-
-    def _mean(self, updates: list[tuple[float, Tensors]]) -> Tensors:
-        mean = weighted_mean(updates)
-        assert mean is not None
-        if not restores_lengths(self.config):
-            return mean
-        lengths = Lengths()
-        for weight, update in updates:
-            lengths.add(weight, update)
-        return lengths.restore(mean)
 
     def _anneal(self, middle: float) -> None:
         """Shorten the momentum as much as the rates are lower in this round, `middle` tokens into the run."""

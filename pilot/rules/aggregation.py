@@ -61,32 +61,29 @@ def aggregate(
         return _robust(replies, _cut(votes, method, trim_fraction), restore_lengths)
     if method != "mean" and replies:
         log.info("%d clients are too few for a %s: using their mean", votes, method)
-    lengths = Lengths()
-
-    def updates() -> Iterator[tuple[float, dict[str, Tensor]]]:
-        for reply in replies:
-            update = load_file(reply.path)
-            if restore_lengths:
-                lengths.add(float(reply.tokens), update)
-            yield float(reply.tokens), update
-
-    mean = weighted_mean(updates())
-    return mean if mean is None or not restore_lengths else lengths.restore(mean)
+    updates = ((float(reply.tokens), load_file(reply.path)) for reply in replies)
+    return weighted_mean(updates, restore_lengths=restore_lengths)
 
 
 def weighted_mean(
     updates: Iterable[tuple[float, Mapping[str, Tensor]]],
+    *,
+    restore_lengths: bool = False,
 ) -> dict[str, Tensor] | None:
     """sum(weight * update) / sum(weight), fp32, folded in the order given; None if there are none.
 
-    Raises ValueError for a weight that isn't positive: a mean without tokens has no meaning.
+    `restore_lengths`: its rows as long as those of the updates, as `lengths.py` says. Raises ValueError for a
+    weight that isn't positive: a mean without tokens has no meaning.
     """
     total_weight = 0.0
     total: dict[str, Tensor] = {}
+    lengths = Lengths()
     for weight, update in updates:
         if not weight > 0:
             raise ValueError(f"weights must be positive, not {weight}")
         total_weight += weight
+        if restore_lengths:
+            lengths.add(weight, update)
         for name, tensor in update.items():
             if name in total:
                 total[name].add_(tensor.float(), alpha=weight)
@@ -96,6 +93,8 @@ def weighted_mean(
         return None
     for tensor in total.values():
         tensor.div_(total_weight)
+    if restore_lengths:
+        lengths.restore(total)
     return total
 
 

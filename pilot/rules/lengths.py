@@ -39,15 +39,13 @@ class Lengths:
             for total, factor in zip(self._sums[name], (weight, weight * weight), strict=True):
                 total.add_(square, alpha=factor)
 
-    def restore(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`mean`, each of its rows as long as those of the updates (in the weighted mean of the squares)."""
-        restored = {}
+    def restore(self, mean: Mapping[str, Tensor]) -> None:
+        """Make each row of `mean`, in place, as long as those of the updates (by their weighted mean square)."""
         for name, tensor in mean.items():
             total, doubly = self._sums[name]
             # of noise alone, the mean's square is sum(w^2 * length^2) / W^2: 1 / K of K equal clients' own
             most = self._weight * total / doubly.clamp_min(_TINY)
-            restored[name] = tensor * factors(tensor, total / self._weight, most=most)
-        return restored
+            tensor.mul_(factors(tensor, total / self._weight, most=most))
 
 
 def squares(tensor: Tensor) -> Tensor:

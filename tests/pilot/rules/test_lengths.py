@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pilot.rules import lengths as module
 from pilot.rules.aggregation import Spilled, aggregate, weighted_mean
-from pilot.rules.lengths import Lengths, squares
+from pilot.rules.lengths import squares
 
 SHAPES = {"a": (6, 40), "stack": (2, 3, 40), "b": (50,), "scalar": (), "empty": (0,)}
 
@@ -23,12 +23,9 @@ def update(seed: int) -> dict[str, Tensor]:
 
 
 def restored(updates: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    lengths = Lengths()
-    for weight, one in updates:
-        lengths.add(weight, one)
-    mean = weighted_mean(updates)
-    assert mean is not None
-    return lengths.restore(mean)
+    found = weighted_mean(updates, restore_lengths=True)
+    assert found is not None
+    return found
 
 
 def test_one_clients_update_and_those_that_agree_stay_as_they_are() -> None:
