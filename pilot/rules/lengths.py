@@ -40,7 +40,7 @@ class Lengths:
                 total.add_(square, alpha=factor)
 
     def restore(self, mean: Mapping[str, Tensor]) -> None:
-        """Make each row of `mean`, in place, as long as those of the updates (by their weighted mean square)."""
+        """Make each row of `mean`, in place, as long as those of the updates, by their mean square."""
         for name, tensor in mean.items():
             total, doubly = self._sums[name]
             # of noise alone, the mean's square is sum(w^2 * length^2) / W^2: 1 / K of K equal clients' own
