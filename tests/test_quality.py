@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from zygote import Zygote
 
 from benchmarks.quality.__main__ import summary
@@ -65,6 +66,30 @@ def test_who_is_away_does_nothing_and_somebody_stays(rows: Corpus) -> None:
     assert everybody._present(7) == [0, 1, 2]
 
 
+def test_one_client_with_the_default_outer_step_does_what_plain_training_does(rows: Corpus) -> None:
+    plain = Laboratory(SMOKE, Case(name="plain"), 3, rows).run()
+    one = Laboratory(SMOKE, Case(name="one", clients=1, steps=4), 3, rows).run()
+    assert one.bpb == pytest.approx(plain.bpb, rel=1e-5)
+
+
+def test_inner_states_are_averaged_and_momentum_is_shortened_with_the_rates(rows: Corpus) -> None:
+    two = Case(name="c", clients=2, steps=2, batch="federation")
+    found = Laboratory(SMOKE, two.but("average", inner="average"), 0, rows)
+    found._round(0)
+    one, other = (found.states[i]["state"] for i in range(2))
+    for key, own in one.items():
+        for name, value in own.items():
+            torch.testing.assert_close(value, other[key][name], rtol=0, atol=0)
+    numbers = {"outer-lr": 0.7, "outer-momentum": 0.9}
+    annealed = two.but("annealed", momentum_follows_lr=True, config=numbers)
+    found = Laboratory(SMOKE, annealed, 0, rows)
+    found.outer = {"momentum.x": torch.ones(2)}
+    found._anneal(0.0)
+    assert found.outer["momentum.x"].tolist() == [1.0, 1.0]
+    found._anneal(0.8 * SMOKE.total_tokens)  # half of the warmdown
+    torch.testing.assert_close(found.outer["momentum.x"], torch.full((2,), 0.5))
+
+
 def test_every_experiment_names_its_cases_once_and_can_be_configured(rows: Corpus) -> None:
     for cases in EXPERIMENTS.values():
         assert len({case.name for case in cases}) == len(cases)
@@ -93,15 +118,15 @@ def test_the_command_goes_on_where_it_was_interrupted(
 ) -> None:
     out, picture = tmp_path / "out.jsonl", tmp_path / "curves.html"
     command = ["-m", "benchmarks.quality", "--text", text, "--out", out, "--scale", "smoke"]
-    command += ["--experiment", "plain", "--seeds", "1", "--jobs", "1", "--cases", "x 1"]
+    command += ["--experiment", "plain", "--seeds", "1", "--jobs", "1", "--cases", "x 0"]
     command += ["--cache", tmp_path / "cache", "--picture", picture]
     environment = {**os.environ, "COLUMNS": "200"}
     first = zygote.run(command, env=environment)
     assert first.returncode == 0, first.stderr
     lines = out.read_text().splitlines()
     assert sorted(json.loads(line)["case"] for line in lines) == [
-        "plain, lr x 1",
-        "plain, lr x 1.4",
+        "plain, lr x 0.25",
+        "plain, lr x 0.5",
     ]
     out.write_text(lines[0] + "\n" + lines[1][:40] + "\n")
     second = zygote.run(command, env=environment)
