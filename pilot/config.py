@@ -191,10 +191,10 @@ class RunConfig:
         low=0,
         shapes_training=False,
     )
-    wire_dtype: str = _key(
+    wire_up: str = _key(
         "float32",
-        "number format in which pseudo-gradients are sent",
-        choices=("float32", "bfloat16"),
+        "form in which pseudo-gradients are sent",
+        choices=("float32", "bfloat16", "int8", "int4", "sparse"),
     )
     # sites
     device: str = _key(
@@ -309,6 +309,11 @@ class RunConfig:
             )
         if self.outer_optimizer == "adam" and self.outer_momentum == 1:
             raise ConfigError("outer-momentum 1 has no bias correction in adam: choose less than 1")
+        if self.wire_up == "sparse" and self.aggregation != "mean":
+            raise ConfigError(
+                f'aggregation "{self.aggregation}" finds next to nothing in sparse updates, whose clients send '
+                'other values: set aggregation="mean", or wire-up="int4"'
+            )
         if self.redis_url:
             check_redis_url(self.redis_url, "redis-url")
             if has_credentials(self.redis_url):

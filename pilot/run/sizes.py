@@ -4,6 +4,7 @@ Tensors are counted exactly. What the processes around them hold is a sum of cop
 Flower's (docs/flower.md), and `_PYTHON` or `_TORCH` for each process; files are without their headers.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from nanochat.memory import DeviceBytes, device_bytes
 from nanochat.rows.packing import row_dtype
 from pilot import plan
 from pilot.config import RunConfig
+from pilot.wire.codec import message_bytes
 
-_FP32, _BF16 = 4, 2
+_FP32 = 4
 _OUTER_STATES = {"fedavg": 0, "nesterov": 1, "adam": 2}  # of the model's size, in fp32
 _PULLED_AT_ONCE = 4  # replies that a server pulls (`server/puller.py`)
 _PYTHON, _TORCH = 500 << 20, 3 << 30  # a process with Flower; a rank with torch and a CUDA context
@@ -76,9 +78,10 @@ def sizes(
     """
     model = plan.build_model(config, device=torch.device("meta"), compute_dtype=compute_dtype)
     optimizer = plan.make_optimizer(config, model)
-    parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+    shapes = [tensor.shape for tensor in model.state_dict().values()]
+    parameters = sum(map(math.prod, shapes))
     order = spilled = _FP32 * parameters
-    reply = (_BF16 if config.wire_dtype == "bfloat16" else _FP32) * parameters
+    reply = message_bytes(shapes, wire=config.wire_up)
     outer = _OUTER_STATES[config.outer_optimizer] * spilled
     snapshot = spilled + outer
     per_rank = optimizer.state_bytes(gpus)

@@ -39,6 +39,7 @@ _FIXED_KEYS = frozenset(
 # What "auto" was before there was one: a run that was begun with these continues with them.
 _BEFORE_AUTO: Mapping[str, Scalar] = {"outer-lr": 0.7, "outer-momentum": 0.9}
 _LAST_ROUNDS = 3  # whose lengths show how long the next may be
+_RENAMED = {"wire-dtype": "wire-up"}  # keys of older snapshots
 _LENGTH_KEYS = ("total-tokens", "target-param-data-ratio", "total-batch-size")
 
 
@@ -322,6 +323,7 @@ def _keeping_its_numbers(before: Mapping[str, Scalar], config: RunConfig) -> Run
 def _changes(before: dict[str, Scalar], config: RunConfig, *, after: int) -> list[ConfigChange]:
     """The keys in which `config` would train another model than the run's was; raises ResumeError unless
     they may be changed and the user wants that."""
+    before = {_RENAMED.get(key, key): value for key, value in before.items()}
     changes = [
         ConfigChange(after, key, before.get(key), value)
         for key, value in config.training_keys().items()

@@ -17,7 +17,7 @@ from pilot.rules.aggregation import Spilled, votes_of
 from pilot.rules.agreement import Votes, outliers, undecided
 from pilot.rules.ledger import Lease
 from pilot.run.state import RunState
-from pilot.wire.codec import decode
+from pilot.wire.codec import decode, form_of
 from pilot.wire.messages import Part, TrainReply
 
 
@@ -29,9 +29,10 @@ def admit(
     Raises ValueError with the reason if it may not.
     """
     config = state.config
-    if strange := {part.dtype for part in parts} - {config.wire_dtype}:
-        raise ValueError(f"its tensors came as {strange.pop()}, not {config.wire_dtype}")
-    update = decode(parts)
+    for part in parts:
+        if part.dtype != (wanted := form_of(config.wire_up, part.shape)):
+            raise ValueError(f"{part.name} came as {part.dtype}, not {wanted}")
+    update = decode(parts, shapes={name: t.shape for name, t in state.weights.items()})
     if reason := refusal(update, state.weights, tokens=reply.tokens):
         raise ValueError(reason)
     state.ledger.check(lease.lease_id, reply.consumed, reply.row_counts)

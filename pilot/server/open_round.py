@@ -142,7 +142,7 @@ class OpenRound:
             if isinstance(error, PilotError) and not isinstance(error, CodecError):
                 raise  # it is this machine's, such as its disk
             reason = str(error) if isinstance(error, ValueError) else sentence(error)
-            self._reject(order, reply, lambda: _tensors_if_any(answer.parts), reason)
+            self._reject(order, reply, lambda: self._tensors_if_any(answer.parts), reason)
             return Settled(order, None)
         if accepted is not None:
             self._state.admission.accepted(order.client.name)  # for now: see `turn_away`
@@ -216,6 +216,13 @@ class OpenRound:
         for one in accepted:
             self._state.ledger.give_back(one.reply.fence.lease_id)
             self._report.reply_refused(one.order.client.name, one.order.fence, reason)
+
+    def _tensors_if_any(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """The tensors of a refused reply, if they are any."""
+        try:
+            return decode(parts, shapes={n: t.shape for n, t in self._state.weights.items()})
+        except CodecError:
+            return {}
 
     def _refuse(self, order: SentOrder, reason: str) -> None:
         """The client has answered, and with something that cannot be used."""
@@ -341,14 +348,6 @@ def _make_empty(spool: Path) -> None:
         fault_point("spool.created")
     except OSError as error:
         raise SnapshotError(f"cannot make {spool}: {error}") from error
-
-
-def _tensors_if_any(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """The tensors of a refused reply, if they are any."""
-    try:
-        return decode(parts)
-    except CodecError:
-        return {}
 
 
 def _reply(answer: Answer, fence: Fence) -> TrainReply:

@@ -43,7 +43,8 @@ from pilot.site.meter import Meter
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
 from pilot.site.stop import Progress, StopWatcher
-from pilot.wire.messages import StopReason, TrainOrder, TrainReply
+from pilot.site.update import Encoder, pseudo_gradient, rest_dir
+from pilot.wire.messages import Part, StopReason, TrainOrder, TrainReply
 
 _RUINED_NATS = 1e12
 
@@ -65,14 +66,18 @@ class Round:
         fence = order.fence
         self.inner = InnerState(inner_state_dir(fence.run, order.client), ranks)
         self._trained: MuonAdamW | None = None  # whose state is still to be kept
+        self.encoder = Encoder(rest_dir(fence.run, order.client), self.config.wire_up)
 
-    def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, dict[str, Tensor]]:
-        """The reply and, on rank 0, the pseudo-gradient. `weights`: the global model, on rank 0."""
+    def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, list[Part]]:
+        """The reply and, on rank 0, the parts of the pseudo-gradient.
+
+        `weights`: the global model, on rank 0; their memory is used for the pseudo-gradient.
+        """
         if self.order.note and self.ranks.first:
             log.warning("The server of run %s says: %s", self.order.fence.run, self.order.note)
         with self._stop_watcher() as stop:
             if self._agree(stop):
-                return self._reply(stop.reason), {}
+                return self._reply(stop.reason), []
             if self.ranks.device.type == "cpu":
                 keep_freed_memory()
             self._limit_threads()
@@ -84,12 +89,16 @@ class Round:
             self.ranks.load_weights(model.state_dict().items(), weights)
             scores = self._evaluate(model, data, stop)
             reply = self._steps(model, data, stop)
+            parts: list[Part] = []
+            if reply["tokens"] and self.ranks.first:
+                update = pseudo_gradient(model, weights)
+                parts = self.encoder.encode(update, self.order, self.ranks.device)
             if self.order.run_is_over:
                 self._trained = None
                 self.inner.forget()
+                self.encoder.forget()
             reply |= self._sums(scores)
-            update = self._pseudo_gradient(model, weights) if reply["tokens"] else {}
-            return self._reply(stop.reason, **reply), update
+            return self._reply(stop.reason, **reply), parts
 
     def keep_state(self) -> None:
         """Write what this round leaves of the inner optimizer; all ranks call it, after `run`.
@@ -339,20 +348,6 @@ class Round:
         description = f"{self.order.client} [ROUND {self.order.fence.round_number}]"
         with tqdm(desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
             yield bar
-
-    def _pseudo_gradient(self, model: GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Global minus local weights, fp32, on rank 0.
-
-        The start is rounded as the model's own tensors are: a bf16 table that was not trained has a
-        pseudo-gradient of exactly zero.
-        """
-        if not self.ranks.first:
-            return {}
-        update = {}
-        for name, local in model.state_dict().items():
-            start = weights[name].to(local.dtype).float()
-            update[name] = start.sub_(local.detach().float().cpu())
-        return update
 
     def _reply(self, stopped_by: str, **values: Any) -> TrainReply:
         return TrainReply(

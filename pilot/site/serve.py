@@ -18,15 +18,13 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from nanochat.errors import UserError
 from pilot.errors import PilotError
 from pilot.site.data import hello
 from pilot.site.group import record_failure
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
-from pilot.wire.codec import decode, encode
+from pilot.wire.codec import decode
 from pilot.wire.frames import WireError, receive_frame, send_frame
 from pilot.wire.messages import (
     HelloOrder,
@@ -104,16 +102,15 @@ class _Server:
         received = time.monotonic()
         order = from_header(header)
         answer: HelloReply | TrainReply
-        update: dict[str, Tensor]
+        update: list[Part]
         with _exit_if_closed(connection):
             if isinstance(order, HelloOrder):
-                answer, update, may_stay = hello(order), {}, True
+                answer, update, may_stay = hello(order), [], True
             elif isinstance(order, TrainOrder):
                 answer, update, may_stay = self._train(order, parts, received)
             else:
                 raise ValueError(f"a worker takes orders, not {type(order).__name__}")
-        wire_dtype = str(order.config["wire-dtype"])
-        send_frame(connection, to_header(answer), encode(update, dtype=wire_dtype))
+        send_frame(connection, to_header(answer), update)
         self._keep_state()
         return may_stay
 
@@ -126,8 +123,8 @@ class _Server:
 
     def _train(
         self, order: TrainOrder, parts: list[Part], received: float
-    ) -> tuple[TrainReply, dict[str, Tensor], bool]:
-        """(reply, update, whether this group may stay): after a run's last order, or when leaving, it ends."""
+    ) -> tuple[TrainReply, list[Part], bool]:
+        """(reply, parts, whether this group may stay): after a run's last order, or when leaving, it ends."""
         weights = decode(parts)
         if self._ranks is None:
             self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])

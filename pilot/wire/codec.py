@@ -1,52 +1,122 @@
-"""Tensors ↔ bytes on the wire.
+"""Tensors ↔ parts on the wire, in one of the forms of `wire-up`.
 
-`float32` is lossless for our fp32 masters; `bfloat16` halves the
-bytes of a pseudo-gradient at 8 bits of mantissa. Raw little-endian bytes only: nothing that comes over
-the network is unpickled, and sizes are checked before a tensor is made of them.
+`float32` is lossless for our fp32 masters, and the form of the global model; the other forms are the codes of
+`codes.py`. Raw little-endian bytes only: nothing that comes over the network is unpickled, and sizes are
+checked before a tensor is made of them.
+
+*Error feedback.* What a code could not say of an update is its *rest*. It stays with the client and is added,
+times the code's decay, to that client's next update before that is encoded. A row that an update did not touch
+is not sent for the sake of its rest, which waits.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pilot.errors import PilotError
+from pilot.wire.codes import CODES, CodecError, rows_with_values, size_of
+from pilot.wire.codes import decode as decode_code
+from pilot.wire.codes import encode as encode_code
 from pilot.wire.messages import Part
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["DECAY", "CodecError", "decode", "encode", "form_of", "message_bytes"]
+
+# Form → what of a rest is added to the next update. Sparse: 0.95, as in SparseLoCo (arXiv 2508.15706). The
+# rounding of bfloat16 is too small to be remembered.
+DECAY: Mapping[str, float] = {"int8": 1.0, "int4": 1.0, "sparse": 0.95}
+_SMALL = 4096  # values, of which fp32 costs nothing beside those of a matrix
 
 
-class CodecError(PilotError, ValueError):
-    """Bytes from the wire are not what their header says."""
+def form_of(wire: str, shape: Sequence[int]) -> str:
+    """How a tensor of `shape` travels: as `wire`, or as float32 if it is a vector or small."""
+    return wire if len(shape) > 1 and math.prod(shape) >= _SMALL else "float32"
 
 
-def encode(tensors: Mapping[str, Tensor], *, dtype: str = "float32") -> list[Part]:
-    """Parts in the order of `tensors`, whose values are cast to `dtype` ("float32"|"bfloat16")."""
+def message_bytes(shapes: Iterable[Sequence[int]], *, wire: str = "float32") -> int:
+    """Bytes of the parts of tensors of `shapes`, if each row has values: those without cost a bit in a code."""
+    total = 0
+    for shape in shapes:
+        form = form_of(wire, shape)
+        total += 4 * math.prod(shape) if form == "float32" else size_of(CODES[form], shape)
+    return total
+
+
+def encode(
+    tensors: Mapping[str, Tensor],
+    *,
+    wire: str = "float32",
+    rest: Callable[[str], Tensor | None] = lambda name: None,
+    device: torch.device | None = None,
+) -> list[Part]:
+    """Parts in the order of `tensors`, of the forms that `form_of` says.
+
+    Tensors of another form than float32 must be contiguous fp32. They are left with their rest: what their
+    parts do not say of them and of `rest`, which gives that of the update before, by name (None: there is
+    none). They are encoded on `device`, by default where they are.
+    """
     parts = []
     for name, tensor in tensors.items():
-        flat = tensor.detach().to("cpu", _DTYPES[dtype]).contiguous().reshape(-1)
-        data = flat.view(torch.uint8).numpy().data
-        parts.append(Part(name, dtype, tuple(tensor.shape), data))
+        form = form_of(wire, tensor.shape)
+        if form == "float32":
+            said = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
+            said = said.view(torch.uint8)
+        else:
+            said = _encode(tensor, rest(name), form, device or tensor.device)
+        parts.append(Part(name, form, tuple(tensor.shape), said.numpy().data))
     return parts
 
 
-def decode(parts: Iterable[Part]) -> dict[str, Tensor]:
-    """fp32 tensors by name. Raises CodecError for an unknown dtype, a wrong size or a name twice."""
+def _encode(tensor: Tensor, rest: Tensor | None, form: str, device: torch.device) -> Tensor:
+    values = tensor.detach().to(device)
+    rows = rows_with_values(values)
+    if rest is not None and rest.shape == tensor.shape:
+        values.add_(rest.to(device), alpha=DECAY[form])
+    said = encode_code(values, CODES[form], rows=rows).cpu()
+    if values.device != tensor.device:
+        tensor.copy_(values)
+    return said
+
+
+def decode(
+    parts: Iterable[Part], *, shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Tensor]:
+    """fp32 tensors by name.
+
+    `shapes` are those that are expected, by name. Parts of another form than float32 are only taken with them,
+    since their bytes do not tell how large a tensor they are of. Raises CodecError for an unknown form, a wrong
+    size, a name twice, or another shape than expected.
+    """
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        if part.dtype not in _DTYPES:
-            raise CodecError(f"{part.name} has unknown wire dtype {part.dtype!r}")
-        dtype = _DTYPES[part.dtype]
+        if part.dtype != "float32" and (shapes is None or part.dtype not in CODES):
+            raise CodecError(f"{part.name} has unknown wire form {part.dtype!r}")
         if part.name in tensors or not _is_shape(part.shape):
             raise CodecError(f"{part.name} has a bad shape {part.shape} or comes twice")
-        if len(part.data) != math.prod(part.shape) * dtype.itemsize:
-            raise CodecError(f"{part.name} has {len(part.data)} bytes, not those of {part.shape}")
-        # a bytearray, since torch tensors are writable
-        buffer = part.data if isinstance(part.data, bytearray) else bytearray(part.data)
-        flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        tensors[part.name] = flat.reshape(part.shape).float()
+        if part.dtype != "float32" and shapes is not None:
+            if part.name not in shapes:
+                raise CodecError(f"{part.name} has no place in the model")
+            if tuple(part.shape) != (expected := tuple(shapes[part.name])):
+                raise CodecError(f"{part.name} has shape {tuple(part.shape)}, not {expected}")
+        tensors[part.name] = _decode(part)
     return tensors
+
+
+def _decode(part: Part) -> Tensor:
+    """Raises CodecError."""
+    if part.dtype == "float32" and len(part.data) != math.prod(part.shape) * 4:
+        raise CodecError(f"{part.name} has {len(part.data)} bytes, not those of {part.shape}")
+    # a bytearray, since torch tensors are writable
+    buffer = part.data if isinstance(part.data, bytearray) else bytearray(part.data)
+    said = (
+        torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)
+    )
+    if part.dtype == "float32":
+        return said.view(torch.float32).reshape(part.shape)
+    try:
+        return decode_code(said, CODES[part.dtype], part.shape)
+    except CodecError as error:
+        raise CodecError(f"{part.name} {error}") from error
 
 
 def _is_shape(shape: Sequence[int]) -> bool:

@@ -241,6 +241,11 @@ def decode(said: Tensor, code: Code, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
+def size_of(code: Code, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of `shape` (R, ...) if all of its rows are sent."""
+    return _head(shape[0]) + sum(code.sections(math.prod(shape)))
+
+
 def rows_with_values(tensor: Tensor) -> Tensor:
     """(R,) bool: which rows of `tensor` (R, ...) are not all zero; one that holds NaN isn't."""
     table = _as_table(tensor)

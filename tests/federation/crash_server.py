@@ -27,7 +27,7 @@ from pilot.faults import VARIABLE
 from pilot.run.directory import open_run_dir
 from pilot.segment import Score
 from pilot.server.console import configure_logging
-from pilot.wire.codec import encode
+from pilot.site.update import Encoder, rest_dir
 from pilot.wire.messages import TrainOrder, TrainReply, from_header, to_header
 from pilot.wire.records import from_records, to_records
 
@@ -68,6 +68,7 @@ class _Site(ScriptedSite):
         0  # the round whose merge makes the model much worse, as this site finds in the next one
     )
     grid: "_Grid"
+    encoder: Encoder
 
     def __call__(self, kind: str, content: RecordDict) -> RecordDict:
         header, parts = from_records(content)
@@ -91,7 +92,8 @@ class _Site(ScriptedSite):
                 name: 1e-4 * torch.randn(shape, generator=generator) for name, shape in shapes
             }
             self._spoil(order, update)
-        return to_records(to_header(reply) | {"node_name": self.name}, encode(update))
+        parts = self.encoder.encode(update, order, torch.device("cpu")) if rows else []
+        return to_records(to_header(reply) | {"node_name": self.name}, parts)
 
     def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:
         """Sums that depend on the order in which one adds them up, and never on when."""
@@ -113,11 +115,12 @@ def lead(job: dict[str, Any]) -> None:
     if job["fault"]:
         os.environ[VARIABLE] = job["fault"]
     fingerprints = FINGERPRINTS | {"validation shard": "0"}
+    config = scripted_config(**job["config"])
     sites = [_Site(name, fingerprints=fingerprints) for name in NAMES]
     grid: Any = _Grid({100 + i: site for i, site in enumerate(sites)})
     for site in sites:
         site.seed, site.grid, site.spoilt = job["seed"], grid, job.get("spoilt", 0)
-    config = scripted_config(**job["config"])
+        site.encoder = Encoder(rest_dir(config.run_name, site.name), config.wire_up)
     with open_run_dir(config.run_name) as run_dir:
         stopped = threading.Event()
         clock = FastClock(speed=_SPEED)

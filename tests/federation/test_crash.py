@@ -36,6 +36,14 @@ WRITES = [
 ]
 # Points that a run passes only once.
 ONCE = ("run-dir", "term", "quarantine", "prune", "results")
+# Where a client's rest may be ahead of the model that the server comes back with.
+FORM_POINTS = (
+    "spill.write",
+    "spill.written",
+    "snapshot.rename",
+    "snapshot.renamed",
+    "spool.remove",
+)
 # Where a full disk costs a warning, and the run goes on.
 FORGIVEN = ("event", "quarantine", "prune")
 
@@ -143,8 +151,14 @@ def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return dict(loaded["model"])
 
 
-def finish(servers: Servers, run: str, undisturbed: dict[int, str], **config: Any) -> None:
-    """Resume `run` with the same command; all that it ever committed is what it should be."""
+def finish(
+    servers: Servers,
+    run: str,
+    undisturbed: dict[int, str],
+    like: str = "undisturbed",
+    **config: Any,
+) -> None:
+    """Resume `run` with the same command; all that it ever committed is what it should be: what `like` has."""
     run_dir = servers.directory(run)
     committed = digests(run_dir)
     complete = (run_dir / "final_model.pt").exists()  # it died when all was written
@@ -155,7 +169,7 @@ def finish(servers: Servers, run: str, undisturbed: dict[int, str], **config: An
     if "snapshot_keep" in config:  # the first rounds may be gone
         committed = undisturbed | committed
     assert committed == undisturbed and ROUNDS in digests(run_dir)
-    wanted = final_weights(servers.directory("undisturbed"))
+    wanted = final_weights(servers.directory(like))
     torch.testing.assert_close(final_weights(run_dir), wanted, rtol=0, atol=0)
     assert not list(run_dir.rglob(".*.tmp")), "nothing half-written is left"
     assert not (run_dir / "spool").exists()
@@ -186,6 +200,21 @@ def test_server_killed_at_a_write_resumes_to_the_same_bits(
         status, log = servers.lead(run, fault=f"{point}:{passing}", seed=passing, **config)
         assert status == -signal.SIGKILL, log
         finish(servers, run, undisturbed, **config)
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4", "sparse"])
+def test_server_killed_at_a_write_resumes_to_the_same_bits_whatever_form_updates_have(
+    servers: Servers, wire: str
+) -> None:
+    like, config = f"form-{wire}", {"wire_up": wire}
+    assert servers.lead(like, **config)[0] == 0
+    undisturbed = digests(servers.directory(like))
+    for point in FORM_POINTS:
+        for passing in (1, 2):
+            run = f"{like}-{point}-{passing}"
+            status, log = servers.lead(run, fault=f"{point}:{passing}", seed=passing, **config)
+            assert status == -signal.SIGKILL, log
+            finish(servers, run, undisturbed, like, **config)
 
 
 @pytest.mark.parametrize("point", WRITES)

@@ -145,6 +145,8 @@ def test_a_number_that_the_program_may_choose_is_a_number_or_auto() -> None:
         ({"run_name": "a" * 101}, "run-name"),
         ({"outer_optimizer": "adam"}, 'outer-lr "auto" is not known for adam'),
         ({"outer_optimizer": "adam", "outer_lr": 1e-3, "outer_momentum": 1.0}, "outer-momentum"),
+        ({"wire_up": "sparse", "aggregation": "median"}, 'wire-up="int4"'),
+        ({"wire_up": "sparse", "aggregation": "trimmed-mean"}, 'aggregation="mean"'),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(values: dict[str, Any], words: str) -> None:

@@ -37,24 +37,26 @@ def _payload(path: Path) -> int:
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8", "int4", "sparse"])
 def test_messages_are_what_is_sent_and_spilled(
     tmp_path: Path, arch: str, depth: int, wire: str
 ) -> None:
-    config = _config(depth, **{"arch": arch, "wire-dtype": wire})
+    config = _config(depth, **{"arch": arch, "wire-up": wire})
     said = sizes(config, rows=1)
     weights = plan.initial_weights(config)
+    update = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
     assert said.parameters == sum(tensor.numel() for tensor in weights.values())
     assert said.order == sum(len(part.data) for part in encode(weights))
-    reply = encode(weights, dtype=wire)
+    reply = encode(update, wire=wire)
     assert said.reply == sum(len(part.data) for part in reply)
-    save_file(decode(reply), tmp_path / "spilled")
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    save_file(decode(reply, shapes=shapes), tmp_path / "spilled")
     assert said.spilled == _payload(tmp_path / "spilled")
 
 
 @pytest.mark.parametrize("outer", ["fedavg", "nesterov", "adam"])
 def test_snapshots_are_what_is_on_disk(tmp_path: Path, outer: str) -> None:
-    config = _config(2, **{"outer-optimizer": outer})
+    config = _config(2, **{"outer-optimizer": outer, "outer-lr": 0.1})
     weights = plan.initial_weights(config)
     weights, state = outer_step(config, weights, weights, {})
     path = write_snapshot(tmp_path, Snapshot(1, weights, state, {}), keep=1)

@@ -125,6 +125,18 @@ def test_numbers_that_were_never_the_default_are_not_forgotten() -> None:
         RunState.from_snapshot(new, replace(CONFIG, outer_lr=0.7), shard_order=order)
 
 
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_a_run_from_before_a_key_was_renamed_is_the_same_run(form: str) -> None:
+    snapshot = through_json(trained(replace(CONFIG, wire_up=form)))
+    snapshot.state["config"]["wire-dtype"] = snapshot.state["config"].pop("wire-up")
+    same = replace(CONFIG, wire_up=form)
+    before = trained().config_changes
+    resumed = RunState.from_snapshot(snapshot, same, shard_order=order)
+    assert resumed.config_changes == before and resumed.config.wire_up == form
+    with pytest.raises(ResumeError, match=f"wire-up \\(was '{form}', is 'int4'\\)"):
+        RunState.from_snapshot(snapshot, replace(CONFIG, wire_up="int4"), shard_order=order)
+
+
 def test_run_is_made_longer_if_one_insists() -> None:
     other = replace(CONFIG, total_tokens=409_600, resume_anyway=True)
     resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)

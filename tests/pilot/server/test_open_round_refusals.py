@@ -16,7 +16,7 @@ from pilot.run.quarantine import MAX_KEPT
 from pilot.segment import Segment
 from pilot.server.mailbox import Answer
 from pilot.server.open_round import MAX_FRUITLESS_ORDERS
-from pilot.wire.codec import encode
+from pilot.wire.codec import decode, encode
 from pilot.wire.messages import Fence, Part, to_header
 
 from .round_kit import CONFIG, ROW_TOKENS, Round, said
@@ -73,12 +73,49 @@ def test_norms_of_this_round_judge_nobody_in_it(one: Round) -> None:
     assert len(one.open.accepted) == 3
 
 
-def test_update_in_another_dtype_than_the_runs_is_refused(one: Round) -> None:
+@pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4", "sparse"])
+def test_update_in_another_form_than_the_runs_is_refused(one: Round, wire: str) -> None:
     reply = one.reply("a")
     update = {key: torch.ones_like(t) for key, t in one.state.weights.items()}
-    parts = encode(update, dtype="bfloat16")
+    parts = encode(update | {"w": torch.ones(64, 64)}, wire=wire)
     one.open.handle_answer(said("m-a", to_header(reply), parts))
-    assert one.refusals() == ["its tensors came as bfloat16, not float32"]
+    assert one.refusals() == [f"w came as {wire}, not float32"]
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4", "sparse"])
+def test_coded_update_is_decoded_and_checked_as_any_other(one: Round, wire: str) -> None:
+    one.state.config = replace(CONFIG, wire_up=wire, quarantine=True)
+    one.state.weights["w"] = torch.zeros(64, 64)
+    others = {key: torch.ones_like(t) for key, t in one.state.weights.items() if key != "w"}
+    good = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for name, value in (("a", good), ("b", torch.full((64, 64), math.nan)), ("c", 1e9 * good)):
+        one.state.admission.merged([60.0] * 3)
+        parts = encode(others | {"w": value.clone()}, wire=wire)
+        if name == "a":
+            sent = decode(parts, shapes={k: t.shape for k, t in one.state.weights.items()})
+        one.open.handle_answer(said(f"m-{name}", to_header(one.reply(name)), parts))
+    (accepted,) = one.open.accepted
+    assert accepted.reply.client == "a"
+    spilled = load_file(accepted.path)
+    assert all(torch.equal(spilled[key], tensor) for key, tensor in sent.items())
+    nan, large = one.refusals()
+    assert nan == (
+        "w is not finite" if wire == "bfloat16" else "w has a scale that is negative or not finite"
+    )
+    assert "times the median of the last" in large
+    assert one.open.rejected == 2
+
+
+def test_coded_update_of_a_shape_that_is_not_the_models_is_refused_unread(one: Round) -> None:
+    one.state.config = replace(CONFIG, wire_up="sparse")
+    one.state.weights["w"] = torch.zeros(64, 64)
+    (part,) = encode({"w": torch.ones(64, 64)}, wire="sparse")
+    for name, shape in (("a", (64, 1 << 40)), ("b", (1 << 40, 64)), ("c", (128, 64))):
+        parts = [replace(part, shape=shape)]
+        one.open.handle_answer(said(f"m-{name}", to_header(one.reply(name)), parts))
+    assert one.refusals() == [
+        f"w has shape {shape}, not (64, 64)" for shape in ((64, 1 << 40), (1 << 40, 64), (128, 64))
+    ]
 
 
 def test_refused_content_is_counted_and_what_a_site_is_not_to_blame_for_is_not(one: Round) -> None:

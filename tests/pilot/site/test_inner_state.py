@@ -18,6 +18,8 @@ from pilot.config import RunConfig
 from pilot.site.inner_state import inner_state_dir
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
+from pilot.site.update import rest_dir
+from pilot.wire.codec import DECAY, decode
 from pilot.wire.messages import Fence
 
 from ..worker_kit import BATCH_ROWS, first_weights, site_config, train_order
@@ -59,17 +61,18 @@ class Federation:
         )
         for _ in range(2 if fate == "repeated" else 1):
             weights = {name: weight.clone() for name, weight in self.weights.items()}
-            reply, update = Round(order, ALONE, time.monotonic()).run(weights)
+            reply, parts = Round(order, ALONE, time.monotonic()).run(weights)
         if fate in ("lost", "refused"):
             return
         assert reply.tokens
+        update = decode(parts, shapes={n: w.shape for n, w in self.weights.items()})
         self.weights = {name: weight - update[name] for name, weight in self.weights.items()}
         self.merged = fence
         self.row += reply.tokens // self.config.sequence_len
 
-    def state(self) -> dict[str, bytes]:
-        """The bytes of the state that the last merged reply left."""
-        directory = inner_state_dir(self.config.run_name, self.client)
+    def state(self, directory_of: Any = inner_state_dir) -> dict[str, bytes]:
+        """The bytes of the state, or with `rest_dir` of the rest, that the last merged reply left."""
+        directory = directory_of(self.config.run_name, self.client)
         assert self.merged is not None
         prefix = f"{self.merged.term}-{self.merged.round_number}-{self.merged.lease_id}."
         return {
@@ -94,20 +97,23 @@ def federation(site: Path, client: str, **values: Any) -> Federation:
     return Federation(config, client, first_weights(config))
 
 
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8", "int4", "sparse"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_or_optimizer(
-    site: Path, seed: int
+def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_optimizer_or_rest(
+    site: Path, seed: int, wire: str
 ) -> None:
     fates = ["merged", "lost", "refused", "repeated", "merged"]
     random.Random(seed).shuffle(fates)
-    troubled = federation(site, f"troubled-{seed}")
+    troubled = federation(site, f"troubled-{seed}", wire_up=wire)
     for fate in fates:
         troubled.round(fate)
-    calm = federation(site, f"calm-{seed}")
+    calm = federation(site, f"calm-{seed}", wire_up=wire)
     for fate in fates:
         if fate in ("merged", "repeated"):
             calm.round("merged")
     assert troubled.state() and troubled.state() == calm.state()
+    assert bool(calm.state(rest_dir)) == (wire in DECAY)
+    assert troubled.state(rest_dir) == calm.state(rest_dir)
     for name, weight in calm.weights.items():
         assert torch.equal(weight, troubled.weights[name]), name
 
@@ -146,14 +152,15 @@ def test_a_damaged_or_missing_state_costs_the_state_and_not_the_round(site: Path
 
 
 def test_the_final_order_removes_what_the_client_has_kept(site: Path) -> None:
-    client = federation(site, "leaving")
+    client = federation(site, "leaving", wire_up="int4")
     client.round("merged")
-    assert client.state()
+    assert client.state() and client.state(rest_dir)
     order = train_order(
         client.config, [], client="leaving", run_is_over=True, fence=Fence("inner", 1, 2, 0)
     )
     Round(order, ALONE, time.monotonic()).run(client.weights)
     assert not inner_state_dir("inner", "leaving").exists()
+    assert not rest_dir("inner", "leaving").exists()
 
 
 def test_client_without_a_resident_group_keeps_nothing_when_it_is_leaving(

@@ -32,6 +32,7 @@ from pilot.site.data import SiteData, hello, open_data
 from pilot.site.handle import ERROR_NAME
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
+from pilot.wire.codec import decode
 from pilot.wire.jsonable import header_text
 from pilot.wire.messages import HelloOrder, TrainReply, code_hashes, from_header, to_header
 
@@ -63,7 +64,8 @@ def run(
     config: RunConfig, segments: list[list[int]], **values: Any
 ) -> tuple[TrainReply, dict[str, torch.Tensor]]:
     order = train_order(config, segments, **values)
-    return Round(order, ALONE, time.monotonic()).run(first_weights(config))
+    reply, parts = Round(order, ALONE, time.monotonic()).run(first_weights(config))
+    return reply, decode(parts)
 
 
 def sizes(config: RunConfig) -> dict[int, int]:
