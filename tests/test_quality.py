@@ -10,7 +10,7 @@ from zygote import Zygote
 
 from benchmarks.quality.__main__ import summary
 from benchmarks.quality.cases import EXPERIMENTS, SCALES
-from benchmarks.quality.laboratory import Case, Laboratory
+from benchmarks.quality.laboratory import Case, Laboratory, Outcome
 from benchmarks.quality.text import Corpus, corpus
 from nanochat.errors import UserError
 
@@ -88,6 +88,22 @@ def test_inner_states_are_averaged_and_momentum_is_shortened_with_the_rates(rows
     assert found.outer["momentum.x"].tolist() == [1.0, 1.0]
     found._anneal(0.8 * SMOKE.total_tokens)  # half of the warmdown
     torch.testing.assert_close(found.outer["momentum.x"], torch.full((2,), 0.5))
+
+
+def test_a_form_of_the_wire_keeps_its_rest_by_client(rows: Corpus) -> None:
+    def run(wire: str) -> tuple[Laboratory, Outcome]:
+        config = (*FEDAVG, ("wire-up", wire))
+        case = Case(name="c", clients=2, steps=4, batch="federation", config=config)
+        laboratory = Laboratory(SMOKE, case, 0, rows)
+        return laboratory, laboratory.run()
+
+    _, plain = run("float32")
+    coded, outcome = run("int4")
+    assert plain.sent == 4.0 and 0.5 < outcome.sent < 0.6
+    assert outcome.bpb != plain.bpb and outcome.bpb == pytest.approx(plain.bpb, rel=0.02)
+    assert sorted(coded.rests) == [0, 1]
+    assert any(bool(tensor.any()) for tensor in coded.rests[0].values())
+    assert not torch.equal(coded.rests[0]["lm_head.weight"], coded.rests[1]["lm_head.weight"])
 
 
 def test_every_experiment_names_its_cases_once_and_can_be_configured(rows: Corpus) -> None:

@@ -58,6 +58,19 @@ def _by_outer(base: Case, settings: list[tuple[float, float]]) -> list[Case]:
     ]
 
 
+def _by_wire(
+    base: Case,
+    lr: float,
+    momentum: float,
+    wires: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4", "sparse"),
+) -> list[Case]:
+    outer = _outer(lr, momentum)
+    return [
+        base.but(f"{base.name}, {lr:g}/{momentum:g}, {wire}", config=outer | {"wire-up": wire})
+        for wire in wires
+    ]
+
+
 PLAIN = Case(name="plain")
 ONE = Case(name="1 client", clients=1, steps=10)
 FOUR = Case(name="4 clients", clients=4, steps=10, batch="federation")
@@ -73,6 +86,13 @@ EXPERIMENTS: dict[str, list[Case]] = {
         *_by_outer(ONE, [(0.7, 0.9), (0.7, 0.6), (1.0, 0.3)]),
         FOUR,
         *_by_outer(FOUR, [(0.7, 0.9), (0.9, 0.8), (1.4, 0.6), (1.0, 0.0)]),
+    ],
+    "wire": [
+        PLAIN,
+        *_by_wire(ONE, 0.7, 0.9),
+        *_by_wire(FOUR, 0.9, 0.8),
+        *_by_wire(ONE, 1.0, 0.0, wires=("sparse",)),
+        *_by_wire(FOUR, 1.0, 0.0, wires=("sparse",)),
     ],
     "annealed": [
         PLAIN,

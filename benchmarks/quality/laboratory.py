@@ -25,6 +25,7 @@ from pilot import plan
 from pilot.config import RunConfig
 from pilot.rules.aggregation import weighted_mean
 from pilot.rules.outer import outer_step, restores_lengths
+from pilot.wire.codec import DECAY, decode, encode
 
 _CPU = torch.device("cpu")
 _EVALUATIONS = (
@@ -64,8 +65,8 @@ class Case:
     drawn at random, at least one stays; `away_rounds`: for how long. `inner`: what a client begins a
     round with of its optimizer's state, "keep" its own, "reset" nothing, "average" that of all who were there.
     `weights`: what a client counts in the mean, "tokens", "steps" or "equal". `config`: run-config keys of the
-    outer step. `momentum_follows_lr`: whether the outer momentum, which is made of earlier rounds' longer
-    updates, is shortened as the schedule lowers the clients' rates.
+    outer step, and `wire-up`. `momentum_follows_lr`: whether the outer momentum, which is made of earlier
+    rounds' longer updates, is shortened as the schedule lowers the clients' rates.
     """
 
     name: str
@@ -91,7 +92,8 @@ class Case:
 @dataclass
 class Outcome:
     """`curve`: (tokens, bpb); `rounds` that merged something; `norms` and `cosines` of their outer steps: the
-    length of each, and its cosine with the one before; `agreement`: the cosine of two clients' updates."""
+    length of each, and its cosine with the one before; `agreement`: the cosine of two clients' updates;
+    `sent`: bytes per parameter of an update."""
 
     bpb: float
     curve: list[tuple[int, float]]
@@ -100,6 +102,7 @@ class Outcome:
     norms: list[float]
     cosines: list[float]
     agreement: list[float]
+    sent: float
 
 
 def train(scale: Scale, case: Case, seed: int, text: Path, cache: Path) -> dict[str, Any]:
@@ -143,6 +146,8 @@ class Laboratory:
         self.norms: list[float] = []
         self.cosines: list[float] = []
         self.agreement: list[float] = []
+        self.rests: dict[int, Tensors] = {}
+        self.sent_bytes = self.sent_values = 0
         self._step_before: Tensors = {}
         self._rate_before = 1.0
 
@@ -158,7 +163,9 @@ class Laboratory:
         seconds = time.monotonic() - began_s
         bpb = self._bpb()
         self.curve.append((self.tokens, bpb))
-        return Outcome(bpb, self.curve, rounds, seconds, self.norms, self.cosines, self.agreement)
+        sent = round(self.sent_bytes / max(1, self.sent_values), 4)
+        figures = (self.norms, self.cosines, self.agreement, sent)
+        return Outcome(bpb, self.curve, rounds, seconds, *figures)
 
     # -- plain -----------------------------------------------------------------------------------
 
@@ -180,6 +187,7 @@ class Laboratory:
         tokens = 0
         for i in there:
             update, mine, steps = self._train(i, share[i], speeds[i])
+            update = self._arrived(i, update)
             counts = {"tokens": float(mine), "steps": float(steps), "equal": 1.0}
             updates.append((counts[self.case.weights], update))
             tokens += mine
@@ -244,6 +252,15 @@ class Laboratory:
         self.states[i] = copy.deepcopy(optimizer.state_dict())
         local = self.model.state_dict()
         return {n: self.weights[n] - local[n].detach().clone() for n in self.weights}, own, steps
+
+    def _arrived(self, i: int, update: Tensors) -> Tensors:
+        """What the server decodes of client i's update, and of the rest of the one before."""
+        parts = encode(update, wire=self.config.wire_up, rest=self.rests.get(i, {}).get)
+        self.sent_bytes += sum(len(part.data) for part in parts)
+        self.sent_values += sum(t.numel() for t in update.values())
+        if self.config.wire_up in DECAY:
+            self.rests[i] = update
+        return decode(parts, shapes={name: t.shape for name, t in update.items()})
 
     # -- what both need --------------------------------------------------------------------------
 
