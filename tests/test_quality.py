@@ -99,7 +99,9 @@ def test_a_form_of_the_wire_keeps_its_rest_by_client(rows: Corpus) -> None:
 
     _, plain = run("float32")
     coded, outcome = run("int4")
-    assert plain.sent == 4.0 and 0.5 < outcome.sent < 0.6
+    assert plain.sent == 4.0 and 0.4 < outcome.sent < 0.6, (
+        "half a byte, less of rows that nobody has trained"
+    )
     assert outcome.bpb != plain.bpb and outcome.bpb == pytest.approx(plain.bpb, rel=0.02)
     assert sorted(coded.rests) == [0, 1]
     assert any(bool(tensor.any()) for tensor in coded.rests[0].values())
