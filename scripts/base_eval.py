@@ -30,6 +30,7 @@ from nanochat.data_spec import DataSpec, validation_rows
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.gpus import device_rows
 from nanochat.loss_eval import bits_per_byte, bpb_sums, sum_over_ranks
 from nanochat.prompts import sample_texts
 from nanochat.source import default_packing
@@ -47,7 +48,13 @@ def _parser() -> ArgumentParser:
     add("--checkpoint", required=True, help="a path, the name of a run, or a tag")
     add("--eval", default="bpb", help=f"comma-separated: {', '.join(EVALUATIONS)}")
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
-    add("--batch-size", "--device-batch-size", type=int, default=8, help="rows at once")
+    add(
+        "--batch-size",
+        "--device-batch-size",
+        type=int,
+        default=0,
+        help="rows at once; 0: what fits",
+    )
     add("--eval-rows", type=int, help="validation rows; none: as many as in training")
     add("--source", help="data for bpb, if the checkpoint names none (another program's)")
     add("--max-per-task", type=int, default=-1, help="items of a CORE task; -1: all of them")
@@ -70,10 +77,10 @@ def _evaluations(names: str) -> list[str]:
 def main() -> None:
     args = _parser().parse_args()
     wanted = _evaluations(args.eval)
-    for name in ("batch_size", "eval_rows"):
+    for name, least in (("batch_size", 0), ("eval_rows", 1)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
     if args.max_per_task < 1 and args.max_per_task != -1:
         raise UserError(f"--max-per-task is {args.max_per_task}: it must be at least 1, or -1")
     _, rank, _, world_size, device = compute_init(args.device_type)
@@ -111,8 +118,15 @@ def _bpb(
     rows = validation_rows(cache, args.eval_rows or spec.eval_rows)
     cache.close()
     mine = rows[rank_slice(len(rows), rank=rank, world_size=world_size)]
-    batches = (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size))
-    token_bytes = torch.tensor(tokenizer.token_bytes(), device=model.get_device())
+    device = model.get_device()
+    size = device_rows(
+        args.batch_size,
+        device=device,
+        sequence_len=rows.shape[1] - 1,
+        rank_rows=len(mine),
+    )
+    batches = (mine[i : i + size] for i in range(0, len(mine), size))
+    token_bytes = torch.tensor(tokenizer.token_bytes(), device=device)
     sums = bpb_sums(model, batches, token_bytes)
     bpb = bits_per_byte(*sum_over_ranks(*sums, device=model.get_device()))
     if not math.isfinite(bpb):

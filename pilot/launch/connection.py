@@ -100,14 +100,18 @@ def check_resources(connection: Connection, gpus_here: int) -> None:
 
 
 def count_gpus() -> int:
-    """The number of CUDA devices that a process started here would see, without importing torch."""
+    """The number of CUDA devices that processes started here can be given, without importing torch.
+
+    Slices of a GPU (MIG) count where CUDA_VISIBLE_DEVICES names them, as only there anybody hands them out.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
         return 0
     program = shutil.which("nvidia-smi")
     if program is not None:
         listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
-        present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        kinds = ("GPU ", "MIG ") if "MIG-" in (visible or "") else ("GPU ",)
+        present = sum(line.strip().startswith(kinds) for line in listing.stdout.splitlines())
     else:
         present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     return present if visible is None else min(present, len(visible.split(",")))

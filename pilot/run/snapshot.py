@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,12 @@ def _fill(directory: Path, snapshot: Snapshot) -> None:
     fault_point("snapshot.state")
     atomic_write_json(directory / _STATE, snapshot.state)
     fault_point("snapshot.manifest")
-    sums = {name: sha256_file(directory / name) for name in (_MODEL, _OUTER, _MERGED, _STATE)}
+    names = (_MODEL, _OUTER, _MERGED, _STATE)
+    with ThreadPoolExecutor(
+        2
+    ) as pool:  # the two big files at once: hashing leaves Python's lock to others
+        found = pool.map(sha256_file, [directory / name for name in names])
+        sums = dict(zip(names, found, strict=True))
     atomic_write_json(directory / _MANIFEST, sums)
     fault_point("snapshot.manifest-written")
     fsync_dir(directory)

@@ -5,15 +5,17 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from zygote import Zygote
 
 import nanochat_train
+from nanochat import gpus
 from nanochat.checkpoint_manager import load_any, optimizer_ranks
 from nanochat.common import run_command_line
 from nanochat.gpt import GPTConfig, build_gpt
@@ -79,8 +81,18 @@ def test_bpb_of_base_eval_is_the_last_that_the_run_logged(
     assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
     assert _last_bpb(capsys.readouterr().out) == _last_bpb(logged)
     evaluate += ["--json", "--eval", "bpb,sample", "--eval-rows", "4"]
+    # without --batch-size a device takes what its memory has room for
+    at_once: list[int] = []
+    sums = base_eval.bpb_sums
+
+    def counted(model: object, batches: Iterable[np.ndarray], token_bytes: object) -> object:
+        return sums(model, (at_once.append(len(b)) or b for b in batches), token_bytes)
+
+    monkeypatch.setattr(base_eval, "bpb_sums", counted)
+    monkeypatch.setattr(gpus, "DEFAULT_ROWS", 3)
     assert _call(base_eval.main, *evaluate, monkeypatch=monkeypatch) == 0
     result = json.loads(capsys.readouterr().out)
+    assert at_once == [2, 2]
     assert result["eval_rows"] == 4 and len(result["samples"]) == len(PROMPTS)
 
 
@@ -291,7 +303,7 @@ def test_every_input_error_is_one_sentence_before_any_work(
         (["--checkpoint", "nothing"], "no model called 'nothing'"),
         (["--checkpoint", "nothing", "--eval", "mmlu"], "choose one or more of core, bpb"),
         (["--checkpoint", "nothing", "--max-per-task", "0"], "--max-per-task is 0"),
-        (["--checkpoint", "nothing", "--batch-size", "0"], "--batch-size is 0"),
+        (["--checkpoint", "nothing", "--batch-size", "-1"], "--batch-size is -1"),
         ([], "--checkpoint"),
     ],
 )

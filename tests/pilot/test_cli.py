@@ -147,6 +147,12 @@ def test_gpus_that_are_not_there_are_said(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert connection.count_gpus() == 2
     connection.check_resources(connection.read_connection("gpu", app / ".flwr"), 2)
+    smi.write_text(
+        "#!/bin/sh\necho 'GPU 0: A'\n" + "echo '  MIG 3g.40gb Device 0: (UUID: MIG-1)'\n" * 2
+    )
+    assert connection.count_gpus() == 1, "nobody hands out slices that are not named"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    assert connection.count_gpus() == 2
 
 
 def test_run_config_of_pilot_is_checked_before_anything_starts(
