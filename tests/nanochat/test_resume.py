@@ -171,6 +171,17 @@ def test_latest_without_a_checkpoint_begins(
     assert (_directory(base_dir, "new") / "model_000001.pt").exists()
 
 
+def test_run_that_began_before_there_was_fp8_continues(
+    begun: list[str], base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _directory(base_dir, "begun") / "meta_000010.json"
+    meta = json.loads(path.read_text())
+    assert meta["user_config"].pop("fp8") is False
+    path.write_text(json.dumps(meta))
+    resume = [*begun, "--resume-from-step", "10"]
+    assert _call(base_train.main, *resume, monkeypatch=monkeypatch) == 0
+
+
 def test_what_would_not_be_the_same_run_is_refused(
     begun: list[str],
     base_dir: Path,
