@@ -8,7 +8,9 @@ import torch
 from benchmarks.chaos.micro import MICRO
 from nanochat.checkpoint_manager import load_any, load_checkpoint
 from nanochat.pretrain import Settings, pretrain
+from pilot import plan
 from pilot.config import RunConfig
+from pilot.wire.codec import form_of
 
 from .in_process import federate
 
@@ -69,3 +71,24 @@ def test_one_client_with_fedavg_gives_the_weights_of_plain_training(
     assert state.history[-1].val_bpb == pytest.approx(bpb, rel=1e-6 if dtype == "float32" else 1e-3)
     _, meta = load_any(final, "cpu")
     assert meta["val_bpb"] == state.history[-1].val_bpb
+
+
+def test_updates_in_few_bits_train_nearly_the_same_model_in_real_workers(builtin: Path) -> None:
+    """What the worker encodes is what the server takes, round after round."""
+    batch = int(MICRO["total-batch-size"])
+    bpb, models = {}, {}
+    for wire in ("float32", "int4", "sparse"):
+        values = {"run-name": f"form-{wire}", "wire-up": wire, "min-clients": 1, "num-rounds": 2}
+        outer = {"outer-optimizer": "fedavg", "outer-lr": 1.0, "round-steps": STEPS // 2}
+        length = {"total-tokens": STEPS * batch}
+        state, _ = federate(RunConfig.from_mapping(MICRO | values | outer | length), "only")
+        assert [record.clients for record in state.history] == [1, 1]
+        bpb[wire], models[wire] = state.history[-1].val_bpb or 0.0, state.weights
+    assert bpb["int4"] == pytest.approx(bpb["float32"], rel=1e-2)
+    first = plan.initial_weights(RunConfig.from_mapping(MICRO))
+    for name, weight in models["sparse"].items():
+        moved = weight != first[name]
+        if form_of("sparse", weight.shape) == "sparse":
+            assert 0 < float(moved.float().mean()) <= 2 * 64 / 4096 + 1e-3, name
+        differs = not torch.equal(models["int4"][name], models["float32"][name])
+        assert differs, name  # a vector, too, from the second round on

@@ -81,7 +81,18 @@ ODD: list[Any] = [
     [0] * 100_000,
     {"a": {"b": [None]}},
 ]
-DTYPES = ["float32", "bfloat16", "float64", "", "object", "x" * 100_000, "\ud800"]
+DTYPES = [
+    "float32",
+    "bfloat16",
+    "int8",
+    "int4",
+    "sparse",
+    "float64",
+    "",
+    "object",
+    "x" * 100_000,
+    "\ud800",
+]
 SIZES = [0, 1, 2, 5, 2**31, 2**62, 2**63 - 1]
 NAMES = ["w", "b", "", "x" * 100_000, "__metadata__", "../w", "\ud800"]
 
