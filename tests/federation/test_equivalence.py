@@ -1,4 +1,4 @@
-"""A federation of one is plain training: the same rows, the same weights, the same bpb."""
+"""A federation of one, with the default outer step, is plain training: the same rows, weights and bpb."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ STEPS = 6
     ("arch", "dtype", "rounds"),
     [("classic", "float32", 2), ("modern", "float32", 1), ("classic", "bfloat16", 1)],
 )
-def test_one_client_with_fedavg_gives_the_weights_of_plain_training(
+def test_one_client_gives_the_weights_of_plain_training(
     builtin: Path, monkeypatch: pytest.MonkeyPatch, arch: str, dtype: str, rounds: int
 ) -> None:
     """Over several rounds too, since the inner optimizer's state stays with its client."""
@@ -36,8 +36,6 @@ def test_one_client_with_fedavg_gives_the_weights_of_plain_training(
             "round-steps": STEPS // rounds,
             "num-rounds": rounds,
             "total-tokens": STEPS * batch,
-            "outer-optimizer": "fedavg",
-            "outer-lr": 1.0,
         }
     )
     state, final = federate(config, "only")
