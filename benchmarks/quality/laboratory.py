@@ -28,10 +28,8 @@ from pilot.rules.outer import outer_step, restores_lengths
 from pilot.wire.codec import DECAY, decode, encode
 
 _CPU = torch.device("cpu")
-_EVALUATIONS = (
-    8  # of a run, besides the last, on so many of the validation rows (16 on all: a third of a run)
-)
-_CURVE_ROWS = 128
+# Of a run, besides the last, and on how many of the validation rows: 16 on all of them took a third of its time.
+_EVALUATIONS, _CURVE_ROWS = 8, 128
 Tensors = dict[str, Tensor]
 
 

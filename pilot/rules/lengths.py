@@ -1,6 +1,6 @@
 """How long a mean of updates should be: as long as the updates that it is the mean of.
 
-Muon and AdamW normalise: so many steps go about as far whatever the batch. What is noise in an update differs
+Muon and AdamW normalise: equally many steps go about as far with any batch. What is noise in an update differs
 from client to client and cancels in the mean, which is up to sqrt(K) times shorter than each of K updates that
 have little in common. One cluster that takes the same steps on all the rows goes as far as one client does; so
 each row of the mean is given the length of the clients' rows back (their root mean square), but never more
