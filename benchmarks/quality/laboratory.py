@@ -28,7 +28,7 @@ from pilot.rules.outer import outer_step, restores_lengths
 from pilot.wire.codec import DECAY, decode, encode
 
 _CPU = torch.device("cpu")
-# Of a run, besides the last, and on how many of the validation rows: 16 on all of them took a third of its time.
+# Of a run, besides the last, and on how many validation rows: 16 on all of them took a third of its time.
 _EVALUATIONS, _CURVE_ROWS = 8, 128
 Tensors = dict[str, Tensor]
 
