@@ -14,7 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 20  # numbers that are squared at once
+# Numbers that are squared at once, in float64: 34 M of them take 0.06 s of a thread. With 2^17 at once it is
+# 0.55 s, of page faults.
+_PIECE = 1 << 16
 _TINY = 1e-300
 
 
