@@ -93,6 +93,8 @@ class Round:
             if reply["tokens"] and self.ranks.first:
                 update = pseudo_gradient(model, weights)
                 parts = self.encoder.encode(update, self.order, self.ranks.device)
+                if not self._resident and not stop.leaving:
+                    self.encoder.keep()
             if self.order.run_is_over:
                 self._trained = None
                 self.inner.forget()
@@ -101,11 +103,12 @@ class Round:
             return self._reply(stop.reason, **reply), parts
 
     def keep_state(self) -> None:
-        """Write what this round leaves of the inner optimizer; all ranks call it, after `run`.
+        """Write what this round leaves of the update and the inner optimizer; all ranks call it, after `run`.
 
         A resident group does so when the reply has gone out: writing takes seconds for big models, which a
         client that is leaving may not have, and the upload takes longer anyway.
         """
+        self.encoder.keep()
         optimizer, self._trained = self._trained, None
         if optimizer is None:
             return

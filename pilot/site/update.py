@@ -9,7 +9,7 @@ that one's rest is added, or none if it is not here. Where the disk fails, a res
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -52,14 +52,15 @@ class Encoder:
 
     def __init__(self, directory: Path, wire: str) -> None:
         self._directory, self._wire = directory, wire
+        self._new: tuple[dict[str, Tensor], Fence] | None = None  # a rest that is not written yet
 
     def encode(
         self, update: dict[str, Tensor], order: TrainOrder, device: torch.device
     ) -> list[Part]:
         """The parts of `update` (fp32, CPU), to which `order` led, and of the rest of the last merged one.
 
-        The new rest is kept, and `update` is no longer what it was. All other rests are removed, except those
-        of earlier orders in this round, which may still be merged. It works on `device` if that is a GPU.
+        `update` becomes the new rest, for `keep`. All other rests are removed, except that one and those of
+        earlier orders in this round, which may still be merged. It works on `device` if that is a GPU.
         """
         merged, fence = order.last_merged_fence, order.fence
         where = device if device.type == "cuda" else torch.device("cpu")
@@ -69,26 +70,31 @@ class Encoder:
         with _opened(before) as rest:
             parts = encode(update, wire=self._wire, rest=rest, device=where)
         self._remove_all_but(before, fence)
-        self._keep(update, fence)
+        lossy = {n: t for n, t in update.items() if form_of(self._wire, t.shape) in DECAY}
+        self._new = lossy, fence
         return parts
+
+    def keep(self) -> None:
+        """Write the rest that `encode` left, if there is one; a disk that refuses costs a warning."""
+        if self._new is None:
+            return
+        (rest, fence), self._new = self._new, None
+        path = self._path(fence)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                save_file(rest, temporary)
+        except (OSError, SafetensorError) as error:
+            log.warning("Cannot save the rest of an update in %s: %s", path, error)
 
     def forget(self) -> None:
         """The run is over: remove everything."""
+        self._new = None
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _path(self, fence: Fence) -> Path:
         name = f"{fence.term}-{fence.round_number}-{fence.lease_id}"
         return self._directory / f"{name}.safetensors"
-
-    def _keep(self, update: Mapping[str, Tensor], fence: Fence) -> None:
-        path = self._path(fence)
-        lossy = {n: t for n, t in update.items() if form_of(self._wire, t.shape) in DECAY}
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                save_file(lossy, temporary)
-        except (OSError, SafetensorError) as error:
-            log.warning("Cannot save the rest of an update in %s: %s", path, error)
 
     def _remove_all_but(self, kept: Path | None, fence: Fence) -> None:
         of_this_round = f"{fence.term}-{fence.round_number}-"

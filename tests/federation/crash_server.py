@@ -93,6 +93,7 @@ class _Site(ScriptedSite):
             }
             self._spoil(order, update)
         parts = self.encoder.encode(update, order, torch.device("cpu")) if rows else []
+        self.encoder.keep()
         return to_records(to_header(reply) | {"node_name": self.name}, parts)
 
     def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:

@@ -151,6 +151,18 @@ def test_a_damaged_or_missing_state_costs_the_state_and_not_the_round(site: Path
     assert client.row == 4 * BATCH_ROWS and not half.exists()
 
 
+def test_a_resident_group_writes_its_rest_when_its_reply_has_gone(site: Path) -> None:
+    client = federation(site, "resident", wire_up="int4")
+    order = train_order(
+        client.config, segments(0, BATCH_ROWS), client="resident", fence=Fence("inner", 1, 1, 10)
+    )
+    task = Round(order, ALONE, time.monotonic(), resident=True)
+    reply, _ = task.run(client.weights)
+    assert reply.tokens and not rest_dir("inner", "resident").exists()
+    task.keep_state()
+    assert [p.name for p in rest_dir("inner", "resident").iterdir()] == ["1-1-10.safetensors"]
+
+
 def test_the_final_order_removes_what_the_client_has_kept(site: Path) -> None:
     client = federation(site, "leaving", wire_up="int4")
     client.round("merged")

@@ -34,7 +34,10 @@ class Site:
         generator = torch.Generator().manual_seed(0)
         update = {n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
         order = train_order(RunConfig(), [], fence=order_of, last_merged_fence=merged)
-        return decode(self.encoder.encode(update, order, CPU), shapes=SHAPES)
+        parts = self.encoder.encode(update, order, CPU)
+        self.encoder.keep()
+        self.encoder.keep()  # nothing is left to write
+        return decode(parts, shapes=SHAPES)
 
     @property
     def files(self) -> set[str]:
