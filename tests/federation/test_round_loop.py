@@ -102,7 +102,8 @@ def test_a_bad_reply_is_refused_with_its_reason_and_its_rows_go_back(
 
 def test_a_late_reply_is_refused_and_its_rows_go_back(server: Any) -> None:
     late = ScriptedSite("late", react=in_round(1, lambda *_: None), delay_s=1.0)
-    run = server([ScriptedSite("early"), late], num_rounds=3, grace_max=5, round_max_duration=5)
+    early = ScriptedSite("early", delay_s=0.15)  # nobody waits for the other one, which takes 1 s
+    run = server([early, late], num_rounds=9, grace_max=5, round_max_duration=5)
     state = run.run(FastClock(speed=20))
     assert state.history[0].clients == 1
     reasons = [event["reason"] for event in events(run, "reply_refused")]

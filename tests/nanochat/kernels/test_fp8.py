@@ -107,8 +107,9 @@ def test_checkpoint_is_the_same_and_evaluation_is_not_in_fp8(arch: str) -> None:
 
 def test_compiled_blocks_multiply_in_fp8_as_plain_ones_do() -> None:
     model = _model("modern", in_fp8=True)
+    random = torch.Generator().manual_seed(0)
     for parameter in model.transformer.h.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.1, generator=random)
     ids = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(2))
     compiled = CompiledBlock(CPU, "aot_eager")
     found = []
@@ -118,7 +119,8 @@ def test_compiled_blocks_multiply_in_fp8_as_plain_ones_do() -> None:
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert compiled.is_compiled
     for plain, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-6)
+        # a value may be rounded to its other neighbour; products of other numbers differ by a twentieth
+        assert (ours - plain).norm() <= 5e-3 * plain.norm() + 1e-6
 
 
 def test_training_in_fp8_comes_to_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:

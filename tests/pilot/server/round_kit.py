@@ -26,7 +26,11 @@ from pilot.wire.records import to_records
 
 ROW_TOKENS, SHARD_ROWS = 8, 10
 CONFIG = RunConfig(
-    run_name="r", sequence_len=ROW_TOKENS, total_batch_size=4 * ROW_TOKENS, num_shards=6
+    run_name="r",
+    sequence_len=ROW_TOKENS,
+    total_batch_size=4 * ROW_TOKENS,
+    num_shards=6,
+    outer_lr=1.0,  # the mean as it is
 )
 
 
