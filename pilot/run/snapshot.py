@@ -108,9 +108,8 @@ def _fill(directory: Path, snapshot: Snapshot) -> None:
     atomic_write_json(directory / _STATE, snapshot.state)
     fault_point("snapshot.manifest")
     names = (_MODEL, _OUTER, _MERGED, _STATE)
-    with ThreadPoolExecutor(
-        2
-    ) as pool:  # the two big files at once: hashing leaves Python's lock to others
+    # the two big files at once: hashing leaves Python's lock to others
+    with ThreadPoolExecutor(2) as pool:
         found = pool.map(sha256_file, [directory / name for name in names])
         sums = dict(zip(names, found, strict=True))
     atomic_write_json(directory / _MANIFEST, sums)

@@ -329,26 +329,25 @@ class RoundLoop:
         `patience_s` seconds where clients have more to do than to send.
         """
         monitor, open_round = self._monitor, self._round
-        measured, uploads, began_s = (
-            patience_s is None,
-            uploads_s(monitor.awaited),
-            self.clock.now_s(),
-        )
+        uploads, began_s = uploads_s(monitor.awaited), self.clock.now_s()
+
+        def limit_s() -> float:
+            if patience_s is not None:
+                return patience_s
+            return grace_s(uploads, self.config.grace_max, worth_s=monitor.worth_waiting_s)
+
         while open_round.pending:
             self._tick()  # at least once: a client that began in the last moment is heard then
             self._raise_if_interrupted()
-            if measured:
-                worth_s = monitor.worth_waiting_s
-                patience_s = grace_s(uploads, self.config.grace_max, worth_s=worth_s)
-            if not monitor.awaited or self.clock.now_s() - began_s >= (patience_s or 0.0):
+            if not monitor.awaited or self.clock.now_s() - began_s >= limit_s():
                 break
-        patience_s = patience_s or 0.0
-        if measured:
-            monitor.note_slow_uploads(patience_s)
+        waited_s = limit_s()
+        if patience_s is None:
+            monitor.note_slow_uploads(waited_s)
             monitor.note_late_beginners()
         for order in open_round.pending:
             self.mailbox.abandon(order.message_id)
-        reason = f"no reply within the {patience_s:.0f} s of grace"
+        reason = f"no reply within the {waited_s:.0f} s of grace"
         open_round.give_up(reason, monitor.why_not_awaited)
         self._current = None
         return open_round

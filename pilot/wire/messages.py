@@ -140,7 +140,7 @@ class HelloReply:
     """A client's answer; `error` is a sentence when it cannot take part.
 
     `fingerprints` maps what all clients must agree on (tokenizer, rows, validation rows, corpus, code)
-    to hex SHA-256; `versions` what may differ and is a warning; `shards` are the training shards on its disk;
+    to hex SHA-256; `versions` what may differ, with a warning; `shards` are the training shards on its disk;
     `devices` the processes it can run; `redis`: whether it reaches the run's Redis (None: it does not say).
     """
 
