@@ -10,10 +10,12 @@ A point named after something stands before that is written, one named in the pa
 is cleaned up on the way out: what a kill leaves behind is what the next start must cope with.
 """
 
+import contextlib
 import errno
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 VARIABLE = "PILOT_FAULT"
@@ -59,10 +61,25 @@ class _Fault:
 
 
 _passed: Counter[str] = Counter()
+_watcher: Callable[[str], None] | None = None
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[str], None]) -> Iterator[None]:
+    """`watcher` is called with the name of each point that is passed meanwhile, and may raise: a rehearsal
+    ends its server there."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 def fault_point(name: str) -> None:
     """Die or fail here if PILOT_FAULT says so. Raises ValueError if it says something unknown."""
+    if _watcher is not None:
+        _watcher(name)
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return

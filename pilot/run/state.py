@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -220,7 +221,7 @@ class RunState:
                 client: [fence.term, fence.round_number, fence.lease_id]
                 for client, fence in self.last_merged.items()
             },
-            "history": [asdict(record) for record in self.history],
+            "history": [dict(vars(record)) for record in self.history],
             "fingerprints": self.fingerprints,
             "wandb_id": self.wandb_id,
             "config": self.config.to_mapping(),
@@ -299,6 +300,7 @@ class RunState:
             self.total_tokens = plan.total_tokens(self.config)
 
 
+@cache
 def versions() -> dict[str, str]:
     """What a snapshot was written with."""
     return {

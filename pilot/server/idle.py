@@ -52,7 +52,7 @@ class IdleTime:
         *,
         wall_clock: Callable[[], float] = time.time,  # of the files, which outlive a process
     ) -> None:
-        self._report, self._clock = report, clock
+        self._report, self._clock, self._wall_clock = report, clock, wall_clock
         self._alive = run_dir / _ALIVE_FILE
         self._cause: Cause | None = None
         self._since_s = clock.now_s()
@@ -84,4 +84,4 @@ class IdleTime:
         self._touched_s = self._clock.now_s()
         with contextlib.suppress(OSError):
             self._alive.touch()
-            os.utime(self._alive)
+            os.utime(self._alive, (self._wall_clock(),) * 2)

@@ -15,7 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from pilot.rules.rounds import Clock
-from pilot.server.puller import Puller
+from pilot.server.puller import Puller, Pulls
 from pilot.wire.incoming import Reply, read
 from pilot.wire.messages import Header, Part, plain
 from pilot.wire.records import to_records
@@ -66,8 +66,8 @@ class _Pending:
 class Mailbox:
     """All messages of a server that have no answer yet."""
 
-    def __init__(self, grid: Grid, clock: Clock) -> None:
-        self._grid, self._clock, self._puller = grid, clock, Puller(grid)
+    def __init__(self, grid: Grid, clock: Clock, *, puller: Pulls | None = None) -> None:
+        self._grid, self._clock, self._puller = grid, clock, puller or Puller(grid)
         self._pending: dict[str, _Pending] = {}
 
     def nodes(self) -> set[int]:

@@ -12,6 +12,7 @@ it raised, and everybody else's replies are pulled as before. Only a SuperLink t
 import queue
 import threading
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -25,6 +26,13 @@ MAX_SLOW = 4
 
 
 _Item = tuple[str, Message | Exception] | BaseException
+
+
+class Pulls(Protocol):
+    """Something that fetches replies."""
+
+    def pull(self, message_ids: Collection[str]) -> list[tuple[str, Message | Exception]]:
+        """(message id, its reply) for what has come of `message_ids`."""
 
 
 class Puller:

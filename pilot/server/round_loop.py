@@ -4,6 +4,7 @@ It never waits on Flower alone: every wait has a limit of its own, and whatever 
 ends, its rows are accounted for, and the next one opens.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class RoundLoop:
         interrupted: asked at every tick; once it says True the round ends and RunInterrupted is raised.
         trained: called when the last round is committed, before it is evaluated.
         version: the run's state after an earlier round, so that a merge can be taken back.
+        wall_clock: of the time in which no server ran, which outlives a process.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class RoundLoop:
         interrupted: Callable[[], bool] = lambda: False,
         trained: Callable[[], None] = lambda: None,
         version: Version | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.state, self.term = config, state, term
         self.mailbox, self.coordinator, self.report = mailbox, coordinator, report
@@ -103,7 +106,7 @@ class RoundLoop:
         )
         self.failures = Failures(clock, config.clients_timeout)
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
-        self.idle = IdleTime(report, clock, run_dir)
+        self.idle = IdleTime(report, clock, run_dir, wall_clock=wall_clock)
         self.committer = Committer(config, state, term, run_dir, report, clock, version)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it
         self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
