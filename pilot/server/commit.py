@@ -51,6 +51,7 @@ class Committer:
     report: Report
     clock: Clock
     version: Version | None = None
+    writing: Callable[[], None] = lambda: None  # called before a snapshot is written
 
     def close(self, closed: OpenRound, reason: str) -> bool:
         """Merge what was accepted and write it all in one snapshot: its rename is the commit.
@@ -197,6 +198,7 @@ class Committer:
 
     def _write(self) -> None:
         config = self.config
+        self.writing()
         write_snapshot(
             self.run_dir / "snapshots",
             self.state.to_snapshot(term=self.term),

@@ -17,7 +17,7 @@ from pilot.server.orders import SentOrder
 from pilot.server.roster import Client
 from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
-from pilot.wire.records import to_arrays
+from pilot.wire.records import num_bytes, to_arrays
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Dispatcher:
         if message_id:
             now_s = self.clock.now_s()
             due_s = now_s + seconds_left
-            open_round.add(SentOrder(message_id, client, fence, lease, now_s, due_s, asked))
+            down = num_bytes(model)
+            open_round.add(SentOrder(message_id, client, fence, lease, now_s, due_s, asked, down))
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 

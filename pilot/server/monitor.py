@@ -55,6 +55,7 @@ class RoundMonitor:
     ended_at_s: float | None = None
     silent: set[str] = field(default_factory=set)  # clients that owe a reply and are not heard
     heard: Mapping[str, Heard] = field(default_factory=dict)  # client → its last heartbeat
+    started_s: dict[str, float] = field(default_factory=dict)  # order → seconds to first heartbeat
     _heard_at_s: dict[str, float] = field(default_factory=dict)  # when a client was last heard
     _blind_at_s: float = -math.inf  # when Redis last failed: no client can be heard then
     _silent_since_s: dict[str, float] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class RoundMonitor:
             if name in heard:
                 if self._heard_at_s.get(name, -math.inf) < order.sent_at_s:
                     order.client.start_s = now_s - order.sent_at_s
+                    self.started_s[order.message_id] = order.client.start_s
                 self._heard_at_s[name] = now_s - heard[name].age_s
                 if heard[name].heartbeat.step > 0 and order.message_id not in self._begun:
                     self._begin(order, now_s)

@@ -47,6 +47,7 @@ class OpenRound:
     ) -> None:
         self.number, self.opened_at_s = number, opened_at_s
         self.clients: dict[str, ClientInRound] = {}  # those that were asked, by name
+        self.sent: list[SentOrder] = []  # all orders, oldest first
         self.accepted: list[AcceptedReply] = []
         self.answered = 0  # replies that were not refused, with work or without
         self.rejected = 0  # replies whose content may not be merged
@@ -86,6 +87,7 @@ class OpenRound:
         """The order is on its way."""
         client = self.clients.setdefault(order.client.name, ClientInRound())
         client.order, client.last = order, Last.PENDING
+        self.sent.append(order)
         if order.asked.pieces:
             self._asked[order.client.name] = order.asked
 

@@ -16,7 +16,8 @@ from pilot.wire.messages import Fence, TrainReply
 class SentOrder:
     """What one message asks of one client; `lease` is None if it is only to evaluate.
 
-    At `due_s` it ends by its own time, if nothing else has ended it (0: not known).
+    At `due_s` it ends by its own time, if nothing else has ended it (0: not known). Its tensors have
+    `bytes_down` bytes.
     """
 
     message_id: str
@@ -26,6 +27,7 @@ class SentOrder:
     sent_at_s: float = 0.0
     due_s: float = 0.0
     asked: Asked = NOTHING  # of the validation rows
+    bytes_down: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The other rooms of the server say what happened by calling a method here; they p
 themselves. Arguments are plain values, so this module knows none of the rooms that use it.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,9 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from nanochat.schedule import Schedule
+from pilot.rules.accounts import ClientAccount, run_account, totals
 from pilot.rules.rounds import EndReason
+from pilot.run.events import read_events
 from pilot.run.state import RoundRecord, RunState
 from pilot.server.bars import Speed, bar, bar_end
+from pilot.server.tables import round_line, round_table, time_table
 from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_json
 
@@ -51,9 +55,12 @@ class Report:
 
     def run_finished(self, state: RunState, *, final_model: str, checkpoint: str) -> None:
         log.info("")
-        for line in table(state).splitlines():
+        with contextlib.suppress(
+            OSError
+        ):  # a run whose events could not be written has no second table
+            times = time_table(run_account(read_events(self.telemetry.events_path)))
+        for line in f"{round_table(state)}\n\n{times}\n".splitlines():
             log.info("%s", line)
-        log.info("")
         log.info("Final model: %s", final_model)
         log.info("Checkpoint:  %s", checkpoint)
         log.info("Events:      %s", self.telemetry.events_path)
@@ -242,6 +249,28 @@ class Report:
         """No client has trained for `seconds`, which ended in round `number`."""
         self.telemetry.event("idle", cause=str(cause), seconds=round(seconds, 3), round=number)
 
+    def round_time(
+        self,
+        number: int,
+        phases: Mapping[str, float],
+        accounts: Mapping[str, ClientAccount],
+        *,
+        trained: bool,
+    ) -> None:
+        """What became of the time since the last round's; `trained` False: it only evaluated."""
+        sums = totals(phases, accounts.values()) | ({} if trained else {"goodput": None})
+        phases = {str(name): round(seconds, 3) for name, seconds in phases.items()}
+        self.telemetry.event(
+            "round_time",
+            f"[ROUND {number}] {round_line(phases, accounts)}" if trained else None,
+            round=number,
+            phases=phases,
+            clients={name: account.to_json() for name, account in accounts.items()},
+            **sums,
+        )
+        if trained:
+            self.telemetry.metrics(number, **sums, **{f"{p}_s": s for p, s in phases.items()})
+
     def nothing_to_merge(self, number: int) -> None:
         log.info("[ROUND %d] nothing to merge: the model stays as it was", number)
 
@@ -358,25 +387,6 @@ class Report:
         log.warning(
             "The last model is not scored on all validation rows yet: %s", "; ".join(missing)
         )
-
-
-def table(state: RunState) -> str:
-    """All rounds of the run, one per line."""
-    lines = ["round  clients      tokens  train loss  val bpb  seconds  ended by"]
-    wanted = state.config.eval_rows
-    for record in state.history:
-        loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
-        bpb = "-" if record.val_bpb is None else f"{record.val_bpb:.4f}"
-        notes = [f"{record.refused} refused"] if record.refused else []
-        if record.val_bpb is not None and record.eval_rows != wanted:
-            notes.append(f"val bpb of {record.eval_rows} of {wanted} rows only")
-        notes += ["taken back"] if record.taken_back else []
-        note = f" ({', '.join(notes)})" if notes else ""
-        lines.append(
-            f"{record.round_number:5d}  {record.clients:7d}  {record.tokens:10,d}  {loss:>10}  "
-            f"{bpb:>7}  {record.duration_s:7.1f}  {record.reason}{note}"
-        )
-    return "\n".join(lines)
 
 
 def _bpb(value: float | None) -> str:

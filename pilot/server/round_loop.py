@@ -36,6 +36,7 @@ from pilot.server.monitor import RoundMonitor, uploads_s
 from pilot.server.open_round import OpenRound
 from pilot.server.report import Report
 from pilot.server.roster import Client, Roster
+from pilot.server.time_books import TimeBooks
 from pilot.wire.messages import TrainReply
 
 _TICK_S = 0.25
@@ -107,7 +108,9 @@ class RoundLoop:
         self.failures = Failures(clock, config.clients_timeout)
         self.cooling = Cooling(state.admission, clock, config.cooling_time)
         self.idle = IdleTime(report, clock, run_dir, wall_clock=wall_clock)
+        self.times = TimeBooks(self.idle, report)
         self.committer = Committer(config, state, term, run_dir, report, clock, version)
+        self.committer.writing = lambda: self.idle.because(Cause.SNAPSHOT, state.round_number)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it
         self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
         self._incomplete_since_s: float | None = None
@@ -306,9 +309,9 @@ class RoundLoop:
                 late = answer.message
                 self.report.reply_too_late(late if isinstance(late, TrainReply) else None)
             return
-        order, reply = settled.order, settled.reply
+        order, reply, now_s = settled.order, settled.reply, self.clock.now_s()
+        self.times.answered(settled, answer, self._monitor.started_s.get(order.message_id), now_s)
         if reply is not None:
-            now_s = self.clock.now_s()
             self._monitor.measure(order, reply, now_s)
             self.report.reply_accepted(
                 order.client.name,
@@ -359,8 +362,9 @@ class RoundLoop:
 
     def _commit(self, closed: OpenRound, reason: EndReason) -> None:
         self.idle.because(Cause.MERGE, closed.number)
-        if self.committer.close(closed, str(reason)):
+        if taken_back := self.committer.close(closed, str(reason)):
             self._went_back()
+        self.times.close(closed, merged=not taken_back)
 
     def _went_back(self) -> None:
         """The books are those of an earlier round, which do not know which client has which shards."""
@@ -382,6 +386,7 @@ class RoundLoop:
             closed = self._collect(self.config.round_max_duration)
             self.coordinator.end_round(EndReason.ALL_REPLIED)
             closed.close()
+            self.times.close(closed, merged=False)
             if closed.figure().rows == self.config.eval_rows:
                 break
             missing = closed.failures | closed.lost

@@ -1,6 +1,8 @@
-"""Loss and speed of a client's round, for heartbeats, the progress bar and the reply."""
+"""Loss, speed and seconds of a client's round, for heartbeats, the progress bar and the reply."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +14,22 @@ from pilot.site.stop import Progress
 
 _LOSS_EMA = 0.9
 _READ_EVERY_S = 1.0  # reading the loss waits for the device: no more often than this
+
+
+class Seconds:
+    """What a round's seconds were spent on, by the field of the reply that says so."""
+
+    def __init__(self) -> None:
+        self.by_field: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def of(self, field: str) -> Iterator[None]:
+        """Add what the block takes to `field`, however it ends."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.by_field[field] = self.by_field.get(field, 0.0) + time.monotonic() - began_s
 
 
 class Meter:

@@ -39,7 +39,7 @@ from pilot.site.data import SiteData, open_data
 from pilot.site.device import agree_on_device
 from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
-from pilot.site.meter import Meter
+from pilot.site.meter import Meter, Seconds
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
 from pilot.site.stop import Progress, StopWatcher
@@ -61,6 +61,7 @@ class Round:
         self._resident = resident  # whether these processes may have further rounds
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
+        self.seconds = Seconds()
         self._device_rows = 1  # per device and forward pass, once all ranks know it
         self.leaving = False  # after `run`: whether this client is leaving
         fence = order.fence
@@ -87,19 +88,21 @@ class Round:
                 self.config, device=self.ranks.device, compute_dtype=compute_dtype
             )
             self.ranks.load_weights(model.state_dict().items(), weights)
-            scores = self._evaluate(model, data, stop)
+            with self.seconds.of("eval_s"):
+                scores = self._evaluate(model, data, stop)
             reply = self._steps(model, data, stop)
             parts: list[Part] = []
             if reply["tokens"] and self.ranks.first:
-                update = pseudo_gradient(model, weights)
-                parts = self.encoder.encode(update, self.order, self.ranks.device)
+                with self.seconds.of("encode_s"):
+                    update = pseudo_gradient(model, weights)
+                    parts = self.encoder.encode(update, self.order, self.ranks.device)
                 if not self._resident and not stop.leaving:
                     self.encoder.keep()
             if self.order.run_is_over:
                 self._trained = None
                 self.inner.forget()
                 self.encoder.forget()
-            reply |= self._sums(scores)
+            reply |= self._sums(scores) | self.seconds.by_field
             return self._reply(stop.reason, **reply), parts
 
     def keep_state(self) -> None:
@@ -128,7 +131,7 @@ class Round:
                 term=fence.term,
                 round_number=fence.round_number,
             )
-        elapsed_s = time.monotonic() - self.received
+        elapsed_s = self.seconds.by_field["ready_s"] = time.monotonic() - self.received
         with StopWatcher(
             coordinator,
             self.progress,
@@ -313,7 +316,8 @@ class Round:
         """
         size = self.config.batch_rows
         self.progress.update(state="packing")
-        rows = stream.read(size, should_stop=stop.should_stop) if self.ranks.first else None
+        with self.seconds.of("pack_s"):
+            rows = stream.read(size, should_stop=stop.should_stop) if self.ranks.first else None
         self.progress.update(state="training")
         if self._agree(stop):
             return None

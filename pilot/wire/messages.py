@@ -195,7 +195,9 @@ class TrainReply:
     `consumed` are closed segments, a prefix of the lease; `row_counts` the rows of each shard that the
     client has packed; `loss_nats` the sum over the tokens trained on, `eval_*` the sums over its slice of
     validation rows for the model that it received, `scores` the same for each piece. A sum of nats is None
-    if it is no number. `mfu`: which share of the devices' arithmetic training used (`nanochat.gpus.mfu`);
+    if it is no number. Of the `total_s` seconds from the order's receipt to the reply, `ready_s` passed until
+    the first heartbeat, `eval_s` in evaluation, `train_s` in training, `pack_s` of these in waiting for rows,
+    `encode_s` in encoding. `mfu`: which share of the devices' arithmetic training used (`nanochat.gpus.mfu`);
     None where no data sheet says what they can do, as for CPUs.
     """
 
@@ -212,6 +214,10 @@ class TrainReply:
     eval_rows: int = _metric(0)
     train_s: float = _metric(0.0, low=_SHORTEST_S)
     total_s: float = _metric(0.0, low=_SHORTEST_S)
+    ready_s: float = _metric(0.0)
+    eval_s: float = _metric(0.0)
+    pack_s: float = _metric(0.0)
+    encode_s: float = _metric(0.0)
     mfu: float | None = _metric(None)
     consumed: list[Segment] = field(default_factory=list)
     row_counts: dict[int, int] = field(default_factory=dict)

@@ -42,6 +42,11 @@ def to_arrays(parts: Iterable[Part]) -> ArrayRecord:
     )
 
 
+def num_bytes(arrays: ArrayRecord) -> int:
+    """Bytes of the tensors in a record."""
+    return sum(len(array.data) for array in arrays.values())
+
+
 def from_records(content: RecordDict) -> tuple[Header, list[Part]]:
     """The header and the parts of a message. Raises ValueError if it is not one of ours."""
     try:

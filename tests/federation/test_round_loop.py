@@ -45,6 +45,30 @@ def test_a_round_without_replies_leaves_the_model_as_it_was_and_the_next_one_run
     assert [record.clients for record in state.history] == [0, 2]
 
 
+def test_each_round_accounts_for_all_the_time_since_the_last_and_for_all_bytes(server: Any) -> None:
+    run = server([ScriptedSite(name, delay_s=0.05) for name in ("a", "b")], num_rounds=3)
+    clock = FastClock()
+    run.run(clock)
+    whole_s = clock.now_s()
+    told = events(run, "round_time")
+    assert [(one["round"], sorted(one["clients"])) for one in told] == [
+        (number, ["a", "b"]) for number in (1, 2, 3, 4)
+    ]
+    assert told[3]["goodput"] is None, "that one only evaluates"
+    spent = {}
+    for one in told:
+        assert one["round_s"] == pytest.approx(sum(one["phases"].values()), abs=0.01)
+        for phase, seconds in one["phases"].items():
+            spent[phase] = spent.get(phase, 0.0) + seconds
+    # the rest of the whole: making the loop and leaving it
+    assert sum(spent.values()) == pytest.approx(whole_s, rel=0.5)
+    assert sum(spent.values()) <= whole_s
+    assert {"dispatch", "merge", "snapshot"} <= spent.keys()
+    model_bytes = 4 * (5 + 6)
+    assert [one["bytes_down"] for one in told] == [2 * model_bytes] * 4
+    assert [one["bytes_up"] for one in told] == [2 * model_bytes] * 3 + [0]
+
+
 def test_only_errors_for_some_rounds_end_the_run_with_their_reason(server: Any) -> None:
     run = server([ScriptedSite("a", react=fail), ScriptedSite("b", react=fail)], num_rounds=9)
     with pytest.raises(RunFailed, match=r"3 rounds in a row gave only errors.*out of memory"):

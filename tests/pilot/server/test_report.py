@@ -14,7 +14,8 @@ from pilot.run.events import read_events
 from pilot.run.state import ConfigChange, RoundRecord, RunState
 from pilot.segment import Segment
 from pilot.server.bars import speeds
-from pilot.server.report import Report, table
+from pilot.server.report import Report
+from pilot.server.tables import round_table
 from pilot.server.telemetry import Telemetry
 from pilot.wire.messages import Fence, Heartbeat, TrainReply
 
@@ -158,7 +159,7 @@ def test_table_says_which_figures_are_partial_and_which_merges_were_taken_back()
         RoundRecord(2, "all-replied", 2, 64, 1.0, 3.0, 9.5, 16, refused=1, taken_back=True),
         RoundRecord(3, "taken-back", 0, 0, 1.0, None, val_bpb=2.2, eval_rows=16),
     ]
-    lines = [line.split("  ")[-1] for line in table(state).splitlines()[1:]]
+    lines = [line.split("  ")[-1] for line in round_table(state).splitlines()[1:]]
     assert lines == [
         "all-replied (val bpb of 8 of 16 rows only)",
         "all-replied (1 refused, taken back)",

@@ -95,6 +95,15 @@ def test_fixed_steps_take_exactly_their_rows_in_lease_order(site: Path) -> None:
     json.dumps(to_header(reply))
 
 
+def test_a_reply_says_what_its_seconds_were_spent_on(site: Path) -> None:
+    config = site_config(site, round_steps=2)
+    reply, _ = run(config, [[0, 0, 0, -1]], eval_end_row=4)
+    assert min(reply.ready_s, reply.eval_s, reply.pack_s, reply.encode_s) > 0
+    assert reply.pack_s < reply.train_s
+    parts_s = reply.ready_s + reply.eval_s + reply.train_s + reply.encode_s
+    assert parts_s <= reply.total_s, "they do not overlap"
+
+
 def test_lease_that_is_used_up_ends_the_round_at_a_whole_step(site: Path) -> None:
     config = site_config(site, round_steps=0)
     reply, _ = run(config, [[0, 0, 0, 2 * BATCH_ROWS + 3]])
