@@ -1,8 +1,12 @@
 """All benchmarks start alike, and end with a line of JSON."""
 
 import ast
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zygote import Zygote
@@ -31,6 +35,42 @@ def test_each_prints_json_last_and_only_json(name: str) -> None:
     for call in printed:
         assert isinstance(call, ast.Call) and _called(call.args[0]) == "json.dumps"
     assert ast.unparse(tree.body[-1]).endswith("run_command_line(main)")
+
+
+@pytest.fixture(scope="module")
+def overhead(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`round_overhead` on the smallest model: a real federation, then Flower's echo in it."""
+    command = [sys.executable, "-m", "benchmarks.round_overhead", "--sizes", "tiny"]
+    command += ["--ways", "new,flower", "--rounds", "2", "--limit", "500"]
+    command += ["--dir", str(tmp_path_factory.mktemp("overhead"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["sizes"]["tiny"]
+
+
+def test_the_phases_of_each_round_add_up_to_it(overhead: dict[str, Any]) -> None:
+    new = overhead["new"]
+    assert [one["round"] for one in new["rounds"]] == [1, 2]
+    for one in new["rounds"]:
+        assert sum(one["phases"].values()) == pytest.approx(one["round_s"], abs=0.01)
+        assert one["fixed_s"] <= one["round_s"]
+        assert {"dispatch", "start", "snapshot"} <= one["phases"].keys()
+        for client in one["clients"].values():
+            assert 0 < client["training_s"] and 0 <= client["goodput"] <= 1
+    assert new["fixed_s"] == new["rounds"][1]["fixed_s"]
+
+
+def test_both_ways_send_the_same_bytes_and_the_processes_are_known(
+    overhead: dict[str, Any],
+) -> None:
+    new, floor = overhead["new"], overhead["flower"]
+    assert new["bytes_down_per_client"] == floor["bytes_down"] >= 4 * overhead["parameters"]
+    assert 0 < new["bytes_up_per_client"] == floor["bytes_up"] < overhead["parameters"]
+    assert len(floor["rounds"]) == 2 and floor["round_s"] > 0
+    peaks = new["peak_rss_bytes"]
+    assert {"serverapp", "superlink", "supernode", "clientapp", "worker"} <= peaks.keys()
+    assert min(peaks.values()) > 1 << 20
+    assert "over_flower_s" in overhead["goal"] and "of_old" not in overhead["goal"]
 
 
 def _called(node: ast.AST) -> str:

@@ -168,13 +168,22 @@ class Server:
 class Federation:
     """All processes of one run. `directory` gets logs and Flower's files, `base` the data and the run.
 
-    Workers have one thread each, so that a machine with two cores can run three sites.
+    Workers have one thread each, so that a machine with two cores can run three sites. `proxied` False: lines
+    are the ports themselves. What has died is seen every `supervise_s` seconds: a look at all processes.
     """
 
     def __init__(
-        self, directory: Path, base: Path, config: Mapping[str, Any], sites: Sequence[str]
+        self,
+        directory: Path,
+        base: Path,
+        config: Mapping[str, Any],
+        sites: Sequence[str],
+        *,
+        proxied: bool = True,
+        supervise_s: float = SUPERVISE_S,
     ) -> None:
         self.directory, self.config = directory, dict(config)
+        self._proxied, self._supervise_s = proxied, supervise_s
         self.run_dir = base / "runs" / str(config["run-name"])
         self._base, self._site_names = base, list(sites)
         self._stack = contextlib.ExitStack()
@@ -197,12 +206,12 @@ class Federation:
         return self
 
     def _build(self) -> None:
-        network = self._stack.enter_context(Network())
+        network = self._stack.enter_context(Network(passes=not self._proxied))
         redis_port, self.port = free_port(), free_port()
         write_connection(self.directory / "flwr", self.port)
         self.redis = self._redis(redis_port)
         self.server_redis_line = network.line(redis_port)
-        env = self._env("superlink", self.server_redis_line)
+        env = self.environment = self._env("superlink", self.server_redis_line)
         command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self.port)]
         command += ["--disable-runtime-dependency-installation"]
         self.superlink = self._service("superlink", command, env)
@@ -263,7 +272,7 @@ class Federation:
 
     def _supervise(self) -> None:
         try:
-            while not self._stop.wait(SUPERVISE_S):
+            while not self._stop.wait(self._supervise_s):
                 for service in self.services:
                     service.supervise()
                 self.server.supervise()
@@ -280,7 +289,7 @@ class Federation:
         while not self.server.over:
             if self.error is not None:
                 raise self.error
-            if time.monotonic() >= deadline or stop.wait(SUPERVISE_S):
+            if time.monotonic() >= deadline or stop.wait(self._supervise_s):
                 return False
         return True
 

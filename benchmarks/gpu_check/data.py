@@ -44,22 +44,23 @@ def make(setup: Setup) -> tuple[RustBPETokenizer, Path]:
     directory, shards = tokenizer_dir(setup), shard_dir(setup)
     with file_lock(setup.directory / "data.lock"):
         if not (directory / "tokenizer.json").is_file():
-            _byte_pairs(vocab_size(setup)).save(directory)
+            byte_pairs(vocab_size(setup)).save(directory)
         for number in range(TRAIN_SHARDS + 1):
             path = shards / f"shard_{number:05d}.parquet"
             if not path.is_file():
                 shards.mkdir(parents=True, exist_ok=True)
-                _write_shard(path, number, setup.size(8_000_000, 100_000))
+                write_shard(path, number, setup.size(8_000_000, 100_000))
     return RustBPETokenizer.from_directory(directory), shards
 
 
-def _write_shard(path: Path, number: int, characters: int) -> None:
+def write_shard(path: Path, number: int, characters: int) -> None:
+    """A shard of about that many `characters` of text, which `number` decides on."""
     table = pa.table({"text": pa.array(_documents(number, characters), type=pa.string())})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, row_group_size=500, write_page_checksum=True)
 
 
-def _byte_pairs(vocab: int) -> RustBPETokenizer:
+def byte_pairs(vocab: int) -> RustBPETokenizer:
     """The 256 bytes, then as many pairs of bytes as the vocabulary has room for, then special tokens.
 
     Pairs of what text is made of come first, so that a small vocabulary has those.

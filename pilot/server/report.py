@@ -59,7 +59,7 @@ class Report:
             OSError
         ):  # a run whose events could not be written has no second table
             times = time_table(run_account(read_events(self.telemetry.events_path)))
-        for line in f"{round_table(state)}\n\n{times}\n".splitlines():
+        for line in [*round_table(state).splitlines(), "", *times.splitlines(), ""]:
             log.info("%s", line)
         log.info("Final model: %s", final_model)
         log.info("Checkpoint:  %s", checkpoint)

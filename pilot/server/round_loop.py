@@ -155,11 +155,11 @@ class RoundLoop:
             self._tick(_TICK_S if waited_s < _BRISK_S else _IDLE_TICK_S)
             self._raise_if_interrupted()
             clients = self._available(to_train=to_train)
-            asked = self.roster.questions_open
-            self.idle.because(gathering(len(clients), wanted, asked=asked), self.state.round_number)
             if self._all_there(len(clients), wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return self._at_work(clients) if to_train else clients
+            asked = self.roster.questions_open
+            self.idle.because(gathering(len(clients), wanted, asked=asked), self.state.round_number)
             why = self.roster.waiting_for(wanted)
             if cooling := [c.name for c in self._present() if not self.cooling.ready(c.name)]:
                 why += f"; left out for a while: {', '.join(cooling)}"

@@ -7,7 +7,7 @@ by its own); what they add up to is `rules/accounts.py`.
 from dataclasses import dataclass, field
 
 from pilot.rules.accounts import OrderFacts, Spent, client_accounts, spent_on_order
-from pilot.server.idle import IdleTime
+from pilot.server.idle import Cause, IdleTime
 from pilot.server.mailbox import Answer
 from pilot.server.open_round import OpenRound
 from pilot.server.orders import Settled
@@ -53,6 +53,7 @@ class TimeBooks:
         ]
         trained = any(order.lease is not None for order in closed.sent)
         # an evaluation after the last round belongs to no period
+        self.idle.because(Cause.DISPATCH, closed.number)  # what follows is the next round's
         end_s = self._end_of_training_s(closed) if trained else self._last_end_s
         accounts = client_accounts(
             orders, before=self._last_asked, last_end_s=self._last_end_s, end_s=end_s

@@ -1,0 +1,2 @@
+"""What a round costs besides training, between real processes: parts of `benchmarks.round_overhead` and
+`benchmarks.links`."""
