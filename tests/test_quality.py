@@ -3,14 +3,16 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from zygote import Zygote
 
 from benchmarks.quality.__main__ import summary
+from benchmarks.quality.case import Case, Outcome
 from benchmarks.quality.cases import EXPERIMENTS, SCALES
-from benchmarks.quality.laboratory import Case, Laboratory, Outcome
+from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.text import Corpus, corpus
 from nanochat.errors import UserError
 
@@ -88,6 +90,94 @@ def test_inner_states_are_averaged_and_momentum_is_shortened_with_the_rates(rows
     assert found.outer["momentum.x"].tolist() == [1.0, 1.0]
     found._anneal(0.8 * SMOKE.total_tokens)  # half of the warmdown
     torch.testing.assert_close(found.outer["momentum.x"], torch.full((2,), 0.5))
+
+
+def _laboratory(rows: Corpus, **fields: Any) -> Laboratory:
+    return Laboratory(
+        SMOKE, Case(name="c", **{"batch": "federation", "steps": 2} | fields), 0, rows
+    )
+
+
+def test_the_batch_of_a_round_is_shared_by_whoever_is_there(rows: Corpus) -> None:
+    batch = SMOKE.batch_tokens // SMOKE.sequence_len  # 8 rows
+    by_speed = _laboratory(rows, clients=3, speeds=(1.0, 2.0, 5.0))
+    assert by_speed._work([0, 1, 2]) == {0: (2, 1), 1: (2, 2), 2: (2, 5)}
+    assert by_speed._work([2]) == {2: (2, batch)}
+    equal = _laboratory(rows, clients=3, speeds=(0.5, 1.0, 1.5), shares="equal")
+    assert equal._work([0, 1, 2]) == {0: (1, 3), 1: (2, 3), 2: (3, 2)}
+    fixed = _laboratory(rows, clients=4, batch="client", batch_factor=0.25)
+    assert fixed._work([0, 1]) == {0: (2, 2), 1: (2, 2)}
+    phases = _laboratory(rows, clients=1, phases=((0.5, 1), (0.9, 3)))
+    steps = []
+    for done in (0.0, 0.49, 0.5, 0.9, 31 / 32):
+        phases.tokens = round(done * SMOKE.total_tokens)
+        steps.append(phases._work([0])[0][0])
+    assert steps == [1, 1, 3, 2, 1], "the last round has the steps that the run still lacks"
+
+
+def test_who_is_there_follows_a_trace_or_the_run(rows: Corpus) -> None:
+    sun = _laboratory(rows, clients=4, trace=((0, 1), (2, 3)), away_rounds=2)
+    assert [sun._present(n) for n in range(5)] == [[0, 1], [0, 1], [2, 3], [2, 3], [0, 1]]
+    joins = _laboratory(rows, clients=2, trace=((0,), (0, 1)), away_rounds=0, alone=0.25)
+    assert joins._present(9) == [0]
+    joins.tokens = SMOKE.total_tokens // 2
+    assert joins._present(9) == [0, 1]
+    alone = _laboratory(rows, clients=2, alone=0.25)
+    assert alone._present(0) == [0]
+    alone.tokens = SMOKE.total_tokens // 4
+    assert alone._present(0) == [0, 1]
+
+
+def test_a_late_reply_is_refused_without_a_trace_or_merged_in_the_next_round(rows: Corpus) -> None:
+    refused = _laboratory(rows, clients=1, late=1.0)
+    first = {name: tensor.clone() for name, tensor in refused.weights.items()}
+    refused._round(0)
+    assert (refused.tokens, refused.refused) == (0, 2 * SMOKE.batch_tokens)
+    assert refused.states == {0: None} and refused._places(17) == list(range(17))
+    for name, tensor in refused.weights.items():
+        assert torch.equal(tensor, first[name])
+    held = _laboratory(rows, clients=2, late=1.0, late_weight=0.5)
+    held._round(0)
+    assert held.tokens == 0 and [reply.weight for reply in held._held] == [512.0, 512.0]
+    held._round(1)
+    assert held.tokens == 2 * SMOKE.batch_tokens and len(held.norms) == 1
+
+
+def test_a_delayed_merge_is_the_one_of_the_round_before(rows: Corpus) -> None:
+    behind, ahead = (
+        _laboratory(rows, clients=1, delayed=share, config=FEDAVG) for share in (0.0, 1.0)
+    )
+    first = {name: tensor.clone() for name, tensor in behind.weights.items()}
+    for laboratory in (behind, ahead):
+        laboratory._round(0)
+        assert laboratory.tokens == 2 * SMOKE.batch_tokens and not laboratory.norms
+        assert torch.equal(laboratory.weights["lm_head.weight"], first["lm_head.weight"])
+    update = ahead._held[0].update
+    torch.testing.assert_close(
+        ahead._start(0), {name: first[name] - tensor for name, tensor in update.items()}
+    )
+    assert behind._start(0) is behind.weights
+    plain = Laboratory(SMOKE, Case(name="plain"), 0, rows).run()
+    assert ahead.run().bpb == pytest.approx(plain.bpb, rel=1e-4), "one client, all of it ahead"
+    assert behind.run().bpb != pytest.approx(plain.bpb, rel=1e-3)
+
+
+def test_a_client_that_was_away_begins_without_its_state_if_only_recent_ones_count(
+    rows: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(
+        "nanochat.optim.MuonAdamW.load_state_dict", lambda self, state: loaded.append(1)
+    )
+    fields: dict[str, Any] = {"clients": 2, "trace": ((0, 1), (0,), (0, 1)), "steps": 1}
+    counts = {}
+    for inner in ("keep", "recent"):
+        loaded.clear()
+        laboratory = _laboratory(rows, inner=inner, **fields)
+        for number in range(3):
+            laboratory._round(number)
+        counts[inner] = len(loaded)
+    assert counts == {"keep": 3, "recent": 2}
 
 
 def test_a_form_of_the_wire_keeps_its_rest_by_client(rows: Corpus) -> None:

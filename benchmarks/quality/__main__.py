@@ -21,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.quality.case import Scale
 from benchmarks.quality.cases import EXPERIMENTS, PLAIN, SCALES
-from benchmarks.quality.laboratory import Scale, train
+from benchmarks.quality.laboratory import train
 from benchmarks.quality.picture import write_picture
 from benchmarks.quality.text import corpus
 from nanochat.common import ArgumentParser, run_command_line

@@ -7,6 +7,7 @@ the same order, without rounds.
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.quality.case import Case, Outcome, Scale
 from benchmarks.quality.text import Corpus, corpus
 from nanochat.loss_eval import bits_per_byte, bpb_sums
 from nanochat.optim import MuonAdamW
@@ -24,6 +26,7 @@ from nanochat.trainer import Trainer
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.rules.aggregation import weighted_mean
+from pilot.rules.batch import step_shares
 from pilot.rules.outer import outer_step, restores_lengths
 from pilot.wire.codec import DECAY, decode, encode
 
@@ -33,74 +36,17 @@ _EVALUATIONS, _CURVE_ROWS = 8, 128
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The model and the length of a run; `batch_tokens` are those of an optimizer step of plain training."""
+@dataclass(frozen=True)
+class _Reply:
+    """A client's update of `tokens`, made of the rows at `places`, and what it counts in a mean; `before`: the
+    state of its optimizer, and the rest of its updates, with which it began."""
 
-    name: str
-    depth: int
-    vocab_size: int
-    sequence_len: int
-    batch_tokens: int
-    total_tokens: int
-    lr: float
-    weight_decay: float = 0.0
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """What `corpus` needs to know of it."""
-        sizes = {"vocab_size": self.vocab_size, "sequence_len": self.sequence_len}
-        return sizes | {"tokens": self.total_tokens}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A way of training at a scale. `clients` 0 is plain training.
-
-    `steps`: optimizer steps of a client in a round, times its speed. `batch`: whether `batch_tokens` are those
-    of a client's step or of all clients' together ("federation": a client that is alone takes whole steps).
-    `speeds`: of the clients, 1 where none is given. `away`: the share of clients that a round does without,
-    drawn at random, at least one stays; `away_rounds`: for how long. `inner`: what a client begins a
-    round with of its optimizer's state, "keep" its own, "reset" nothing, "average" that of all who were there.
-    `weights`: what a client counts in the mean, "tokens", "steps" or "equal". `config`: run-config keys of the
-    outer step, and `wire-up`. `momentum_follows_lr`: whether the outer momentum, which is made of earlier
-    rounds' longer updates, is shortened as the schedule lowers the clients' rates.
-    """
-
-    name: str
-    clients: int = 0
-    steps: int = 30
-    batch: str = "client"
-    speeds: tuple[float, ...] = ()
-    away: float = 0.0
-    away_rounds: int = 1
-    inner: str = "keep"
-    momentum_follows_lr: bool = False
-    weights: str = "tokens"
-    lr_factor: float = 1.0
-    config: tuple[tuple[str, Any], ...] = ()
-
-    def but(self, name: str, **changes: Any) -> "Case":
-        """The same but for some fields; `config` is a mapping here."""
-        if "config" in changes:
-            changes["config"] = tuple(sorted({**dict(self.config), **changes["config"]}.items()))
-        return dataclasses.replace(self, name=name, **changes)
-
-
-@dataclass
-class Outcome:
-    """`curve`: (tokens, bpb); `rounds` that merged something; `norms` and `cosines` of their outer steps: the
-    length of each, and its cosine with the one before; `agreement`: the cosine of two clients' updates;
-    `sent`: bytes per parameter of an update."""
-
-    bpb: float
-    curve: list[tuple[int, float]]
-    rounds: int
-    seconds: float
-    norms: list[float]
-    cosines: list[float]
-    agreement: list[float]
-    sent: float
+    client: int
+    weight: float
+    update: Tensors
+    tokens: int
+    places: list[int]
+    before: tuple[Any, Tensors]
 
 
 def train(scale: Scale, case: Case, seed: int, text: Path, cache: Path) -> dict[str, Any]:
@@ -130,7 +76,8 @@ class Laboratory:
                 **dict(case.config),
             }
         )
-        self.rng = np.random.default_rng([seed, 1])
+        # of who is away; of whose reply is late
+        self.rng, self.late_rng = (np.random.default_rng([seed, n]) for n in (1, 3))
         self.order = np.random.default_rng([seed, 2]).permutation(len(corpus.rows))
         self.model = plan.build_model(self.config, device=_CPU, compute_dtype=torch.float32)
         self.weights: Tensors = plan.initial_weights(self.config)
@@ -138,14 +85,17 @@ class Laboratory:
         self.schedule = plan.schedule(self.config, total_tokens=scale.total_tokens)
         self.states: dict[int, Any] = {}
         self.outer: Tensors = {}
-        self.taken = self.tokens = 0
+        self.tokens = self.refused = self.taken = 0
         self.curve: list[tuple[int, float]] = []
         self.absent_until: dict[int, int] = {}
+        self.last_round: dict[int, int] = {}  # in which a client was there
         self.norms: list[float] = []
         self.cosines: list[float] = []
         self.agreement: list[float] = []
         self.rests: dict[int, Tensors] = {}
         self.sent_bytes = self.sent_values = 0
+        self._free: list[int] = []  # places in the order of rows that were given back
+        self._held: list[_Reply] = []  # replies that the next merge is to have
         self._step_before: Tensors = {}
         self._rate_before = 1.0
 
@@ -156,13 +106,14 @@ class Laboratory:
                 self._round(rounds)
                 rounds += 1
                 self._note_progress()
+            self._end()
         else:
             self._plain()
         seconds = time.monotonic() - began_s
         bpb = self._bpb()
         self.curve.append((self.tokens, bpb))
         sent = round(self.sent_bytes / max(1, self.sent_values), 4)
-        figures = (self.norms, self.cosines, self.agreement, sent)
+        figures = (self.norms, self.cosines, self.agreement, sent, self.refused)
         return Outcome(bpb, self.curve, rounds, seconds, *figures)
 
     # -- plain -----------------------------------------------------------------------------------
@@ -171,7 +122,8 @@ class Laboratory:
         trainer = self._trainer(plan.make_optimizer(self.config, self.model))
         while self.tokens < self.scale.total_tokens:
             hyper = self.schedule.at(self.tokens / self.scale.batch_tokens)
-            trainer.step(self._rows(self.scale.batch_tokens), hyper=hyper)
+            rows = self.scale.batch_tokens // self.scale.sequence_len
+            trainer.step(self._rows(self._places(rows)), hyper=hyper)
             self.tokens += self.scale.batch_tokens
             self._note_progress()
 
@@ -179,29 +131,56 @@ class Laboratory:
 
     def _round(self, number: int) -> None:
         there = self._present(number)
-        speeds = {i: self._speed(i) for i in there}
-        share = {i: speed / sum(speeds.values()) for i, speed in speeds.items()}
-        updates: list[tuple[float, Tensors]] = []
-        tokens = 0
-        for i in there:
-            update, mine, steps = self._train(i, share[i], speeds[i])
-            update = self._arrived(i, update)
-            counts = {"tokens": float(mine), "steps": float(steps), "equal": 1.0}
-            updates.append((counts[self.case.weights], update))
-            tokens += mine
-        if len(updates) > 1:
-            self.agreement.append(_cosine(updates[0][1], updates[1][1]))
+        work = self._work(there)
+        planned = sum(steps * rows for steps, rows in work.values())
+        replies = [self._reply(i, number, *work[i], planned) for i in there]
+        if len(replies) > 1:
+            self.agreement.append(_cosine(replies[0].update, replies[1].update))
         if self.case.inner == "average":
             self._average_states(there)
         if self.case.momentum_follows_lr:
-            self._anneal(self.tokens + tokens / 2)
+            self._anneal(self.tokens + planned * self.scale.sequence_len / 2)
+        if self.case.delayed is None:
+            held, self._held = self._held, []
+            on_time = [reply for reply in replies if not self._is_late(reply)]
+            self.tokens += sum(reply.tokens for reply in (*held, *on_time))
+            self._merge([*held, *on_time])
+        else:
+            self.tokens += sum(
+                reply.tokens for reply in replies
+            )  # whose clients train on from here
+            held, self._held = self._held, replies
+            self._merge(held)
+
+    def _end(self) -> None:
+        """What is still held when the run has its tokens: a merge that is only delayed, or late replies."""
+        if self.case.delayed is not None:
+            self._merge(self._held)
+        else:
+            self.refused += sum(reply.tokens for reply in self._held)
+
+    def _is_late(self, reply: _Reply) -> bool:
+        """Whether it missed the merge of its round: it waits for the next one, or is as if it had not been."""
+        if not self.case.late or self.late_rng.random() >= self.case.late:
+            return False
+        if self.case.late_weight:
+            weight = reply.weight * self.case.late_weight
+            self._held.append(dataclasses.replace(reply, weight=weight))
+            return True
+        self.refused += reply.tokens
+        self._free = reply.places + self._free
+        self.states[reply.client], self.rests[reply.client] = reply.before
+        return True
+
+    def _merge(self, replies: list[_Reply]) -> None:
+        updates = [(reply.weight, reply.update) for reply in replies]
         mean = weighted_mean(updates, restore_lengths=restores_lengths(self.config))
-        assert mean is not None
+        if mean is None:
+            return
         before = self.weights
         self.weights, self.outer = outer_step(self.config, before, mean, self.outer)
         self._note_step({n: before[n] - t for n, t in self.weights.items()})
         self.model.load_state_dict(self.weights)
-        self.tokens += tokens
 
     def _anneal(self, middle: float) -> None:
         """Shorten the momentum as much as the rates are lower in this round, `middle` tokens into the run."""
@@ -220,7 +199,12 @@ class Laboratory:
         self.states = {i: copy.deepcopy(mean) for i in range(self.case.clients)}
 
     def _present(self, number: int) -> list[int]:
-        case = self.case
+        case, done = self.case, self.tokens / self.scale.total_tokens
+        if done < case.alone:
+            return [0]
+        if case.trace:
+            at = number // case.away_rounds if case.away_rounds else int(done * len(case.trace))
+            return list(case.trace[at % len(case.trace)])
         for i in range(case.clients):
             if self.absent_until.get(i, 0) <= number and number % case.away_rounds == 0:
                 away = self.rng.random() < case.away
@@ -228,28 +212,52 @@ class Laboratory:
         there = [i for i in range(case.clients) if self.absent_until.get(i, 0) <= number]
         return there or [int(self.rng.integers(case.clients))]
 
-    def _speed(self, i: int) -> float:
-        return self.case.speeds[i % len(self.case.speeds)] if self.case.speeds else 1.0
-
-    def _train(self, i: int, share: float, speed: float) -> tuple[Tensors, int, int]:
-        """(pseudo-gradient, tokens, optimizer steps) of client i in this round."""
+    def _work(self, there: list[int]) -> dict[int, tuple[int, int]]:
+        """(optimizer steps, rows of each) of the clients of a round; the last round is as long as the run."""
         scale, case = self.scale, self.case
-        steps, batch = max(1, round(case.steps * speed)), scale.batch_tokens
-        if case.batch == "federation":  # as many steps for each, of its share of the tokens
-            rows = max(1, round(batch * share / scale.sequence_len))
-            steps, batch = case.steps, rows * scale.sequence_len
-        self.model.load_state_dict(self.weights)
+        speeds = {i: case.speeds[i % len(case.speeds)] if case.speeds else 1.0 for i in there}
+        rows = max(1, round(scale.batch_tokens * case.batch_factor) // scale.sequence_len)
+        shares = dict.fromkeys(there, rows)
+        if case.batch == "federation":
+            by_speed = speeds if case.shares == "speed" else dict.fromkeys(there, 1.0)
+            shares = step_shares(rows, dict.fromkeys(there, 1), by_speed)
+            speeds = {i: speed / by_speed[i] for i, speed in speeds.items()}
+        steps = case.steps_at(self.tokens / scale.total_tokens)
+        taken = {i: max(1, round(steps * speed)) for i, speed in speeds.items()}
+        planned = sum(taken[i] * shares[i] for i in there) * scale.sequence_len
+        longest = min(1.0, (scale.total_tokens - self.tokens) / planned)
+        return {i: (math.ceil(taken[i] * longest), shares[i]) for i in there}
+
+    def _reply(self, i: int, number: int, steps: int, rows: int, planned: int) -> _Reply:
+        """What client i makes of `steps` steps of `rows`, of the `planned` rows of all in this round."""
+        scale, case = self.scale, self.case
+        before, tokens = (self.states.get(i), self.rests.get(i, {})), 0
+        away = number - self.last_round.get(i, number)
+        self.last_round[i] = number
+        start = self._start(i)
+        self.model.load_state_dict(start)
         optimizer = plan.make_optimizer(self.config, self.model)
-        if case.inner != "reset" and i in self.states:
-            optimizer.load_state_dict(self.states[i])
-        trainer, own = self._trainer(optimizer), 0
+        if before[0] and case.inner != "reset" and not (case.inner == "recent" and away > 1):
+            optimizer.load_state_dict(before[0])
+        trainer, share, places = self._trainer(optimizer), steps * rows / planned, []
         for _ in range(steps):
-            hyper = self.schedule.at((self.tokens + own / share) / scale.batch_tokens)
-            trainer.step(self._rows(batch), hyper=hyper)
-            own += batch
+            hyper = self.schedule.at((self.tokens + tokens / share) / scale.batch_tokens)
+            places.append(self._places(rows))
+            trainer.step(self._rows(places[-1]), hyper=hyper)
+            tokens += rows * scale.sequence_len
         self.states[i] = copy.deepcopy(optimizer.state_dict())
         local = self.model.state_dict()
-        return {n: self.weights[n] - local[n].detach().clone() for n in self.weights}, own, steps
+        update = {n: start[n] - local[n].detach().clone() for n in start}
+        counts = {"tokens": tokens, "tokens2/steps": tokens**2 / steps, "steps": steps, "equal": 1}
+        weight, used = float(counts[case.weights]), [place for step in places for place in step]
+        return _Reply(i, weight, self._arrived(i, update), tokens, used, before)
+
+    def _start(self, i: int) -> Tensors:
+        """The weights from which client i begins: the model's, ahead by a part of its own update on the way."""
+        own = next((reply.update for reply in self._held if reply.client == i), None)
+        if not self.case.delayed or own is None:
+            return self.weights
+        return {n: t - self.case.delayed * own[n] for n, t in self.weights.items()}
 
     def _arrived(self, i: int, update: Tensors) -> Tensors:
         """What the server decodes of client i's update, and of the rest of the one before."""
@@ -266,11 +274,13 @@ class Laboratory:
         rows = max(1, self.scale.batch_tokens // self.scale.sequence_len)
         return Trainer(self.model, optimizer, device=_CPU, device_batch_rows=rows)
 
-    def _rows(self, tokens: int) -> np.ndarray:
-        """The next rows of the corpus in this seed's order, for any client."""
-        count = tokens // self.scale.sequence_len
-        places = (self.taken + np.arange(count)) % len(self.order)
-        self.taken += count
+    def _places(self, count: int) -> list[int]:
+        """The next places in this seed's order of rows, for any client; those given back come first."""
+        places, self._free = self._free[:count], self._free[count:]
+        first, self.taken = self.taken, self.taken + count - len(places)
+        return places + [place % len(self.order) for place in range(first, self.taken)]
+
+    def _rows(self, places: list[int]) -> np.ndarray:
         return self.corpus.rows[self.order[places]]
 
     def _note_progress(self) -> None:

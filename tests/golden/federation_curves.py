@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality.laboratory import Case, Laboratory, Scale
+from benchmarks.quality.case import Case, Scale
+from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.text import Corpus
 
 GOLDEN = Path(__file__).with_suffix(".json")
