@@ -138,7 +138,7 @@ def test_a_late_reply_is_refused_without_a_trace_or_merged_in_the_next_round(row
         assert torch.equal(tensor, first[name])
     held = _laboratory(rows, clients=2, late=1.0, late_weight=0.5)
     held._round(0)
-    assert held.tokens == 0 and [reply.weight for reply in held._held] == [512.0, 512.0]
+    assert held.tokens == 0 and [reply.weight for reply in held._held] == [256.0, 256.0]
     held._round(1)
     assert held.tokens == 2 * SMOKE.batch_tokens and len(held.norms) == 1
 
