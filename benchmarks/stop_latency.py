@@ -166,6 +166,7 @@ def _work(arguments: Namespace) -> None:
             committed_tokens=0,
             total_tokens=config.total_tokens,
             share=1.0,
+            step_rows=config.batch_rows,
             eval_first_row=0,
             eval_end_row=0,
         )

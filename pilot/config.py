@@ -102,7 +102,12 @@ class RunConfig:
     warmdown_ratio: float = _key(
         0.4, "final fraction of the run over which learning rates fall", low=0, high=1
     )
-    total_batch_size: int = _key(524288, "tokens per optimizer step of one client", low=1)
+    total_batch_size: int = _key(524288, "tokens per optimizer step; of whom, batch-of says", low=1)
+    batch_of: str = _key(
+        "client",
+        "whose total-batch-size is: of each client, or of all clients of a round, who share it",
+        choices=("client", "federation"),
+    )
     device_batch_size: int = _key(
         0,
         "rows per device and forward pass; 0: what its memory has room for",
@@ -280,7 +285,7 @@ class RunConfig:
 
     @property
     def batch_rows(self) -> int:
-        """Rows of one optimizer step of one client."""
+        """Rows of one optimizer step: of a client, or of all clients of a round, as `batch_of` says."""
         return self.total_batch_size // self.sequence_len
 
     def _check_together(self) -> None:

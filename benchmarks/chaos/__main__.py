@@ -22,8 +22,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.chaos import faults, tour
+from benchmarks.chaos import checker, faults, tour
 from benchmarks.chaos.tour import Outcome, Tour
+from pilot.config import DEFAULTS
 
 STOP = threading.Event()
 
@@ -48,6 +49,12 @@ def main() -> int:
     )
     parser.add_argument(
         "--round-tokens", type=int, default=49152, help="tokens at which a round ends"
+    )
+    parser.add_argument(
+        "--batch-of",
+        choices=tuple(checker.BPB_TOLERANCE),
+        default=str(DEFAULTS["batch-of"]),
+        help="whose total-batch-size is; how far bpb may be off depends on it",
     )
     parser.add_argument(
         "--kinds", default="", help="comma-separated kinds of faults: only these, in this order"
@@ -88,6 +95,7 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
             round_tokens=arguments.round_tokens,
             plan=tuple(plan) if name == "disturbed" else (),
             timeout_s=600.0 + 60 * arguments.minutes,
+            more={"batch-of": arguments.batch_of},
         )
         _say(f"{spec.name}: {tokens} tokens on {len(sites)} clients")
         outcome = _run(spec, directory)
@@ -106,7 +114,7 @@ def _compare(arguments: argparse.Namespace, directory: Path) -> int:
             if STOP.is_set():
                 return 1
         disturbed = one("disturbed")
-    figures = tour.figures(disturbed, undisturbed, sites=sites)
+    figures = tour.figures(disturbed, undisturbed, sites=sites, batch_of=arguments.batch_of)
     print(json.dumps(figures), flush=True)
     return 1 if figures["violations"] else 0
 
@@ -127,6 +135,7 @@ def _tokens(
         sites=sites,
         total_tokens=6 * arguments.round_tokens,
         round_tokens=arguments.round_tokens,
+        more={"batch-of": arguments.batch_of},
     )
     outcome = _run(spec, directory)
     if not outcome.tokens:

@@ -176,12 +176,19 @@ def check(
 
 
 def figures(
-    outcome: Outcome, undisturbed: Outcome | None, *, sites: Sequence[str]
+    outcome: Outcome,
+    undisturbed: Outcome | None,
+    *,
+    sites: Sequence[str],
+    batch_of: str = str(DEFAULTS["batch-of"]),
 ) -> dict[str, Any]:
-    """The last line of the benchmark; ratios and times that cannot be computed are None."""
+    """The last line of the benchmark; ratios and times that cannot be computed are None. `batch_of` of the
+    run: on it depends how far bpb may be off."""
     violations = list(outcome.violations)
     if undisturbed is not None:
-        violations += checker.check_bpb(outcome.bpb, undisturbed.bpb)
+        violations += checker.check_bpb(
+            outcome.bpb, undisturbed.bpb, checker.BPB_TOLERANCE[batch_of]
+        )
         violations += [f"undisturbed run: {text}" for text in undisturbed.violations]
     kinds = [outage.kind for outage in outcome.outages]
     recoveries = [

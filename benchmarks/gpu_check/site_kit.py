@@ -62,6 +62,7 @@ def order(
         "committed_tokens": 0,
         "total_tokens": 10**9,
         "share": 1.0,
+        "step_rows": run.batch_rows,
         "eval_first_row": 0,
         "eval_end_row": run.eval_rows,
     }

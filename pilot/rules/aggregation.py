@@ -35,11 +35,13 @@ log = logging.getLogger("pilot")
 
 @dataclass(frozen=True)
 class Spilled:
-    """A pseudo-gradient on disk (safetensors, fp32), made from `tokens` tokens of `client`."""
+    """A pseudo-gradient on disk (safetensors, fp32), made from `tokens` tokens of `client` in `steps`
+    optimizer steps (which only `votes_of` asks for)."""
 
     client: str
     tokens: int
     path: Path
+    steps: float = 0.0
 
 
 def aggregate(
@@ -98,9 +100,7 @@ def weighted_mean(
     return total
 
 
-def votes_of(
-    replies: Sequence[Spilled], *, momentum: Mapping[str, Tensor], batch_tokens: int
-) -> Votes:
+def votes_of(replies: Sequence[Spilled], *, momentum: Mapping[str, Tensor]) -> Votes:
     """All dot products of the clients' updates, tensor by tensor from the files: memory is one tensor of each.
 
     `momentum` of the outer step by name, empty before there is one.
@@ -122,8 +122,8 @@ def votes_of(
     size = math.sqrt(sum(float(t.double().square().sum()) for t in momentum.values()))
     norms = gram.diagonal().sqrt()
     heading = (along / (norms * size).clamp_min(_TINY)).tolist() if size > 0 else None
-    tokens = {c: sum(t for t, _ in files) / len(files) for c, files in by_client.items()}
-    steps = [mean / batch_tokens for mean in tokens.values()]
+    taken = {c: [reply.steps for reply in replies if reply.client == c] for c in by_client}
+    steps = [sum(several) / len(several) for several in taken.values()]
     return Votes(list(by_client), steps, gram.tolist(), heading)
 
 

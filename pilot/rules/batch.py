@@ -9,6 +9,13 @@ from fractions import Fraction
 from typing import TypeVar
 
 Client = TypeVar("Client", bound=Hashable)
+_ALIKE = 1.25  # two speeds that differ by less: what measuring them again may show
+
+
+def alike(one: float, other: float) -> bool:
+    """Whether two speeds count as one: shares that change with every round would cost a GPU site a compilation
+    each time."""
+    return max(one, other) <= _ALIKE * min(one, other)
 
 
 def step_shares(

@@ -21,7 +21,7 @@ from typing import Any
 from pilot.rules.epoch_rows import EpochRows
 from pilot.rules.intervals import UNKNOWN_END
 from pilot.rules.shard_sets import ShardSet, ShardSets
-from pilot.rules.sharing import ClientGroup, fair_shares
+from pilot.rules.sharing import ClientGroup, StepRows, fair_shares
 from pilot.segment import Segment
 
 
@@ -86,7 +86,7 @@ class Ledger:
         """
         return self.lease_all({client: rows_wanted}).get(client)
 
-    def lease_all(self, wanted: Mapping[str, int], *, step_rows: int = 1) -> dict[str, Lease]:
+    def lease_all(self, wanted: Mapping[str, int], *, step_rows: StepRows = 1) -> dict[str, Lease]:
         """Lease to each client about the rows `wanted`, or its fair share where too few are free.
 
         Shares are those of `fair_shares`, in whole steps of `step_rows` rows. Clients with the
@@ -98,7 +98,8 @@ class Ledger:
                 raise ValueError(f"rows_wanted must be positive, not {rows}")
             sharing.setdefault(self._shard_sets.of(client), {})[client] = rows
         # an unknown shard counts as half of what is wanted on average, in whole steps
-        guess = -(-sum(wanted.values()) // max(1, 2 * len(wanted) * step_rows)) * step_rows
+        step = step_rows if isinstance(step_rows, int) else max(step_rows.values(), default=1)
+        guess = -(-sum(wanted.values()) // max(1, 2 * len(wanted) * step)) * step
         groups = [
             ClientGroup(rows, self._free_rows(shards, sum(rows.values()), guess))
             for shards, rows in sorted(sharing.items(), key=lambda item: item[0].size)

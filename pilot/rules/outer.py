@@ -10,6 +10,7 @@ what depends on the number of clients is measured in their updates rather than a
 exactly the training that it would do alone. docs/quality.md says what was compared.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,6 +69,41 @@ def outer_step(
         update = _update(config, rates.momentum, name, gradient[name], state, new_state)
         new_weights[name] = weight - rates.lr * update
     return new_weights, new_state
+
+
+class LastStep:
+    """The outer step before, in bf16: how a run moves shows in its direction beside the next one's.
+
+    It is kept in memory only: after a server's start there is none before the first merge.
+    """
+
+    def __init__(self) -> None:
+        self._step: Tensors = {}
+
+    def forget(self) -> None:
+        """The step before is undone."""
+        self._step = {}
+
+    def figures(
+        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> dict[str, float | None]:
+        """`outer_norm`: the length of the step from the weights `before` to those `after`; `outer_cosine`: its
+        cosine with the step before, None where there is none. The next call compares with this one."""
+        square = last_square = along = 0.0
+        for name, weight in before.items():
+            step = weight - after[name]
+            square += _square(step)
+            if (last := self._step.get(name)) is not None:
+                last = last.float()
+                last_square += _square(last)
+                along += float(torch.dot(step.reshape(-1), last.reshape(-1)))
+            self._step[name] = step.bfloat16()
+        size = math.sqrt(square * last_square)
+        return {"outer_norm": math.sqrt(square), "outer_cosine": along / size if size else None}
+
+
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _update(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+StepRows = int | Mapping[str, int]  # of all clients, or of each
+
 
 @dataclass(frozen=True)
 class ClientGroup:
@@ -24,7 +26,9 @@ class ClientGroup:
         return min(self.demand, self.free_rows)
 
 
-def fair_shares(groups: Sequence[ClientGroup], free_rows: int, *, step_rows: int) -> dict[str, int]:
+def fair_shares(
+    groups: Sequence[ClientGroup], free_rows: int, *, step_rows: StepRows
+) -> dict[str, int]:
     """Rows that each client may take, in the order of `groups`: what it wants where there is enough.
 
     Otherwise groups share `free_rows` in proportion to what each could use, and the clients of one
@@ -44,12 +48,13 @@ def fair_shares(groups: Sequence[ClientGroup], free_rows: int, *, step_rows: int
     return shares
 
 
-def _apportion(wanted: Mapping[str, int], budget: int, step_rows: int) -> dict[str, int]:
+def _apportion(wanted: Mapping[str, int], budget: int, step_rows: StepRows) -> dict[str, int]:
     demand, shares = sum(wanted.values()), {}
     if budget >= demand:
         return dict(wanted)
     for client, rows in wanted.items():
         share = budget * rows // demand
-        shares[client] = min(rows, max(step_rows, share - share % step_rows))
+        step = step_rows if isinstance(step_rows, int) else step_rows[client]
+        shares[client] = min(rows, max(step, share - share % step))
         budget, demand = budget - shares[client], demand - rows
     return shares

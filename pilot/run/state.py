@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pilot import plan
-from pilot.config import AUTO, DEFAULTS, RunConfig, Scalar
+from pilot.config import DEFAULTS, RunConfig, Scalar
 from pilot.errors import PilotError
 from pilot.rules.admission import AdmissionBooks
 from pilot.rules.ledger import Ledger
@@ -37,8 +37,12 @@ _FIXED_KEYS = frozenset(
         "packing",
     ]
 )
-# What "auto" was before there was one: a run that was begun with these continues with them.
-_BEFORE_AUTO: Mapping[str, Scalar] = {"outer-lr": 0.7, "outer-momentum": 0.9}
+# Defaults of before, and what was before there was a key: a run that was begun with these continues with them.
+_OLD_DEFAULTS: Mapping[str, Scalar] = {
+    "outer-lr": 0.7,
+    "outer-momentum": 0.9,
+    "batch-of": "client",
+}
 _LAST_ROUNDS = 3  # whose lengths show how long the next may be
 _RENAMED = {"wire-dtype": "wire-up"}  # keys of older snapshots
 _LENGTH_KEYS = ("total-tokens", "target-param-data-ratio", "total-batch-size")
@@ -85,12 +89,14 @@ class MergedReply:
 class Contribution:
     """A reply on its way into the model: what else the books learn from it besides the reply itself.
 
-    `row_counts` are the sizes of shards that its client has packed, `norm` the L2 norm of its update.
+    `row_counts` are the sizes of shards that its client has packed, `norm` the L2 norm of its update, `steps`
+    its optimizer steps, in fractions too.
     """
 
     reply: MergedReply
     row_counts: Mapping[int, int]
     norm: float
+    steps: float
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,7 @@ class RunState:
         self.merged_log += [reply.line() for reply in self.merged]
         self.last_merged |= {reply.client: reply.fence for reply in self.merged}
         self.admission.merged(
-            [one.norm for one in contributions],
-            [one.reply.tokens / self.config.total_batch_size for one in contributions],
+            [one.norm for one in contributions], [one.steps for one in contributions]
         )
         self.guard.merged({reply.client for reply in self.merged})
         self.tokens += record.tokens
@@ -247,8 +252,8 @@ class RunState:
         *,
         shard_order: Callable[[int], Sequence[int]],
     ) -> "RunState":
-        """The run's state. Its `config` is the one to continue with: that given, with the run's own numbers
-        for what was not "auto" when it began.
+        """The run's state. Its `config` is the one to continue with: that given, with the run's own values
+        for defaults that were others when it began.
 
         Raises ResumeError if `config` would train another model, naming the keys that differ.
 
@@ -262,7 +267,7 @@ class RunState:
                 f"{state['format']}, not {FORMAT}): resume it with that version"
             )
         if not config.resume_anyway:
-            config = _keeping_its_numbers(state["config"], config)
+            config = _keeping_its_values(state["config"], config)
         changes = _changes(state["config"], config, after=state["round"])
         resumed = RunState(
             config=config,
@@ -311,13 +316,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _keeping_its_numbers(before: Mapping[str, Scalar], config: RunConfig) -> RunConfig:
-    """`config`, but with the numbers of a run that was begun before the defaults became "auto"."""
+def _keeping_its_values(before: Mapping[str, Scalar], config: RunConfig) -> RunConfig:
+    """`config`, but with the values of a run that was begun with the defaults of before."""
     asked = config.to_mapping()
     kept = {
-        key: number
-        for key, number in _BEFORE_AUTO.items()
-        if asked[key] == AUTO and before.get(key) == number
+        key: old
+        for key, old in _OLD_DEFAULTS.items()
+        if asked[key] == DEFAULTS[key] != old and before.get(key, old) == old
     }
     return RunConfig.from_mapping(asked | kept) if kept else config
 
@@ -327,9 +332,10 @@ def _changes(before: dict[str, Scalar], config: RunConfig, *, after: int) -> lis
     they may be changed and the user wants that."""
     before = {_RENAMED.get(key, key): value for key, value in before.items()}
     changes = [
-        ConfigChange(after, key, before.get(key), value)
+        ConfigChange(after, key, before.get(key, _OLD_DEFAULTS.get(key)), value)
         for key, value in config.training_keys().items()
-        if before.get(key, DEFAULTS[key]) != value  # what no run knew yet was as by default
+        if before.get(key, _OLD_DEFAULTS.get(key, DEFAULTS[key]))
+        != value  # unknown then: by default
     ]
     refused = [c for c in changes if c.key in _FIXED_KEYS] if config.resume_anyway else changes
     if refused:

@@ -22,11 +22,16 @@ from pilot.wire.messages import Part, TrainReply
 
 
 def admit(
-    state: RunState, lease: Lease, reply: TrainReply, parts: Sequence[Part]
+    state: RunState,
+    lease: Lease,
+    reply: TrainReply,
+    parts: Sequence[Part],
+    *,
+    step_tokens: int,
 ) -> tuple[dict[str, Tensor], float]:
     """The update of a reply, and its norm, if it may be merged into `state`'s model.
 
-    Raises ValueError with the reason if it may not.
+    `step_tokens`: of each of its optimizer steps. Raises ValueError with the reason if it may not.
     """
     config = state.config
     for part in parts:
@@ -44,14 +49,13 @@ def admit(
     ):
         raise ValueError(reason)
     norm = update_norm(update)
-    if reason := _norm_refusal(state, norm, reply.tokens):
+    if reason := _norm_refusal(state, norm, reply.tokens / step_tokens):
         raise ValueError(reason)
     return update, norm
 
 
-def _norm_refusal(state: RunState, norm: float, tokens: int) -> str | None:
+def _norm_refusal(state: RunState, norm: float, steps: float) -> str | None:
     config, books = state.config, state.admission
-    steps = tokens / config.total_batch_size
     reason = norm_refusal(
         norm, books.norms, max_ratio=config.max_update_norm_ratio, longer=books.longer(steps)
     )
@@ -64,7 +68,7 @@ def _norm_refusal(state: RunState, norm: float, tokens: int) -> str | None:
 def compare(state: RunState, replies: Sequence[Spilled]) -> Votes:
     """The `replies` of a round beside one another and the outer momentum, now that all are there."""
     momentum = {n: t for n in state.weights if (t := state.outer.get(f"momentum.{n}")) is not None}
-    return votes_of(replies, momentum=momentum, batch_tokens=state.config.total_batch_size)
+    return votes_of(replies, momentum=momentum)
 
 
 def disagreeing(state: RunState, votes: Votes) -> tuple[dict[str, str], str]:

@@ -5,7 +5,7 @@ Step 6 of docs/protocol.md. The replies of a round also say how good the model i
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from pilot.config import RunConfig
 from pilot.errors import PilotError
 from pilot.rules.admission import REFUSALS_IN_A_ROW
 from pilot.rules.merge_guard import Verdict
-from pilot.rules.outer import outer_step
+from pilot.rules.outer import LastStep, outer_step
 from pilot.rules.rounds import Clock
 from pilot.rules.validation import Figure, bpb
 from pilot.run.quarantine import keep_refused
@@ -52,6 +52,7 @@ class Committer:
     clock: Clock
     version: Version | None = None
     writing: Callable[[], None] = lambda: None  # called before a snapshot is written
+    last_step: LastStep = field(default_factory=LastStep)
 
     def close(self, closed: OpenRound, reason: str) -> bool:
         """Merge what was accepted and write it all in one snapshot: its rename is the commit.
@@ -67,12 +68,13 @@ class Committer:
             closed.turn_away(client, why)
         if undecided:
             self.report.updates_disagree(closed.number, undecided)
-        mean = closed.mean()
-        model = None
+        mean, model = closed.mean(), None
+        outer: dict[str, float | None] = {}
         if mean is None:
             self.report.nothing_to_merge(closed.number)
         else:
             model = outer_step(self.config, state.weights, mean, state.outer)
+            outer = self.last_step.figures(state.weights, model[0])
         accepted = closed.in_lease_order()
         record = self._record(closed, reason)
         merged = {one.order.client.name for one in accepted}
@@ -82,7 +84,8 @@ class Committer:
         self._write()
         self._keep_spool(closed)
         fast = speeds((one.order.client.name, one.reply) for one in accepted)
-        self.report.round_committed(record, state, votes.figures(merged), fast)
+        learning = votes.figures(merged) | outer | {"code_lost": closed.code_lost}
+        self.report.round_committed(record, state, learning, fast)
         return False
 
     def score(self, closed: OpenRound) -> bool:
@@ -138,6 +141,7 @@ class Committer:
                 reply, f"the model was much worse with it: round {closed.number} took it back"
             )
         closed.drop("it was trained from a model that is taken back")
+        self.last_step.forget()
         culprit = guard.was_bad(closed.number)
         if culprit:
             state.admission.in_a_row[culprit] = REFUSALS_IN_A_ROW

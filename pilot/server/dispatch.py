@@ -1,11 +1,12 @@
 """What a round asks of each client: rows to train on, rows to be judged by, and how long it may take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord
 
 from pilot.config import RunConfig
+from pilot.rules.batch import alike, step_shares
 from pilot.rules.ledger import Lease
 from pilot.rules.rounds import Clock
 from pilot.rules.validation import NOTHING, Asked, slices
@@ -50,10 +51,13 @@ class Dispatcher:
         """
         model = to_arrays(encode(self.state.weights))
         limited = not evaluate_only and not all(client.blind for client in clients)
-        shares, leases = self._shares(clients), {}
+        step_rows, leases = self._step_rows(clients), {}
+        shares = self._shares(clients, step_rows)
         if not evaluate_only:
-            wanted = {s.name: self._rows_wanted(s, shares[s.name]) for s in clients}
-            leases = self.state.ledger.lease_all(wanted, step_rows=self.config.batch_rows)
+            wanted = {
+                s.name: self._rows_wanted(s, shares[s.name], step_rows[s.name]) for s in clients
+            }
+            leases = self.state.ledger.lease_all(wanted, step_rows=step_rows)
         names = [client.name for client in (clients if scorers is None else scorers)]
         asked_of = dict(zip(names, slices(self.config.eval_rows, len(names)), strict=True))
         for client in clients:
@@ -64,6 +68,7 @@ class Dispatcher:
                 open_round,
                 client,
                 share,
+                step_rows[client.name],
                 lease,
                 asked,
                 model,
@@ -77,13 +82,16 @@ class Dispatcher:
         Of the evaluation it does what another one was asked for and will not do, if anything.
         """
         clients = [*(order.client for order in open_round.pending), client]
-        share = self._shares(clients)[client.name]
+        # the others keep their rows of a step until the round is over, as does a client that comes back
+        known = {name: one.step_rows for name, one in open_round.clients.items() if one.step_rows}
+        step_rows = self._step_rows(clients) | known
+        share, rows = self._shares(clients, step_rows)[client.name], step_rows[client.name]
         model = to_arrays(encode(self.state.weights))
-        lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share))
+        lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share, rows))
         limited = not all(one.blind for one in clients)
         seconds_left = self._seconds_left(open_round, client, limited=limited)
         asked = open_round.unscored(client.name)
-        self._send(open_round, client, share, lease, asked, model, seconds_left)
+        self._send(open_round, client, share, rows, lease, asked, model, seconds_left)
 
     def _seconds_left(self, open_round: OpenRound, client: Client, *, limited: bool) -> float:
         """How long the order may take; `limited`: less, for one that cannot hear when the round ends."""
@@ -99,6 +107,7 @@ class Dispatcher:
         open_round: OpenRound,
         client: Client,
         share: float,
+        step_rows: int,
         lease: Lease | None,
         asked: Asked,
         model: ArrayRecord,
@@ -113,13 +122,14 @@ class Dispatcher:
             client=client.name,
             config=self.config.to_mapping(),
             redis_url=self.redis_url,
-            processes=self.config.client_processes or client.hello.devices,
+            processes=self._processes(client),
             segments=list(lease.segments) if lease else [],
             lease_is_tail=lease.last if lease else False,
             seconds_left=seconds_left,
             committed_tokens=self.state.tokens,
             total_tokens=self.state.total_tokens,
             share=share,
+            step_rows=step_rows,
             eval_first_row=asked.own[0],
             eval_end_row=asked.own[1],
             eval_pieces=[list(piece) for piece in asked.pieces],
@@ -133,25 +143,59 @@ class Dispatcher:
         open_round.asked(client.name)
         if message_id:
             now_s = self.clock.now_s()
-            due_s = now_s + seconds_left
-            down = num_bytes(model)
-            open_round.add(SentOrder(message_id, client, fence, lease, now_s, due_s, asked, down))
+            sent = SentOrder(
+                message_id,
+                client,
+                fence,
+                lease,
+                sent_at_s=now_s,
+                due_s=now_s + seconds_left,
+                asked=asked,
+                bytes_down=num_bytes(model),
+                step_tokens=step_rows * self.config.sequence_len,
+            )
+            open_round.add(sent)
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
 
-    def _shares(self, clients: Sequence[Client]) -> dict[str, float]:
-        """Each client's share of the federation's token rate; equal shares where work is fixed."""
+    def _processes(self, client: Client) -> int:
+        return self.config.client_processes or client.hello.devices
+
+    def _step_rows(self, clients: Sequence[Client]) -> dict[str, int]:
+        """Rows of an optimizer step of each client: the batch, or its share of it, by `batch-of`.
+
+        Shares are by measured speed, so that all take about as many steps; equal where work is fixed, where
+        some speed is not known yet, and where all are alike.
+        """
+        config, names = self.config, [client.name for client in clients]
+        if config.batch_of == "client":
+            return dict.fromkeys(names, config.batch_rows)
+        speeds = dict.fromkeys(names, 1.0)
+        measured = {c.name: c.tokens_per_s for c in clients if c.tokens_per_s}
+        if not config.round_steps and len(measured) == len(names):
+            for client in clients:
+                now, before = measured[client.name], client.steady_tokens_per_s
+                client.steady_tokens_per_s = before if before and alike(before, now) else now
+                speeds[client.name] = client.steady_tokens_per_s
+            if alike(min(speeds.values()), max(speeds.values())):
+                speeds = dict.fromkeys(names, 1.0)
+        ranks = {client.name: self._processes(client) for client in clients}
+        return step_shares(config.batch_rows, ranks, speeds)
+
+    def _shares(self, clients: Sequence[Client], step_rows: Mapping[str, int]) -> dict[str, float]:
+        """Each client's share of the federation's token rate; where work is fixed, by the rows of a step."""
         rates = {client.name: client.tokens_per_s for client in clients}
         if self.config.round_steps or not all(rates.values()):
-            return dict.fromkeys(rates, 1 / len(rates))
+            rows = sum(step_rows[name] for name in rates)
+            return {name: step_rows[name] / rows for name in rates}
         total = sum(rate for rate in rates.values() if rate)
         return {name: (rate or 0.0) / total for name, rate in rates.items()}
 
-    def _rows_wanted(self, client: Client, share: float) -> int:
+    def _rows_wanted(self, client: Client, share: float, step_rows: int) -> int:
         """About twice the rows that the client will use in a round, whole optimizer steps."""
         config = self.config
         if config.round_steps:
-            return config.round_steps * config.batch_rows
+            return config.round_steps * step_rows
         wanted = self.state.total_tokens - self.state.tokens
         if config.target_tokens:
             wanted = min(wanted, config.target_tokens)
@@ -160,8 +204,8 @@ class Dispatcher:
             tokens = min(tokens, 2.0 * client.tokens_per_s * config.round_max_duration)
         elif not config.target_tokens:
             tokens = min(tokens, 2.0 * client.hello.devices * self._shard_tokens())
-        steps = max(1, -int(-tokens // config.total_batch_size))
-        return steps * config.batch_rows
+        steps = max(1, -int(-tokens // (step_rows * config.sequence_len)))
+        return steps * step_rows
 
     def _shard_tokens(self) -> float:
         """Tokens of an average shard; as long as none is known, no limit (a lease then counts shards)."""

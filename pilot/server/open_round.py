@@ -88,6 +88,7 @@ class OpenRound:
         client = self.clients.setdefault(order.client.name, ClientInRound())
         client.order, client.last = order, Last.PENDING
         self.sent.append(order)
+        client.step_rows = order.step_tokens // self._state.config.sequence_len
         if order.asked.pieces:
             self._asked[order.client.name] = order.asked
 
@@ -187,7 +188,7 @@ class OpenRound:
             # what it learnt of its shards counts: they may have been too small for a single step
             ledger.commit(lease_id, [], reply.row_counts)
             return None
-        update, norm = admit(self._state, order.lease, reply, parts)
+        update, norm = admit(self._state, order.lease, reply, parts, step_tokens=order.step_tokens)
         path = self._spool / f"lease-{lease_id:08d}.safetensors"
         try:
             fault_point("spill.write")
@@ -316,6 +317,18 @@ class OpenRound:
         ]
         tokens = sum(tokens for _, tokens in losses)
         return sum(nats for nats, _ in losses) / tokens if tokens else None
+
+    @property
+    def code_lost(self) -> float | None:
+        """What the form of `wire-up` could not say of the updates, as a share of their length: the mean by
+        tokens of what the replies accepted say of theirs. Of their mean it is no more than about that."""
+        shares = [
+            (one.reply.code_lost, one.reply.tokens)
+            for one in self.accepted
+            if one.reply.code_lost is not None
+        ]
+        tokens = sum(tokens for _, tokens in shares)
+        return sum(share * tokens for share, tokens in shares) / tokens if tokens else None
 
     def figure(self, last_bpb: float | None = None) -> Figure:
         """How good the model is that the clients received, by what they have scored; `last_bpb`: the one

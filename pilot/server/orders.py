@@ -1,6 +1,6 @@
 """What was asked of a client in a round, and what came of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class SentOrder:
     due_s: float = 0.0
     asked: Asked = NOTHING  # of the validation rows
     bytes_down: int = 0
+    step_tokens: int = field(kw_only=True)  # of each of its optimizer steps
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,20 @@ class AcceptedReply:
     refused_before: int = 0  # replies of its client in a row, before this one
 
     @property
+    def steps(self) -> float:
+        """Its optimizer steps; one that was short counts in part."""
+        return self.reply.tokens / self.order.step_tokens
+
+    @property
     def spilled(self) -> Spilled:
-        return Spilled(self.order.client.name, self.reply.tokens, self.path)
+        return Spilled(self.order.client.name, self.reply.tokens, self.path, self.steps)
 
     @property
     def contribution(self) -> Contribution:
         """What the books learn from it."""
         reply = self.reply
         merged = MergedReply(self.order.client.name, reply.fence, reply.tokens, reply.consumed)
-        return Contribution(merged, reply.row_counts, self.norm)
+        return Contribution(merged, reply.row_counts, self.norm, self.steps)
 
 
 class Last(Enum):
@@ -76,6 +82,7 @@ class ClientInRound:
 
     last: Last = Last.UNSENT
     order: SentOrder | None = None  # while it is pending
+    step_rows: int = 0  # of its orders in this round; 0: it has had none
     fruitless: int = 0  # its orders that came to nothing
     failure: str = ""  # the last thing it answered that cannot be used
     loss: str = ""  # why it has not answered

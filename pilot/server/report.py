@@ -281,8 +281,8 @@ class Report:
         learning: Mapping[str, float | None] = MappingProxyType({}),
         speeds: Mapping[str, Speed] = MappingProxyType({}),
     ) -> None:
-        """The round is on disk; `learning`: what its updates say of it (`Votes.figures`); `speeds`: client →
-        how fast it trained."""
+        """The round is on disk; `learning`: what its updates say of it (`Votes.figures`,
+        `LastStep.figures`, what a code lost); `speeds`: client → how fast it trained."""
         loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
         refused = f" refused={record.refused}" if record.refused else ""
         rate = sum(speed.tokens_per_s for speed in speeds.values()) or None

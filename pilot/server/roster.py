@@ -29,6 +29,7 @@ class Client:
 
     `start_s` passed from sending an order to its first heartbeat, `begin_s` to its first step, `upload_s` from
     the end of the round to the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
+    `steady_tokens_per_s` is the rate by which a batch is shared: the measured one when it last changed much.
     `late_rounds`: the rounds in a row, up to the last, that had ended before it could take a step.
     """
 
@@ -36,6 +37,7 @@ class Client:
     node_id: int
     hello: HelloReply
     tokens_per_s: float | None = None
+    steady_tokens_per_s: float | None = None
     start_s: float | None = None
     begin_s: float | None = None
     upload_s: float | None = None
@@ -54,6 +56,7 @@ class Client:
         """Take over what was measured of a node of the same name."""
         if before is not None:
             self.tokens_per_s = before.tokens_per_s
+            self.steady_tokens_per_s = before.steady_tokens_per_s
             self.start_s, self.upload_s = before.start_s, before.upload_s
             self.fixed_cost_s = before.fixed_cost_s
             self.begin_s, self.late_rounds = before.begin_s, before.late_rounds

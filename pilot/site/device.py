@@ -11,8 +11,8 @@ from pilot.site.ranks import Ranks
 from pilot.site.rows import given_rows
 
 
-def agree_on_device(config: RunConfig, ranks: Ranks) -> tuple[torch.dtype, int]:
-    """(dtype of matmuls, rows of a device): rank 0's, on all ranks.
+def agree_on_device(config: RunConfig, ranks: Ranks, *, step_rows: int) -> tuple[torch.dtype, int]:
+    """(dtype of matmuls, rows of a device): rank 0's, on all ranks; `step_rows` of all ranks.
 
     Raises PilotError on a rank whose GPU is of another kind than rank 0's: by itself it would choose
     other kernels, and perhaps tables of another dtype, which no collective can fill.
@@ -23,7 +23,7 @@ def agree_on_device(config: RunConfig, ranks: Ranks) -> tuple[torch.dtype, int]:
     own = {
         "dtype": str(default_compute_dtype(device.type)).removeprefix("torch."),
         "capability": capability,
-        "rows": _rows(config, ranks),
+        "rows": _rows(config, ranks, step_rows),
     }
     agreed = ranks.broadcast_json(own)
     if agreed["capability"] != capability:
@@ -47,10 +47,10 @@ def check_fp8(config: RunConfig, device: torch.device) -> None:
     )
 
 
-def _rows(config: RunConfig, ranks: Ranks) -> int:
+def _rows(config: RunConfig, ranks: Ranks, step_rows: int) -> int:
     return device_rows(
         given_rows(config.device_batch_size),
         device=ranks.device,
         sequence_len=config.sequence_len,
-        rank_rows=-(-config.batch_rows // ranks.world_size),
+        rank_rows=-(-step_rows // ranks.world_size),
     )

@@ -83,7 +83,9 @@ class Round:
                 keep_freed_memory()
             self._limit_threads()
             data = open_data(self.config)
-            compute_dtype, self._device_rows = agree_on_device(self.config, self.ranks)
+            compute_dtype, self._device_rows = agree_on_device(
+                self.config, self.ranks, step_rows=self.order.step_rows
+            )
             model = plan.build_model(
                 self.config, device=self.ranks.device, compute_dtype=compute_dtype
             )
@@ -96,6 +98,7 @@ class Round:
                 with self.seconds.of("encode_s"):
                     update = pseudo_gradient(model, weights)
                     parts = self.encoder.encode(update, self.order, self.ranks.device)
+                reply["code_lost"] = self.encoder.lost
                 if not self._resident and not stop.leaving:
                     self.encoder.keep()
             if self.order.run_is_over:
@@ -267,7 +270,7 @@ class Round:
         while not 0 < config.round_steps <= progress.heartbeat.step:
             if (rows := self._read(stream, stop)) is None:
                 return
-            if len(rows) < config.batch_rows and not (len(rows) and self.order.lease_is_tail):
+            if len(rows) < self.order.step_rows and not (len(rows) and self.order.lease_is_tail):
                 stop.stop(StopReason.LEASE_USED_UP)
                 return
             hyper = schedule.at(self._global_step())
@@ -296,7 +299,8 @@ class Round:
                 devices=self.ranks.world_size,
             )
 
-        of_round = config.round_steps * config.total_batch_size or config.target_tokens
+        of_step = self.order.step_rows * config.sequence_len
+        of_round = config.round_steps * of_step or config.target_tokens
         total = self.order.total_tokens
         total_s, round_s = seconds(total), seconds(of_round or total)
         block, choices = accelerated_block(
@@ -314,7 +318,7 @@ class Round:
 
         Rank 0 waits for them, since only it hears the stop; once it has them, so have the others.
         """
-        size = self.config.batch_rows
+        size = self.order.step_rows
         self.progress.update(state="packing")
         with self.seconds.of("pack_s"):
             rows = stream.read(size, should_stop=stop.should_stop) if self.ranks.first else None

@@ -21,7 +21,7 @@ from torch import Tensor
 from nanochat.common import get_base_dir
 from nanochat.files import atomic_path
 from nanochat.gpt import GPT
-from pilot.wire.codec import DECAY, encode, form_of
+from pilot.wire.codec import DECAY, Loss, encode, form_of
 from pilot.wire.messages import Fence, Part, TrainOrder
 
 log = logging.getLogger("pilot.site")
@@ -52,6 +52,7 @@ class Encoder:
 
     def __init__(self, directory: Path, wire: str) -> None:
         self._directory, self._wire = directory, wire
+        self.lost: float | None = None  # of what `encode` had to say, as `Loss.share`
         self._new: tuple[dict[str, Tensor], Fence] | None = None  # a rest that is not written yet
 
     def encode(
@@ -64,11 +65,15 @@ class Encoder:
         """
         merged, fence = order.last_merged_fence, order.fence
         where = device if device.type == "cuda" else torch.device("cpu")
+        loss = Loss()
         if self._wire not in DECAY:
-            return encode(update, wire=self._wire, device=where)
+            parts = encode(update, wire=self._wire, device=where, loss=loss)
+            self.lost = loss.share
+            return parts
         before = self._path(merged) if merged else None
         with _opened(before) as rest:
-            parts = encode(update, wire=self._wire, rest=rest, device=where)
+            parts = encode(update, wire=self._wire, rest=rest, device=where, loss=loss)
+        self.lost = loss.share
         self._remove_all_but(before, fence)
         lossy = {n: t for n, t in update.items() if form_of(self._wire, t.shape) in DECAY}
         self._new = lossy, fence

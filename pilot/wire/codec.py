@@ -11,6 +11,7 @@ is not sent for the sake of its rest, which waits.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,12 +21,25 @@ from pilot.wire.codes import decode as decode_code
 from pilot.wire.codes import encode as encode_code
 from pilot.wire.messages import Part
 
-__all__ = ["DECAY", "CodecError", "decode", "encode", "form_of", "message_bytes"]
+__all__ = ["DECAY", "CodecError", "Loss", "decode", "encode", "form_of", "message_bytes"]
 
 # Form → what of a rest is added to the next update. Sparse: 0.95, as in SparseLoCo (arXiv 2508.15706). The
 # rounding of bfloat16 is too small to be remembered.
 DECAY: Mapping[str, float] = {"int8": 1.0, "int4": 1.0, "sparse": 0.95}
 _SMALL = 4096  # values, of which fp32 costs nothing beside those of a matrix
+
+
+@dataclass
+class Loss:
+    """What parts were to say and what they could not, as sums of squares over all tensors."""
+
+    whole: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The length of the rest over that of the whole: 0 where nothing was lost."""
+        return math.sqrt(self.rest / self.whole) if self.whole > 0 else 0.0
 
 
 def form_of(wire: str, shape: Sequence[int]) -> str:
@@ -48,31 +62,43 @@ def encode(
     wire: str = "float32",
     rest: Callable[[str], Tensor | None] = lambda name: None,
     device: torch.device | None = None,
+    loss: Loss | None = None,
 ) -> list[Part]:
     """Parts in the order of `tensors`, of the forms that `form_of` says.
 
     Tensors of another form than float32 must be contiguous fp32. They are left with their rest: what their
     parts do not say of them and of `rest`, which gives that of the update before, by name (None: there is
-    none). They are encoded on `device`, by default where they are.
+    none). They are encoded on `device`, by default where they are. What is lost is added to `loss`.
     """
     parts = []
     for name, tensor in tensors.items():
         form = form_of(wire, tensor.shape)
         if form == "float32":
+            if loss is not None:
+                loss.whole += _square(tensor.detach())
             said = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
             said = said.view(torch.uint8)
         else:
-            said = _encode(tensor, rest(name), form, device or tensor.device)
+            said = _encode(tensor, rest(name), form, device or tensor.device, loss)
         parts.append(Part(name, form, tuple(tensor.shape), said.numpy().data))
     return parts
 
 
-def _encode(tensor: Tensor, rest: Tensor | None, form: str, device: torch.device) -> Tensor:
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def _encode(
+    tensor: Tensor, rest: Tensor | None, form: str, device: torch.device, loss: Loss | None
+) -> Tensor:
     values = tensor.detach().to(device)
     rows = rows_with_values(values)
     if rest is not None and rest.shape == tensor.shape:
         values.add_(rest.to(device), alpha=DECAY[form])
+    whole = _square(values) if loss is not None else 0.0
     said = encode_code(values, CODES[form], rows=rows).cpu()
+    if loss is not None:
+        loss.whole, loss.rest = loss.whole + whole, loss.rest + _square(values)
     if values.device != tensor.device:
         tensor.copy_(values)
     return said

@@ -161,10 +161,11 @@ class TrainOrder:
 
     `seconds_left` counts on the client's own monotonic clock from receipt. `committed_tokens`, `share` and
     `total_tokens` are the schedule's inputs, `share` being the client's share of the federation's token
-    rate, 0..1. `lease_is_tail`: nothing was left to lease behind `segments`, so one short step may end
-    them. `eval_pieces`: [first row, end row] of validation rows to score apart; empty: the slice as a whole.
-    `last_merged_fence`: of this client's last reply that was merged; `upload_s`: what its last reply took
-    from the end of the round, in seconds (0: not measured yet). `run_is_over`: no order follows.
+    rate, 0..1; `step_rows`: rows of each of its optimizer steps (`rules/batch.py`). `lease_is_tail`: nothing
+    was left to lease behind `segments`, so one short step may end them. `eval_pieces`: [first row, end row] of
+    validation rows to score apart; empty: the slice as a whole. `last_merged_fence`: of this client's last
+    reply that was merged; `upload_s`: what its last reply took from the end of the round, in seconds (0: not
+    measured yet). `run_is_over`: no order follows.
     `note`: a sentence for the people of the site.
     """
 
@@ -179,6 +180,7 @@ class TrainOrder:
     committed_tokens: int
     total_tokens: int
     share: float
+    step_rows: int = field(metadata={"low": 1, "high": MAX_INTEGER})
     eval_first_row: int
     eval_end_row: int
     eval_pieces: list[list[int]] = field(default_factory=list)
@@ -198,7 +200,8 @@ class TrainReply:
     if it is no number. Of the `total_s` seconds from the order's receipt to the reply, `ready_s` passed until
     the first heartbeat, `eval_s` in evaluation, `train_s` in training, `pack_s` of these in waiting for rows,
     `encode_s` in encoding. `mfu`: which share of the devices' arithmetic training used (`nanochat.gpus.mfu`);
-    None where no data sheet says what they can do, as for CPUs.
+    None where no data sheet says what they can do, as for CPUs. `code_lost`: the length of what the form of
+    `wire-up` could not say of the update, over that of what it was to say; None without an update.
     """
 
     fence: Fence
@@ -219,6 +222,7 @@ class TrainReply:
     pack_s: float = _metric(0.0)
     encode_s: float = _metric(0.0)
     mfu: float | None = _metric(None)
+    code_lost: float | None = _metric(None)
     consumed: list[Segment] = field(default_factory=list)
     row_counts: dict[int, int] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list, metadata={"metric": True})

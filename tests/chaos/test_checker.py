@@ -154,7 +154,7 @@ def test_books_are_read_from_snapshots_as_the_server_writes_them(tmp_path: Path)
     fence = Fence(RUN, 1, 1, lease.lease_id)
     reply = MergedReply("site-a", fence, 4 * T, [Segment(0, shard, 0, 4)])
     record = RoundRecord(1, "min-duration", 1, 4 * T, 1.0, 2.0)
-    state.absorb(record, [Contribution(reply, {}, norm=1.0)], None)
+    state.absorb(record, [Contribution(reply, {}, norm=1.0, steps=1.0)], None)
     path = write_snapshot(tmp_path, state.to_snapshot(term=1), keep=3)
     rows = ((0, shard), (0, 4))
     merged = Merged("site-a", RUN, 1, 1, lease.lease_id, (rows,))
@@ -229,3 +229,7 @@ def test_a_missed_target_a_process_left_and_another_bpb_are_found() -> None:
     assert list(checker.check_bpb(None, 2.0)) == ["bpb: the final model was not scored"]
     for bpb in (2.05, 1.95):
         assert "more than 2% apart" in next(iter(checker.check_bpb(bpb, 2.0)))
+    shared = checker.BPB_TOLERANCE["federation"]
+    assert list(checker.check_bpb(2.019, 2.0, shared)) == []
+    for bpb in (2.03, 1.97):
+        assert "more than 1% apart" in next(iter(checker.check_bpb(bpb, 2.0, shared)))

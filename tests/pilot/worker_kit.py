@@ -54,6 +54,7 @@ def train_order(config: RunConfig, segments: list[list[int]], **values: Any) -> 
         "committed_tokens": 0,
         "total_tokens": 100_000,
         "share": 1.0,
+        "step_rows": config.batch_rows,
         "eval_first_row": 0,
         "eval_end_row": 0,
     }

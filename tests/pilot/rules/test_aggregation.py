@@ -209,9 +209,9 @@ def test_votes_are_all_dot_products_with_one_vote_a_client(tmp_path: Path) -> No
     replies = []
     for number, (client, tokens) in enumerate((("a", 8), ("b", 16), ("a", 24))):
         save_file(update(number), tmp_path / f"{number}")
-        replies.append(Spilled(client, tokens, tmp_path / f"{number}"))
+        replies.append(Spilled(client, tokens, tmp_path / f"{number}", steps=tokens / 8))
     momentum = update(9)
-    votes = votes_of(replies, momentum=momentum, batch_tokens=8)
+    votes = votes_of(replies, momentum=momentum)
 
     def flat(one: dict[str, Tensor]) -> Tensor:
         return torch.cat([one[name].reshape(-1) for name in sorted(SHAPES)]).double()
@@ -223,5 +223,5 @@ def test_votes_are_all_dot_products_with_one_vote_a_client(tmp_path: Path) -> No
     assert np.allclose(votes.gram, expected, rtol=1e-6)
     cosines = [float(x @ m / (x.norm() * m.norm())) for x in (a, b)]
     assert votes.heading is not None and np.allclose(votes.heading, cosines, rtol=1e-6)
-    none = votes_of([], momentum={}, batch_tokens=8)
+    none = votes_of([], momentum={})
     assert (none.clients, none.gram, none.heading) == ([], [], None)

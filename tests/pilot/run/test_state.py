@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pilot.config import RunConfig
+from pilot.config import DEFAULTS, RunConfig
 from pilot.rules.ledger import Ledger
 from pilot.run.snapshot import Snapshot, latest_snapshot, write_snapshot
 from pilot.run.state import (
@@ -178,7 +178,7 @@ def test_a_round_is_absorbed_whole_its_replies_for_good_and_the_last_of_each_cli
             used = replace(lease.segments[0], end_row=lease.segments[0].first_row + 2)
             fence = Fence("r", 2, number, lease.lease_id)
             reply = MergedReply(name, fence, 16, [used])
-            contributions.append(Contribution(reply, {}, norm=float(number)))
+            contributions.append(Contribution(reply, {}, norm=float(number), steps=2.0))
         record = RoundRecord(number, "min-duration", 2, 32, 1.0, 2.0)
         state.absorb(record, contributions, ({"w": torch.full((3,), float(number))}, {}))
     merged = [one.reply for one in contributions]
@@ -215,6 +215,21 @@ def test_what_doesnt_shape_the_training_may_change() -> None:
     other = replace(CONFIG, grace_max=1.0, redis_url="redis://elsewhere", client_processes=2)
     resumed = RunState.from_snapshot(through_json(trained()), other, shard_order=order)
     assert resumed.config is other
+
+
+def test_a_run_from_before_there_was_a_key_continues_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    snapshot, federation = through_json(trained()), replace(CONFIG, batch_of="federation")
+    del snapshot.state["config"]["batch-of"]
+    assert RunState.from_snapshot(snapshot, CONFIG, shard_order=order).config.batch_of == "client"
+    with pytest.raises(ResumeError, match=r"batch-of \(was 'client', is 'federation'\)"):
+        RunState.from_snapshot(snapshot, federation, shard_order=order)
+    # once it is the default, nobody has asked for it
+    monkeypatch.setattr("pilot.run.state.DEFAULTS", {**DEFAULTS, "batch-of": "federation"})
+    resumed = RunState.from_snapshot(snapshot, federation, shard_order=order)
+    assert resumed.config == CONFIG
+    assert [change.key for change in resumed.config_changes] == ["lr"], "of before"
 
 
 def test_snapshot_of_another_format_is_refused() -> None:

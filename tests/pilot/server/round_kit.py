@@ -25,10 +25,11 @@ from pilot.wire.messages import Fence, HelloReply, Part, TrainReply, to_header
 from pilot.wire.records import to_records
 
 ROW_TOKENS, SHARD_ROWS = 8, 10
+STEP_TOKENS = 4 * ROW_TOKENS
 CONFIG = RunConfig(
     run_name="r",
     sequence_len=ROW_TOKENS,
-    total_batch_size=4 * ROW_TOKENS,
+    total_batch_size=STEP_TOKENS,
     num_shards=6,
     outer_lr=1.0,  # the mean as it is
 )
@@ -63,7 +64,7 @@ class Round:
         fence = Fence("r", 1, 3, lease.lease_id)
         slice_ = (2 * number, 2 * number + 2)  # two validation rows each
         client, asked = Client(name, number, HelloReply()), Asked(slice_, (slice_,))
-        order = SentOrder(f"m-{name}", client, fence, lease, asked=asked)
+        order = SentOrder(f"m-{name}", client, fence, lease, asked=asked, step_tokens=STEP_TOKENS)
         self.orders[name] = order
         self.open.add(order)
 

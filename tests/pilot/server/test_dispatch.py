@@ -245,3 +245,60 @@ def test_order_says_what_the_clients_last_reply_took(tmp_path: Path) -> None:
         one.upload_s = measured
         server.dispatcher.send_all(server.open, [one])
         assert server.order(1).upload_s == said
+
+
+# -- whose batch -------------------------------------------------------------------------------------
+
+
+def step_rows(server: Server, *nodes: int) -> list[int]:
+    return [server.order(node).step_rows for node in nodes]
+
+
+def test_the_batch_of_each_client_is_that_of_the_configuration(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, round_steps=2)
+    server.dispatcher.send_all(server.open, [client(1), client(2)])
+    assert step_rows(server, 1, 2) == [BATCH_ROWS, BATCH_ROWS]
+
+
+def test_clients_of_a_round_share_the_batch_of_the_federation(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"batch_of": "federation", "total_batch_size": 11 * T}
+    server = Server(tmp_path, 1, 2, 3, round_steps=3, known_rows=100, **shared)
+    three = [client(1), client(2, devices=2, speed=9.0), client(3)]
+    server.dispatcher.send_all(server.open, three)
+    assert step_rows(server, 1, 2, 3) == [4, 4, 3], "of fixed work speed decides nothing"
+    assert [server.rows(node) for node in (1, 2, 3)] == [12, 12, 9], "three steps each"
+    assert [server.order(node).share for node in (1, 2, 3)] == [4 / 11, 4 / 11, 3 / 11]
+    sent = {order.client.name: order.step_tokens for order in server.open.pending}
+    assert sent == {"s1": 4 * T, "s2": 4 * T, "s3": 3 * T}
+
+
+def test_who_leaves_makes_the_others_shares_larger_in_the_next_round(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, round_steps=1, batch_of="federation")
+    one, two = client(1), client(2)
+    server.dispatcher.send_all(server.open, [one, two])
+    assert step_rows(server, 1, 2) == [2, 2]
+    server.dispatcher.send_all(server.open, [two])
+    assert step_rows(server, 2) == [4] and server.order(2).share == 1.0
+
+
+def test_shares_follow_measured_speeds_that_have_changed_much(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"batch_of": "federation", "total_batch_size": 30 * T}
+    server = Server(tmp_path, 1, 2, target_tokens=4000, known_rows=500, **shared)
+    one, two = client(1, speed=100.0), client(2)
+    found = []
+    for slow, fast in ((100, None), (100, 120), (100, 200), (110, 180), (110, 440)):
+        one.tokens_per_s, two.tokens_per_s = slow, fast
+        server.dispatcher.send_all(server.open, [one, two])
+        found.append(step_rows(server, 1, 2))
+    assert found == [[15, 15], [15, 15], [10, 20], [10, 20], [6, 24]]
+    assert server.rows(1) % 6 == 0 and server.rows(2) % 24 == 0, "whole steps of its own"
+
+
+def test_who_joins_a_round_takes_its_share_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    server = Server(tmp_path, 1, 2, batch_of="federation", known_rows=500)
+    one, two = client(1), client(2)
+    server.dispatcher.send_all(server.open, [one])
+    server.dispatcher.join(server.open, two)
+    assert step_rows(server, 1, 2) == [4, 2]
+    server.dispatcher.join(server.open, one)  # another lease, in the same round
+    assert step_rows(server, 1, 2) == [4, 2]

@@ -40,7 +40,9 @@ class Watched:
         self.orders: dict[str, SentOrder] = {}
         for number, name in enumerate("ab"):
             client = Client(name, number, HelloReply())
-            self.orders[name] = SentOrder(f"m-{name}", client, Fence("r", 1, 1, 0), None, 100.0)
+            self.orders[name] = SentOrder(
+                f"m-{name}", client, Fence("r", 1, 1, 0), None, 100.0, step_tokens=8
+            )
             self.round.add(self.orders[name])
         self.monitor = RoundMonitor(self.round, report, heartbeat_s=1.0)
         self.directory = directory

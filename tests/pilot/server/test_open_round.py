@@ -121,7 +121,8 @@ def test_what_a_client_left_unscored_is_there_for_another_once(one: Round) -> No
     assert one.open.unscored("c").own == (4, 6), "its own, if it is asked again"
     assert one.open.unscored("a").pieces == ()
     client = Client("d", 9, HelloReply())
-    one.open.add(SentOrder("m-d", client, Fence("r", 1, 3, 0), None, asked=one.open.unscored("d")))
+    fence, asked = Fence("r", 1, 3, 0), one.open.unscored("d")
+    one.open.add(SentOrder("m-d", client, fence, None, asked=asked, step_tokens=8))
     assert one.open.unscored("e").own == (4, 6)
 
 

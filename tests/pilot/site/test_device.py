@@ -38,7 +38,7 @@ def _follower(**told: Any) -> Ranks:
 
 def test_every_rank_takes_rank_0s_dtype_and_rows(site: Path) -> None:
     ranks = _follower(dtype="bfloat16", rows=3)
-    assert agree_on_device(site_config(site), ranks) == (torch.bfloat16, 3)
+    assert agree_on_device(site_config(site), ranks, step_rows=BATCH_ROWS) == (torch.bfloat16, 3)
 
 
 def test_ranks_with_gpus_of_two_kinds_are_refused(
@@ -46,7 +46,7 @@ def test_ranks_with_gpus_of_two_kinds_are_refused(
 ) -> None:
     monkeypatch.setattr(device_module, "capability_of", lambda _: (7, 5))
     with pytest.raises(PilotError, match=r"capability 8\.0, rank 1 has 7\.5"):
-        agree_on_device(site_config(site), _follower(capability=[8, 0]))
+        agree_on_device(site_config(site), _follower(capability=[8, 0]), step_rows=8)
 
 
 def test_machine_without_fp8_says_so_in_its_hello_and_to_an_order(
@@ -58,8 +58,8 @@ def test_machine_without_fp8_says_so_in_its_hello_and_to_an_order(
     assert "fp8 needs an NVIDIA GPU" in reply.error and "\n" not in reply.error
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     with pytest.raises(UserError, match="fp8 needs an NVIDIA GPU"):
-        agree_on_device(config, ranks)
-    agree_on_device(site_config(site, **sizes), ranks)
+        agree_on_device(config, ranks, step_rows=8)
+    agree_on_device(site_config(site, **sizes), ranks, step_rows=8)
 
 
 def test_runs_model_trains_in_fp8_if_its_configuration_says_so(site: Path) -> None:
@@ -75,10 +75,14 @@ def test_one_rank_alone_takes_what_its_device_has_room_for(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    dtype, rows = agree_on_device(site_config(site, device_batch_size=0), ranks)
+    dtype, rows = agree_on_device(
+        site_config(site, device_batch_size=0), ranks, step_rows=BATCH_ROWS
+    )
     assert (dtype, rows) == (torch.float32, min(BATCH_ROWS, gpus.DEFAULT_ROWS))
     monkeypatch.setenv(ROWS_VARIABLE, "4")
-    assert agree_on_device(site_config(site), ranks)[1] == 4, "the machine's own word wins"
+    assert agree_on_device(site_config(site), ranks, step_rows=8)[1] == 4, (
+        "the machine's own word wins"
+    )
 
 
 def test_rows_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ MESSAGES = [
         committed_tokens=1,
         total_tokens=2,
         share=0.5,
+        step_rows=3,
         eval_first_row=0,
         eval_end_row=9,
     ),
