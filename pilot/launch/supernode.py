@@ -1,4 +1,4 @@
-"""`flower-supernode` that looks for its next order at once, and gives up one whose ClientApp is gone.
+"""`flower-supernode` that looks for its next order at once, gives up one whose ClientApp is gone, and stays.
 
 A SuperNode asks the SuperLink for a message, and if there is none it sleeps 3 s (hard-coded; docs/flower.md).
 The next round's order comes about a second after the last reply, so nearly every round waits for that sleep.
@@ -6,11 +6,14 @@ Here the sleeps are short for a while after each message, and Flower's own while
 
 It waits for a reply without a look at the ClientApp, whose death it takes a minute to notice. Here it looks: at
 the file in which a ClientApp says what it works on (`site/in_flight.py`).
+
+It ends when the SuperLink was started again. Here it does not (`rejoin.py`).
 """
 
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 import time
@@ -26,7 +29,7 @@ from pilot.site import in_flight
 from pilot.site.notice import NODE_VARIABLE
 
 PROGRAM = "flower-supernode"
-_LOOP = "flwr.supernode.start_client_internal"
+_LOOP, _CONNECTION = "flwr.supernode.start_client_internal", "flwr.supernode.fleet_http_connection"
 _IDLE_S, _REPLY_S = 3.0, 0.5  # Flower's sleeps: while there is no message, and no reply to one
 _EAGER_S, _EAGER_FOR_S = 0.5, 20.0
 _REPLY_EAGER_S = 0.2
@@ -106,6 +109,10 @@ def main() -> None:
         pace = Pace(lost.look)
         vars(loop)["time"] = SimpleNamespace(**{**vars(time), "sleep": pace.sleep})
         vars(loop)["_push_messages"] = lost.watched(loop._push_messages)
+        rejoin = importlib.import_module("pilot.launch.rejoin")  # which needs all of Flower, too
+        rejoin.install(
+            importlib.import_module(_CONNECTION), say=functools.partial(loop.log, logging.INFO)
+        )
     from flwr.supernode.cli import flower_supernode
 
     flower_supernode()
