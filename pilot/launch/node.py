@@ -277,7 +277,9 @@ class _Node:
         if order.state == in_flight.DONE:
             return "no order in progress"
         if order.state == in_flight.WORKING and not alive(order.pid):
-            return "the ClientApp that worked on the order is gone"
+            # read after the look at the process: it may have said that it is done, and ended
+            if in_flight.read(self.directory) in (None, order):
+                return "the ClientApp that worked on the order is gone"
         blind = coordinator is None or coordinator.failing
         waited_s = time.time() - _written_at(self.directory)
         if blind and not alive(order.pid) and waited_s >= BLIND_UPLOAD_S:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 from nanochat.common import get_base_dir
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
+from pilot.launch import node
 from pilot.launch.connection import flower_environment
-from pilot.launch.node import default_name, node_directory, supernode_options
+from pilot.launch.node import NodeOptions, default_name, node_directory, supernode_options
 from pilot.processes.scratch import free_port
 from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
@@ -329,6 +331,34 @@ def test_node_doesnt_wait_for_what_will_not_come(
             site.has_order("working", redis_url, pid=gone.pid)
         code, said = end(process)
     assert code == 0 and (how in said or (how == "done" and "no order in progress" in said))
+
+
+def test_a_clientapp_that_ends_while_it_is_looked_at_has_said_that_its_reply_is_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOT_NODE_DIR", str(tmp_path))
+    at_work = InFlight(
+        run="r",
+        redis_url="",
+        client="a",
+        fence=Fence("r", 1, 1, 1),
+        preempt_file="",
+        drain_deadline_s=20.0,
+        state=in_flight.WORKING,
+        pid=1,
+    )
+    in_flight.write(at_work)
+
+    def ends_meanwhile(pid: int) -> bool:
+        in_flight.write(replace(at_work, state=in_flight.SENDING))
+        return False
+
+    monkeypatch.setattr(node, "alive", ends_meanwhile)
+    leaving = node._Node(NodeOptions(name="a"), tmp_path, [], print)
+    assert leaving._why_done(at_work, None, "a reason") == ""
+    monkeypatch.setattr(node, "alive", lambda pid: False)
+    in_flight.write(at_work)
+    assert "is gone" in leaving._why_done(at_work, None, "a reason")
 
 
 @pytest.mark.parametrize("how", ["limit", "second signal"])
