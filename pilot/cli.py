@@ -28,6 +28,7 @@ from pilot.errors import PilotError
 from pilot.launch import connection as connections
 from pilot.launch.bundle import stage
 from pilot.launch.connection import Connection
+from pilot.launch.flower_commands import FlowerCommands
 from pilot.launch.flower_run import FlowerRun, Outcome
 from pilot.launch.keep import keep_running
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
@@ -39,6 +40,9 @@ from pilot.run_name import generated_name
 
 PROGRESS_MARK = (
     "shard_progress="  # of the server's progress lines: `client_0: loss=… shard_progress=…`
+)
+SUPERLINK_STARTS_S = (
+    20.0  # for which a run that is resumed waits for a SuperLink before it counts as failed
 )
 
 
@@ -125,7 +129,8 @@ def _run_locally(
     with SuperLink(connection, app) as superlink:
         config = _write_overrides(superlink.scratch, overrides)
         bundle = stage(app, project, superlink.scratch)
-        flower = FlowerRun(connection.name, bundle, superlink.env)
+        commands = FlowerCommands(bundle, superlink.env)
+        flower = FlowerRun(connection.name, bundle, commands)
         try:
             flower.submit(config)
             return flower.follow(console.show, superlink.failure)
@@ -134,6 +139,7 @@ def _run_locally(
             raise
         finally:
             flower.close()
+            commands.close()
 
 
 def _run_remotely(
@@ -153,13 +159,14 @@ def _run_remotely(
         overrides = {**overrides, "run-name": run_name}
     path = _write_overrides(scratch, overrides)
     watch = _server_watch(kept, run_name)
-    flower = FlowerRun(connection.name, bundle, env)
+    commands = FlowerCommands(bundle, env)
+    flower = FlowerRun(connection.name, bundle, commands)
 
     def submit() -> FlowerRun:
         nonlocal flower
-        if flower.run_id is not None:
-            connections.check_reachable(connection)
-        flower = FlowerRun(connection.name, bundle, env)
+        if flower.run_id is not None:  # the SuperLink may be starting again
+            connections.check_reachable(connection, within_s=SUPERLINK_STARTS_S)
+        flower = FlowerRun(connection.name, bundle, commands)
         if watch is not None:
             watch.begin()
         flower.submit(path)
@@ -182,6 +189,7 @@ def _run_remotely(
         raise
     finally:
         flower.close()
+        commands.close()
         if watch is not None:
             watch.close()
         shutil.rmtree(scratch, ignore_errors=True)

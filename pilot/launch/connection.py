@@ -1,10 +1,12 @@
 """Flower's connections: what is configured, what each asks for, and the environment that Flower runs in."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sysconfig
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import tomli_w
 from pilot.errors import PilotError
 
 LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S, _CONNECT_AGAIN_S = 5.0, 0.25
 
 _BASE_DIR = "NANOCHAT_BASE_DIR"
 _TASK_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
@@ -117,8 +119,16 @@ def count_gpus() -> int:
     return present if visible is None else min(present, len(visible.split(",")))
 
 
-def check_reachable(connection: Connection) -> None:
-    """Raise PilotError if nothing answers at a deployment's address."""
+def check_reachable(connection: Connection, *, within_s: float = 0.0) -> None:
+    """Raise PilotError if nothing answers at a deployment's address, nor does `within_s` seconds from now."""
+    deadline = time.monotonic() + within_s
+    while within_s:
+        with contextlib.suppress(PilotError):
+            check_reachable(connection)
+            return
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(_CONNECT_AGAIN_S)
     host, _, port = connection.address.removeprefix("https://").rpartition(":")
     if not port.isdigit():
         return  # Flower's own hosted service

@@ -9,18 +9,17 @@ import json
 import math
 import queue
 import re
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pilot.errors import PilotError
-from pilot.launch.connection import flower_program
+from pilot.launch.flower_commands import Command, FlowerCommands
 from pilot.processes.output import plain
 
-COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports
+COMMAND_TIMEOUT_S = 60.0  # `flwr ls` takes 3 s, most of it imports (`flower_commands.py`)
 LOST_SUPERLINK_S = 120.0  # for how long we keep asking a SuperLink that does not answer
 DEAD_SERVER_S = 5.0  # from the end of the server's process to the end of its log, if it ended well
 
@@ -56,12 +55,12 @@ class Outcome:
 class FlowerRun:
     """One run on a SuperLink: `submit()` it, then `follow()` it to its end."""
 
-    def __init__(self, connection: str, app: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, connection: str, app: Path, commands: FlowerCommands) -> None:
         self.run_id: str | None = None
         self._connection = connection
         self._app = app
-        self._env = {**env, "PYTHONUNBUFFERED": "1", "COLUMNS": "1000"}
-        self._process: subprocess.Popen[str] | None = None
+        self._commands = commands
+        self._process: Command | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._log_ended = False
         self._grace_s = DEAD_SERVER_S
@@ -143,12 +142,15 @@ class FlowerRun:
     def _outcome_within(self, timeout_s: float, failure: Callable[[], str | None]) -> Outcome:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
+            reason = failure()
+            if reason is not None and not self._grace_s:
+                return Outcome("finished:failed", reason)  # Flower can add nothing to that
             outcome = self.outcome()
             if outcome is not None:
                 return outcome
-            if (reason := failure()) is not None:
+            if reason is not None:
                 return Outcome("finished:failed", reason)
-            time.sleep(2)
+            time.sleep(1)
         raise PilotError(
             f"the SuperLink of {self._connection} no longer answers; the run may continue there, see"
             f" `flwr log {self.run_id} {self._connection}`"
@@ -185,17 +187,7 @@ class FlowerRun:
         """Run a flwr command whose output goes line by line into the queue, None at its end."""
         self.close()
         self._log_ended = False
-        process = self._process = subprocess.Popen(
-            [flower_program("flwr"), *arguments],
-            cwd=self._app,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C is ours to answer
-        )
+        process = self._process = self._commands.start(arguments, errors=True)
         lines = self._lines = queue.Queue()
 
         def read() -> None:
@@ -208,22 +200,17 @@ class FlowerRun:
         threading.Thread(target=read, daemon=True).start()
 
     def _command(self, *arguments: str) -> str:
-        """The output of a short flwr command; empty if it takes too long."""
+        """The output of a short flwr command, as far as it came in time."""
+        command = self._commands.start(arguments, errors=False)
+        too_late = threading.Timer(COMMAND_TIMEOUT_S, command.kill)
+        too_late.start()
         try:
-            return subprocess.run(
-                [flower_program("flwr"), *arguments],
-                cwd=self._app,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                timeout=COMMAND_TIMEOUT_S,
-                check=False,
-                start_new_session=True,
-            ).stdout
-        except subprocess.TimeoutExpired:
-            return ""
+            assert command.stdout is not None
+            with command.stdout as output:
+                return output.read()
+        finally:
+            too_late.cancel()
+            command.wait()
 
 
 def _sentence(lines: list[str]) -> str:

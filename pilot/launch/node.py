@@ -276,10 +276,10 @@ class _Node:
                 return f"the server no longer waits for our reply ({over})"
         if order.state == in_flight.DONE:
             return "no order in progress"
-        if order.state == in_flight.WORKING and not alive(order.pid):
-            # read after the look at the process: it may have said that it is done, and ended
-            if in_flight.read(self.directory) in (None, order):
-                return "the ClientApp that worked on the order is gone"
+        gone = order.state == in_flight.WORKING and not alive(order.pid)
+        # read after the look at the process: it may have said that it is done, and ended
+        if gone and in_flight.read(self.directory) in (None, order):
+            return "the ClientApp that worked on the order is gone"
         blind = coordinator is None or coordinator.failing
         waited_s = time.time() - _written_at(self.directory)
         if blind and not alive(order.pid) and waited_s >= BLIND_UPLOAD_S:

@@ -18,9 +18,10 @@ import pytest
 
 from pilot import cli
 from pilot.errors import PilotError
-from pilot.launch import connection, flower_run
+from pilot.launch import connection, flower_commands, flower_run
 from pilot.launch import superlink as superlink_module
 from pilot.launch.connection import Connection, flower_environment, flower_program
+from pilot.launch.flower_commands import FlowerCommands
 from pilot.launch.flower_run import FlowerRun
 from pilot.processes.scratch import free_port
 
@@ -238,8 +239,10 @@ def fake_flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Flo
     script = tmp_path / "flwr"
     script.write_text(f"#!/bin/sh\ncd {tmp_path}\n{body}\n")
     script.chmod(0o755)
-    monkeypatch.setattr(flower_run, "flower_program", lambda name: str(tmp_path / name))
-    return FlowerRun("dep", tmp_path, dict(os.environ))
+    monkeypatch.setattr(flower_commands, "flower_program", lambda name: str(tmp_path / name))
+    commands = FlowerCommands(tmp_path, os.environ)
+    monkeypatch.setattr(commands, "_usable", False)
+    return FlowerRun("dep", tmp_path, commands)
 
 
 def test_a_broken_log_stream_is_taken_up_where_it_broke(
