@@ -17,8 +17,8 @@ from pilot.config import RunConfig
 MISSED_HEARTBEATS = 3
 # ... but not sooner than this: a worker that shares a busy machine may be late by itself.
 _SILENCE_MIN_S = 2.0
-# The wait for replies is this many times the slowest upload measured so far ...
-_GRACE_FACTOR = 3.0
+# The wait for replies is this many times the slowest upload that is usual, or longer where that is worth it ...
+_GRACE_FACTOR = 2.0
 # ... and at least this long: what was measured may have been a quiet moment (seconds).
 _GRACE_MIN_S = 5.0
 # A round opens without a client that may come, after this share of what rounds last, within these

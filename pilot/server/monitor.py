@@ -281,7 +281,7 @@ class RoundMonitor:
         elif order.lease is not None and self.ended_at_s and reply.stopped_by in _OVER:
             self._note_late(order)
         if self.ended_at_s is not None:
-            client.upload_s = now_s - self.ended_at_s
+            client.sent_within(now_s - self.ended_at_s)
 
     def note_late_beginners(self) -> None:
         """At the close: clients that have not begun take longer to than was known; the next round knows it."""
@@ -310,7 +310,7 @@ class RoundMonitor:
     def note_slow_uploads(self, waited_s: float) -> None:
         """Clients still awaited after `waited_s` take longer than they did: next time the wait is longer."""
         for order in self.awaited:
-            order.client.upload_s = max(order.client.upload_s or 0.0, waited_s)
+            order.client.sends_no_faster_than(waited_s)
 
 
 def uploads_s(orders: Collection[SentOrder]) -> list[float]:

@@ -27,8 +27,9 @@ _MAX_REFUSALS, _MAX_REASON_CHARS = 100, 300  # that are remembered, and shown in
 class Client:
     """A node that answered, and what its last round showed (None before there was one).
 
-    `start_s` passed from sending an order to its first heartbeat, `begin_s` to its first step, `upload_s` from
-    the end of the round to the arrival of the reply; `fixed_cost_s` is all that a round cost besides training.
+    `start_s` passed from sending an order to its first heartbeat, `begin_s` to its first step, `last_upload_s`
+    from the end of the round to the arrival of the reply, and `upload_s` is what that usually takes;
+    `fixed_cost_s` is all that a round cost besides training.
     `steady_tokens_per_s` is the rate by which a batch is shared: the measured one when it last changed much.
     `late_rounds`: the rounds in a row, up to the last, that had ended before it could take a step.
     """
@@ -41,6 +42,7 @@ class Client:
     start_s: float | None = None
     begin_s: float | None = None
     upload_s: float | None = None
+    last_upload_s: float | None = None
     fixed_cost_s: float | None = None
     late_rounds: int = 0
     blind_answers: int = 0  # in a row, in which it could not use Redis
@@ -52,9 +54,21 @@ class Client:
         said = self.hello.redis  # None: of a client of before that question
         return bool(self.hello.warning) if said is None else not said
 
+    def sent_within(self, upload_s: float) -> None:
+        """A reply has come. What the client needs is the shorter of its last two uploads: one in which it was
+        frozen or cut off for a moment says nothing of the next."""
+        before_s, self.last_upload_s = self.last_upload_s, upload_s
+        self.upload_s = upload_s if before_s is None else min(upload_s, before_s)
+
+    def sends_no_faster_than(self, waited_s: float) -> None:
+        """A reply had not come after `waited_s`."""
+        self.upload_s = max(self.upload_s or 0.0, waited_s)
+        self.last_upload_s = max(self.last_upload_s or 0.0, waited_s)
+
     def remember(self, before: "Client | None") -> None:
         """Take over what was measured of a node of the same name."""
         if before is not None:
+            self.last_upload_s = before.last_upload_s
             self.tokens_per_s = before.tokens_per_s
             self.steady_tokens_per_s = before.steady_tokens_per_s
             self.start_s, self.upload_s = before.start_s, before.upload_s

@@ -149,7 +149,7 @@ def test_a_site_joins_when_twice_the_cost_of_a_round_is_left_or_what_is_configur
 
 def test_grace_is_three_times_the_slowest_upload_within_its_bounds() -> None:
     assert grace_s([], 600.0) == 600.0
-    assert grace_s([5.0, 20.0], 600.0) == 60.0
+    assert grace_s([5.0, 20.0], 600.0) == 40.0
     assert grace_s([0.1], 600.0) == 5.0
     assert grace_s([500.0], 600.0) == 600.0
     assert grace_s([0.1], 4.0) == 4.0
@@ -157,7 +157,7 @@ def test_grace_is_three_times_the_slowest_upload_within_its_bounds() -> None:
 
 def test_grace_is_longer_where_the_missing_replies_are_worth_it() -> None:
     assert grace_s([5.0], 600.0, worth_s=200.0) == 200.0
-    assert grace_s([5.0], 600.0, worth_s=3.0) == 15.0
+    assert grace_s([5.0], 600.0, worth_s=3.0) == 10.0
     assert grace_s([5.0], 600.0, worth_s=math.inf) == 600.0
 
 

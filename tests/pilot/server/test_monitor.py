@@ -271,8 +271,22 @@ def test_what_a_round_costs_a_site_is_measured_from_its_replies(watched: Watched
     for odd in (replace(reply, tokens=0), replace(reply, train_s=0.0)):
         watched.monitor.measure(order, odd, 130.0)
         assert client.tokens_per_s == 4.0, "who had no time to train is not slow"
-    assert uploads_s([order]) == [10.0]
+    assert uploads_s([order]) == [10.0]  # twice
     assert uploads_s([order, watched.orders["b"]]) == [], "nobody knows how long b takes"
+
+
+def test_one_slow_upload_is_no_reason_to_wait_longer_and_two_are(watched: Watched) -> None:
+    order = watched.orders["a"]
+    reply = TrainReply(fence=order.fence, client="a", tokens=64, train_s=16.0)
+    watched.monitor.ended_at_s = 120.0
+    usual = []
+    for took_s in (2.0, 9.0, 2.5, 8.0, 7.0):  # frozen once; later on a slower line
+        watched.monitor.measure(order, reply, 120.0 + took_s)
+        usual.append(order.client.upload_s)
+    assert usual == [2.0, 2.0, 2.5, 2.5, 7.0]
+    order.client.sends_no_faster_than(14.0)  # nothing had come by then
+    watched.monitor.measure(order, reply, 120.0 + 20.0)
+    assert order.client.upload_s == 14.0, "or the next wait would be too short again"
 
 
 @pytest.mark.parametrize(("said_s", "believed_s"), [(1e-6, 0.25), (1e9, 25.0), (16.0, 16.0)])
