@@ -60,12 +60,22 @@ class LostClientApp:
         self._state: Any = None  # Flower's, of this node
         self._since = 0.0  # wall clock, as the times of files are
 
+    def noted(self, pull: Callable[..., Any]) -> Callable[..., Any]:
+        """Flower's function that takes a message: what files said before is of earlier ones."""
+
+        @functools.wraps(pull)
+        def pulling(**others: Any) -> Any:
+            self._since = time.time()
+            return pull(**others)
+
+        return pulling
+
     def watched(self, push: Callable[..., None]) -> Callable[..., None]:
         """Flower's function that waits for a reply and sends it, with its `state` known here."""
 
         @functools.wraps(push)
         def pushing(*, state: Any, **others: Any) -> None:
-            self._state, self._since = state, time.time()
+            self._state = state
             try:
                 push(state=state, **others)
             finally:
@@ -75,17 +85,31 @@ class LostClientApp:
 
     def look(self) -> None:
         """Let Flower see at once what it would see in a minute, if the ClientApp at work is gone."""
-        path = self._directory / in_flight.FILE_NAME
-        order = in_flight.read(self._directory)
-        if self._state is None or order is None or alive(order.pid):
+        if self._state is None or not (self._gone_at_work() or self._gone_before()):
             return
         with contextlib.suppress(OSError, AttributeError):  # of another Flower: `pilot node` helps
-            if path.stat().st_mtime < self._since:
-                return  # of an earlier message
             with self._state.lock_task_store:
                 for record in self._state.task_token_store.values():
                     record.active_until -= timedelta(days=1)
-            path.unlink(missing_ok=True)
+            for name in (in_flight.FILE_NAME, warm.LAST_CLIENTAPP):
+                (self._directory / name).unlink(missing_ok=True)
+
+    def _gone_at_work(self) -> bool:
+        order = in_flight.read(self._directory)
+        return order is not None and self._is_new(in_flight.FILE_NAME) and not alive(order.pid)
+
+    def _gone_before(self) -> bool:
+        """Whether a ClientApp has ended that had not come to say what it works on."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self._directory / warm.LAST_CLIENTAPP).read_text(encoding="utf-8"))
+            return self._is_new(warm.LAST_CLIENTAPP) and not alive(pid)
+        return False
+
+    def _is_new(self, name: str) -> bool:
+        """Whether a file is of the message at work."""
+        with contextlib.suppress(OSError):
+            return (self._directory / name).stat().st_mtime >= self._since
+        return False
 
 
 def install(directory: Path) -> Path:
@@ -108,6 +132,7 @@ def main() -> None:
         lost = LostClientApp(Path(os.environ.get(NODE_VARIABLE, "")))
         pace = Pace(lost.look)
         vars(loop)["time"] = SimpleNamespace(**{**vars(time), "sleep": pace.sleep})
+        vars(loop)["_pull_and_store_message"] = lost.noted(loop._pull_and_store_message)
         vars(loop)["_push_messages"] = lost.watched(loop._push_messages)
         rejoin = importlib.import_module("pilot.launch.rejoin")  # which needs all of Flower, too
         rejoin.install(

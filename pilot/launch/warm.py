@@ -1,4 +1,4 @@
-"""SuperExec and ClientApps that need not import Flower: they are forks of a process that has.
+"""SuperExec, ClientApps and ServerApps that need not import Flower: they are forks of a process that has.
 
 Flower starts a process per message, which imports all of Flower: seconds of a processor, once per client and
 round (docs/flower.md). Here a ClientApp is a fork of a *template*, a child of the SuperExec that was forked
@@ -28,9 +28,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from pilot.processes.ancestry import alive
 from pilot.processes.keeper import become_subreaper, die_with_parent
+from pilot.site.notice import NODE_VARIABLE
 
 PROGRAM = "flower-superexec"
+LAST_CLIENTAPP = "clientapp.pid"  # in a node's directory
 # What they import in the end; not `pilot`, which is the run's own and not this installation's.
 _PRELOADED = (
     "flwr.supercore.cli.flower_superexec",
@@ -66,9 +69,9 @@ def main() -> None:
     _be_superexec()
 
 
-def preload() -> None:
-    """Import what all forks need."""
-    for module in _PRELOADED:
+def preload(more: Sequence[str] = ()) -> None:
+    """Import what all forks need, and `more`."""
+    for module in (*_PRELOADED, *more):
         with contextlib.suppress(ImportError):  # of a Flower that is built otherwise
             importlib.import_module(module)
 
@@ -83,13 +86,18 @@ def _be_superexec() -> None:
     if sys.platform.startswith("linux"):
         template = Template.fork()
         if isinstance(template, list):
-            _be_clientapp(template)
+            _be_app(template)
             return
         with contextlib.suppress(ImportError, AttributeError, KeyError):  # another Flower
             from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
             from flwr.supercore.superexec.executor import subprocess_executor
 
-            template.starts(TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP], of=subprocess_executor)
+            node = os.environ.get(NODE_VARIABLE)
+            last = Path(node) / LAST_CLIENTAPP if node else None
+            template.starts(
+                TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP], of=subprocess_executor, tell=last
+            )
+            template.starts(TASK_TYPE_TO_COMMAND[TaskType.SERVER_APP], of=subprocess_executor)
     from flwr.supercore.cli.flower_superexec import flower_superexec
 
     flower_superexec()
@@ -117,19 +125,32 @@ class Template:
         theirs.close()
         return Template(ours)
 
-    def starts(self, program: str, *, of: ModuleType) -> None:
-        """Let a module of Flower's that makes nothing of what `Popen` returns start `program` by a fork."""
+    def starts(self, program: str, *, of: ModuleType, tell: Path | None = None) -> None:
+        """Let a module of Flower's, which may only end what it starts, start `program` by a fork.
+
+        The pid of the last one stands in the file `tell`.
+        """
+        before = vars(of)["subprocess"]
 
         def start(words: Sequence[str], **options: Any) -> object:
-            if words[0] == program and not options:
+            quiet = [options.get(name) for name in ("stdout", "stderr")] == [subprocess.DEVNULL] * 2
+            # `start_new_session`: whoever asks for that is a fork of a process with a session of its own
+            others = (
+                options.keys() - {"start_new_session"} - ({"stdout", "stderr"} if quiet else set())
+            )
+            if words[0] == program and not others:
                 with contextlib.suppress(OSError, ValueError):
-                    return self.start(words)
-            return subprocess.Popen(words, **options)
+                    pid = self.start(words, quiet=quiet)
+                    if pid and tell is not None:
+                        with contextlib.suppress(OSError):  # a full disk: its death is seen later
+                            tell.write_text(str(pid), encoding="utf-8")
+                    return Started(pid)
+            return before.Popen(words, **options)
 
         vars(of)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": start})
 
-    def start(self, words: Sequence[str]) -> int:
-        """The pid of a new fork with these words, 0 if it is not there yet.
+    def start(self, words: Sequence[str], *, quiet: bool = False) -> int:
+        """The pid of a new fork with these words, 0 if it is not there yet; a `quiet` one has no output.
 
         Raises OSError or ValueError if there will be none.
         """
@@ -138,13 +159,34 @@ class Template:
         ):  # earlier forks, and what these have left behind
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        self._connection.sendall(json.dumps(list(words)).encode() + b"\n")
+        self._connection.sendall(json.dumps([quiet, *words]).encode() + b"\n")
         try:
             return int(self._connection.recv(32))
         except (
             TimeoutError
         ):  # the words are with the template: a second start would spoil the first one's task
             return 0
+
+
+class Started:
+    """What `Popen` returns, as far as Flower asks for it; pid 0: it is not there yet."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def terminate(self) -> None:
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGTERM)
+
+    def wait(self, timeout: float = 1.0) -> int:
+        """Raises subprocess.TimeoutExpired, as Popen does."""
+        until_s = time.monotonic() + timeout
+        while self._pid and alive(self._pid):
+            if time.monotonic() >= until_s:
+                raise subprocess.TimeoutExpired(PROGRAM, timeout)
+            time.sleep(0.02)
+        return 0
 
 
 def _serve(connection: socket.socket) -> list[str]:
@@ -158,7 +200,10 @@ def _serve(connection: socket.socket) -> list[str]:
             between = os.fork()
             if between == 0:
                 _fork_again(connection)
-                return [str(word) for word in json.loads(line)]
+                quiet, *words = json.loads(line)
+                if quiet:
+                    _be_quiet()
+                return [str(word) for word in words]
             os.waitpid(between, 0)
     os._exit(0)
 
@@ -174,10 +219,23 @@ def _fork_again(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _be_clientapp(words: list[str]) -> None:
+def _be_quiet() -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+    os.close(nothing)
+
+
+def _be_app(words: list[str]) -> None:
+    """Be `flwr-clientapp` or `flwr-serverapp`, whose `pilot` is the run's own."""
     _appear_as(words)
     for name in [name for name in sys.modules if name.partition(".")[0] == "pilot"]:
         del sys.modules[name]
+    if words[0] == "flwr-serverapp":
+        from flwr.superlink.cli import flwr_serverapp
+
+        flwr_serverapp()
+        return
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     flwr_clientapp()

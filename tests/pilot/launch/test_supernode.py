@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from pilot.launch import supernode
+from pilot.launch import supernode, warm
 from pilot.site import in_flight
 from pilot.site.in_flight import InFlight
 from pilot.wire.messages import Fence
@@ -106,6 +106,7 @@ def test_a_clientapp_that_dies_at_work_has_its_order_answered_at_once(
         wait()
 
     lost = supernode.LostClientApp(tmp_path)
+    assert lost.noted(lambda **given: given)(store="a store") == {"store": "a store"}
     lost.watched(push)(state=state, store="a store")
     assert replies[:2] == [[], []]
     (reply,) = replies[2]
@@ -117,8 +118,44 @@ def test_a_clientapp_that_dies_at_work_has_its_order_answered_at_once(
     assert in_flight.read(tmp_path) is not None, "nothing is waited for any more"
 
 
+def test_a_clientapp_that_dies_before_it_says_anything_has_its_message_answered_at_once(
+    state: InMemoryNodeState, tmp_path: Path
+) -> None:
+    clientapp = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    last = tmp_path / warm.LAST_CLIENTAPP
+    last.write_text("1")
+    os.utime(last, (0, 0))
+    replies: list[list[Message]] = []
+
+    def push(*, state: InMemoryNodeState) -> None:
+        def wait() -> None:
+            lost.look()
+            replies.append(list(state.get_messages_legacy(is_reply=True)))
+
+        wait()  # the file is of an earlier message
+        last.write_text(str(clientapp.pid))
+        wait()
+        clientapp.kill()
+        clientapp.wait()
+        wait()
+
+    lost = supernode.LostClientApp(tmp_path)
+    lost.noted(lambda: None)()
+    lost.watched(push)(state=state)
+    assert replies[:2] == [[], []]
+    (reply,) = replies[2]
+    assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert not last.exists()
+
+
 def test_flowers_loop_waits_for_a_reply_as_it_is_expected_to() -> None:
     called = re.search(
         r"\n( +)_push_messages\((.*?)\n\1\)", inspect.getsource(start_client_internal), re.S
     )
     assert called is not None and "state=state," in called[2]
+
+
+def test_flowers_loop_takes_a_message_as_it_is_expected_to() -> None:
+    source = inspect.getsource(start_client_internal)
+    called = re.search(r"run_id = _pull_and_store_message\((.*?)\n +\)", source, re.S)
+    assert called is not None and all("=" in word for word in called[1].split(",")[:-1])

@@ -98,7 +98,7 @@ def test_a_superexec_without_its_template_says_so(tmp_path: Path) -> None:
 
 
 def test_flower_starts_its_clientapps_by_the_template_and_all_else_as_ever(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     started: list[list[str]] = []
 
@@ -108,10 +108,10 @@ def test_flower_starts_its_clientapps_by_the_template_and_all_else_as_ever(
         def __init__(self) -> None:
             pass
 
-        def start(self, words: Sequence[str]) -> int:
+        def start(self, words: Sequence[str], *, quiet: bool = False) -> int:
             if not self.works:
                 raise BrokenPipeError
-            started.append(list(words))
+            started.append([*(["quietly"] if quiet else []), *words])
             return 1
 
     class Popen:
@@ -121,7 +121,7 @@ def test_flower_starts_its_clientapps_by_the_template_and_all_else_as_ever(
     monkeypatch.setattr(subprocess_executor, "subprocess", subprocess_executor.subprocess)
     monkeypatch.setattr(subprocess, "Popen", Popen)
     template = Fake()
-    template.starts("flwr-clientapp", of=subprocess_executor)
+    template.starts("flwr-clientapp", of=subprocess_executor, tell=tmp_path / "last")
     executor = subprocess_executor.SubprocessExecutor()
     types = subprocess_executor.TaskType
 
@@ -144,7 +144,8 @@ def test_flower_starts_its_clientapps_by_the_template_and_all_else_as_ever(
     options = ["--runtime-api-address", "127.0.0.1:9", "--token", "secret", "--insecure"]
     clientapp = ["flwr-clientapp", *options, "--parent-pid", "7"]
     assert launch(types.CLIENT_APP) == clientapp
-    assert launch(types.CLIENT_APP, quiet=True) == ["process", *clientapp]
+    assert (tmp_path / "last").read_text() == "1"
+    assert launch(types.CLIENT_APP, quiet=True) == ["quietly", *clientapp]
     assert launch(types.SERVER_APP)[:2] == ["process", "flwr-serverapp"]
     template.works = False
     assert launch(types.CLIENT_APP) == ["process", *clientapp]
