@@ -1,5 +1,5 @@
-"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, and `pilot node` flower-supernode, with what
-Flower leaves out.
+"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` is flower-supernode and
+`pilot superlink` is flower-superlink, with what Flower leaves out.
 
 `pilot run` merges and checks the run configuration before anything starts, streams the log with one progress
 bar per client, stops everything it started on Ctrl-C, and has an exit code to rely on: 0 completed, 1 failed or
@@ -31,6 +31,7 @@ from pilot.launch.connection import Connection
 from pilot.launch.flower_commands import FlowerCommands
 from pilot.launch.flower_run import FlowerRun, Outcome
 from pilot.launch.keep import keep_running
+from pilot.launch.kept_superlink import run_superlink
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
 from pilot.overrides import load_run_config
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.function is node:
-        arguments.supernode = rest  # flower-supernode's own options
+    if arguments.function in (node, superlink):
+        arguments.flower = rest  # options of Flower's own program
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -104,12 +105,18 @@ def node(arguments: argparse.Namespace) -> int:
     """`pilot node`."""
     options = NodeOptions(
         name=arguments.name,
-        supernode=[word for word in arguments.supernode if word != "--"],
+        supernode=[word for word in arguments.flower if word != "--"],
         preempt_file=arguments.preempt_file,
         leave_within_s=arguments.leave_within,
         device_batch_size=arguments.device_batch_size,
     )
-    return run_node(options, say=speaker(options.name))
+    return run_node(options, say=speaker(f"node {options.name}"))
+
+
+def superlink(arguments: argparse.Namespace) -> int:
+    """`pilot superlink`."""
+    options = [word for word in arguments.flower if word != "--"]
+    return run_superlink(options, say=speaker("superlink"))
 
 
 def _run_locally(
@@ -275,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pilot {version('pilot')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_node(commands)
+    _add_superlink(commands)
     command = commands.add_parser(
         "run",
         help="run the federation: simulated on this machine, or deployed",
@@ -365,6 +373,21 @@ def _add_node(commands: Any) -> None:
         help="rows per device and forward pass on this client; 0: what fits (default: the run's)",
     )
     command.set_defaults(function=node)
+
+
+def _add_superlink(commands: Any) -> None:
+    command = commands.add_parser(
+        "superlink",
+        help="run the SuperLink of a deployment: start it again when it dies, and runs without delay",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Run flower-superlink, to which all options are passed on. When it dies it is started again at\n"
+            "once, without imports, and so are the servers of runs. Ctrl-C or SIGTERM ends it."
+        ),
+        epilog="example:\n  pilot superlink --insecure --disable-runtime-dependency-installation",
+    )
+    command.set_defaults(function=superlink)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import psutil
 
 from benchmarks.chaos.checker import Outage
 from benchmarks.chaos.faults import DELAY_S, Fault
+from benchmarks.chaos.processes import marked
 from benchmarks.chaos.proxy import Line
-from benchmarks.chaos.topology import Federation, Service, Site
+from benchmarks.chaos.topology import Federation, Service, Site, has_role
 from pilot.processes.ancestry import alive
 
 _POLL_S = 0.1
@@ -115,7 +116,9 @@ class Injector:
         federation = self._federation
         if role == "serverapp":
             return federation.server.processes()
-        service = {"redis": federation.redis, "superlink": federation.superlink}.get(role)
+        if role == "superlink":  # under `pilot superlink`, which starts it again
+            return [one for one in marked(federation.superlink_mark) if has_role(one, role)]
+        service = {"redis": federation.redis}.get(role)
         if service is not None:
             with contextlib.suppress(psutil.Error):
                 return [psutil.Process(service.pid)] if service.alive else []
@@ -152,7 +155,7 @@ class Injector:
             return lambda: True  # the site is ready for the next message
         if role == "serverapp":
             return lambda: federation.server.started_at > struck
-        service = {"redis": federation.redis, "superlink": federation.superlink}.get(role)
+        service = {"redis": federation.redis}.get(role)
         if role == "superlink":  # the run is gone with it, and is submitted again
             return lambda: federation.server.started_at > struck
         if service is not None:

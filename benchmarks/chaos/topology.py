@@ -2,7 +2,7 @@
 
     Redis ── line ── ServerApp (on the SuperLink)
       └───── line ── workers of a site
-    SuperLink ── line ── SuperNode of a site (under `pilot node`)
+    SuperLink (under `pilot superlink`) ── line ── SuperNode of a site (under `pilot node`)
 
 A *line* is a port of the proxy (`proxy.py`). The supervisor is a thread that does what systemd would do for
 Redis, SuperLink, SuperNodes and `pilot run`, which itself resumes a run whose server is gone.
@@ -212,7 +212,7 @@ class Federation:
         self.redis = self._redis(redis_port)
         self.server_redis_line = network.line(redis_port)
         env = self.environment = self._env("superlink", self.server_redis_line)
-        command = [str(BIN / "flower-superlink"), "--insecure", "--port", str(self.port)]
+        command = [str(BIN / "pilot"), "superlink", "--insecure", "--port", str(self.port)]
         command += ["--disable-runtime-dependency-installation"]
         self.superlink = self._service("superlink", command, env)
         self.sites = {name: self._site(name, network, redis_port) for name in self._site_names}
@@ -220,7 +220,7 @@ class Federation:
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in self.config.items()]
         config.write_text("".join(lines), encoding="utf-8")
         log = self.directory / "submissions.log"
-        mark = self._mark("superlink")
+        mark = self.superlink_mark = self._mark("superlink")
         app = copy_app(self.directory / "app")
         self.server = Server(mark, self.port, app, config, self.run_dir, env, log)
         self._stack.callback(self.server.close)

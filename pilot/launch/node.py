@@ -361,6 +361,6 @@ def default_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-")[:100] or "site"
 
 
-def speaker(name: str) -> Callable[[str], None]:
-    """A function that prints a line of this node on standard error, where its SuperNode prints, too."""
-    return lambda line: print(f"pilot node {name}: {line}", file=sys.stderr, flush=True)
+def speaker(command: str) -> Callable[[str], None]:
+    """A function that prints a line of `pilot COMMAND` on standard error, as Flower's program does."""
+    return lambda line: print(f"pilot {command}: {line}", file=sys.stderr, flush=True)
