@@ -33,6 +33,8 @@ POINTS = (
     "quarantine.write",  # a refused reply is kept
     "quarantine.tensors-written",
     "quarantine.written",
+    "outer.write",  # the outer step: what it remembers
+    "outer.written",
     "snapshot.create",
     "snapshot.model",
     "snapshot.outer",

@@ -35,6 +35,7 @@ from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop, RunInterrupted
 from pilot.server.telemetry import Telemetry
+from pilot.wire import transfer
 
 _SIMULATION = "flwr-simulation"
 
@@ -46,6 +47,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Lead one run to its end. What raises here becomes the run's status `finished:failed`."""
     configure_logging()
+    transfer.install()
     stopped = threading.Event()
     add_exit_handler(stopped.set)
     try:

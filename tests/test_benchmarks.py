@@ -56,7 +56,7 @@ def test_the_phases_of_each_round_add_up_to_it(overhead: dict[str, Any]) -> None
         assert one["fixed_s"] <= one["round_s"]
         assert {"dispatch", "start", "snapshot"} <= one["phases"].keys()
         for client in one["clients"].values():
-            assert 0 < client["training_s"] and 0 <= client["goodput"] <= 1
+            assert client["training_s"] > 0 and 0 <= client["goodput"] <= 1
     assert new["fixed_s"] == new["rounds"][1]["fixed_s"]
 
 

@@ -1,7 +1,7 @@
 """What may be merged, and which client is left out for a while: pure rules over a reply and the run's books.
 
-A reply reaches the model only through `refusal`, `token_refusal` and `norm_refusal`. That it was trained
-from the model of this round needs no rule here: its fence names run, term and round, within a term a
+A reply reaches the model only through `refusal`, `token_refusal`, `Norm` and `norm_refusal`. That it was
+trained from the model of this round needs no rule here: its fence names run, term and round, within a term a
 round opens once, and every order of it carries the same weights; so the fence *is* the base version,
 and `open_round.py` refuses any other.
 """
@@ -22,6 +22,7 @@ MAX_NORM = 1e25  # times the tokens of a round it is still finite in fp32
 # Norms fall during a run: the median is that of the last rounds, not of the whole run.
 MAX_NORMS = 100
 REFUSALS_IN_A_ROW = 3
+_PIECE = 1 << 18  # values at once in float64
 
 
 @dataclass
@@ -55,26 +56,20 @@ class AdmissionBooks:
 
 
 def refusal(
-    update: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, tokens: int
+    update: Mapping[str, Sequence[int]], model: Mapping[str, Sequence[int]], *, tokens: int
 ) -> str | None:
-    """Why `update` (a pseudo-gradient) may not be merged into `weights`, or None: it may.
+    """Why an update of these shapes, by name, may not be merged into a `model` of those, or None: it may.
 
-    Tensors of the right names, shapes and dtype, all finite, with tokens behind them.
+    The right names and shapes, with tokens behind them.
     """
     if tokens <= 0:
         return f"it reports {tokens} tokens"
-    if update.keys() != weights.keys():
-        strange = sorted(update.keys() ^ weights.keys())
+    if update.keys() != model.keys():
+        strange = sorted(update.keys() ^ model.keys())
         return f"its tensors are not the model's (first difference: {strange[0]})"
-    for name, tensor in update.items():
-        if tensor.shape != weights[name].shape:
-            expected = tuple(weights[name].shape)
-            return f"{name} has shape {tuple(tensor.shape)}, not {expected}"
-        if not tensor.is_floating_point():
-            return f"{name} has dtype {tensor.dtype}"
-        # a sum is finite unless a term isn't (or it overflows: also no update that one wants)
-        if not bool(torch.isfinite(tensor.float().sum())):
-            return f"{name} is not finite"
+    for name, shape in update.items():
+        if tuple(shape) != tuple(model[name]):
+            return f"{name} has shape {tuple(shape)}, not {tuple(model[name])}"
     return None
 
 
@@ -92,10 +87,37 @@ def token_refusal(
     return None
 
 
+class Norm:
+    """The L2 norm of an update, in float64, tensor by tensor, whatever their order: a resumed server has
+    another one."""
+
+    def __init__(self) -> None:
+        self._squares: list[float] = []
+
+    def add(self, name: str, tensor: Tensor) -> str | None:
+        """Count a tensor (fp32) in; why it may not be merged, or None: it may."""
+        # float64 a piece at a time; a sum of squares is finite unless a term isn't
+        norms = [
+            float(torch.linalg.vector_norm(piece, dtype=torch.float64))
+            for piece in tensor.reshape(-1).split(_PIECE)
+        ]
+        square = (
+            math.fsum(norm**2 for norm in norms) if all(map(math.isfinite, norms)) else math.inf
+        )
+        self._squares.append(square)
+        return None if math.isfinite(square) else f"{name} is not finite"
+
+    @property
+    def value(self) -> float:
+        return math.sqrt(math.fsum(self._squares))
+
+
 def update_norm(update: Mapping[str, Tensor]) -> float:
-    """L2 norm over all tensors, in float64, whatever their order: a resumed server has another one."""
-    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in update.values())
-    return math.sqrt(math.fsum(float(norm) ** 2 for norm in norms))
+    """The `Norm` of a whole update."""
+    norm = Norm()
+    for name, tensor in update.items():
+        norm.add(name, tensor)
+    return norm.value
 
 
 def norm_refusal(

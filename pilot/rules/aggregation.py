@@ -1,30 +1,28 @@
 """What becomes of the pseudo-gradients of a round: their mean, or something that one outlier can't move.
 
 `mean` weights each reply by its tokens and folds them in the order given (lease order), one at a time:
-memory is one model, not one per client, and the result does not depend on the order of arrival.
+the result does not depend on the order of arrival.
 
-`trimmed-mean` and `median` work coordinate by coordinate (Yin et al., arXiv 1803.01498) and tensor by
-tensor over the files on disk: memory is one tensor times clients. There every client has one vote,
-whatever its tokens: weights that a client reports itself would be a way to outvote the others. The
-replies of one client in one round are first folded into its vote, weighted by tokens. A single outlier
+`trimmed-mean` and `median` work coordinate by coordinate (Yin et al., arXiv 1803.01498). There every client
+has one vote, whatever its tokens: weights that a client reports itself would be a way to outvote the others.
+The replies of one client in one round are first folded into its vote, weighted by tokens. A single outlier
 can be recognised only where three vote: with fewer clients both are the mean.
+
+All of them work on a few rows of a tensor at a time, read from the replies' files: memory is a piece of each.
 """
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pilot.rules.agreement import Votes
 from pilot.rules.lengths import Lengths, factors, squares
+from pilot.tensor_file import TensorFile, pieces, rows_of
 
 MIN_VOTES = 3
 _TINY = 1e-300
@@ -44,27 +42,51 @@ class Spilled:
     steps: float = 0.0
 
 
-def aggregate(
-    replies: Sequence[Spilled],
-    *,
-    method: str,
-    trim_fraction: float = 0.0,
-    restore_lengths: bool = False,
-) -> dict[str, Tensor] | None:
-    """The pseudo-gradient of a round, fp32; None if there are no replies.
+class Merged:
+    """The pseudo-gradient of a round, fp32, of which each piece is made when it is asked for.
 
     `method`: "mean", "trimmed-mean" (of n votes, floor(trim_fraction * n) are cut at each end, but at least
     one, unless the fraction is 0) or "median" (of an even number: the mean of the two in the middle).
-    `restore_lengths`: as `lengths.py` says; of robust methods by the same method. Replies in lease order.
-    Raises ValueError for tokens that aren't positive.
+    `restore_lengths`: as `lengths.py` says; of robust methods by the same method. Replies in lease order, at
+    least one. Raises ValueError for tokens that aren't positive, and for files that hold other tensors.
     """
-    votes = len({reply.client for reply in replies})
-    if method != "mean" and votes >= MIN_VOTES:
-        return _robust(replies, _cut(votes, method, trim_fraction), restore_lengths)
-    if method != "mean" and replies:
-        log.info("%d clients are too few for a %s: using their mean", votes, method)
-    updates = ((float(reply.tokens), load_file(reply.path)) for reply in replies)
-    return weighted_mean(updates, restore_lengths=restore_lengths)
+
+    def __init__(
+        self,
+        replies: Sequence[Spilled],
+        *,
+        method: str,
+        trim_fraction: float = 0.0,
+        restore_lengths: bool = False,
+    ) -> None:
+        self._by_client, self._in_order = _open(replies)
+        self._restore_lengths = restore_lengths
+        self._cut: int | None = None  # None: the mean
+        votes = len(self._by_client)
+        if method != "mean" and votes >= MIN_VOTES:
+            self._cut = _cut(votes, method, trim_fraction)
+        elif method != "mean":
+            log.info("%d clients are too few for a %s: using their mean", votes, method)
+        self.shapes = self._in_order[0][1].shapes
+        if any(file.shapes != self.shapes for _, file in self._in_order):
+            raise ValueError("the replies of a round hold different tensors")
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """Rows of one tensor, as `tensor_file.rows_of` has them; whole tensors are the same bits."""
+        if self._cut is not None:
+            return self._robust(name, first, end, self._cut)
+        updates = ((w, {name: file.rows(name, first, end)}) for w, file in self._in_order)
+        mean = weighted_mean(updates, restore_lengths=self._restore_lengths)
+        assert mean is not None
+        return mean[name]
+
+    def _robust(self, name: str, first: int, end: int, cut: int) -> Tensor:
+        votes = list(_votes(self._by_client, name, first, end))
+        found = _middle(votes, cut)
+        if self._restore_lengths:
+            usual = _middle([squares(vote) for vote in votes], cut).double()
+            found *= factors(found, usual, most=float(len(votes)))
+        return found
 
 
 def weighted_mean(
@@ -101,25 +123,25 @@ def weighted_mean(
 
 
 def votes_of(replies: Sequence[Spilled], *, momentum: Mapping[str, Tensor]) -> Votes:
-    """All dot products of the clients' updates, tensor by tensor from the files: memory is one tensor of each.
+    """All dot products of the clients' updates, a piece at a time from the files.
 
-    `momentum` of the outer step by name, empty before there is one.
+    `momentum` of the outer step by "momentum." and name, among others, or of no name before there is one.
     """
-    with contextlib.ExitStack() as stack:
-        by_client = _open(replies, stack)
-        count = len(by_client)
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        along = torch.zeros(count, dtype=torch.float64)
-        names = next(iter(by_client.values()))[0][1].keys() if by_client else []
-        for name in names:
-            flat = [vote.reshape(-1).double() for vote in _votes(by_client, name)]
-            for i in range(count):
-                for j in range(i + 1):
-                    gram[i, j] += flat[i] @ flat[j]
-                if name in momentum:
-                    along[i] += flat[i] @ momentum[name].reshape(-1).double()
-    gram = torch.tril(gram, -1).T + gram
-    size = math.sqrt(sum(float(t.double().square().sum()) for t in momentum.values()))
+    by_client, in_order = _open(replies)
+    gram = torch.zeros(len(by_client), len(by_client), dtype=torch.float64)
+    along = torch.zeros(len(by_client), dtype=torch.float64)
+    square = 0.0
+    for name, shape in in_order[0][1].shapes.items() if in_order else ():
+        has_momentum = f"momentum.{name}" in momentum
+        for first, end in pieces(shape):
+            votes = _votes(by_client, name, first, end)
+            flat = torch.stack([vote.reshape(-1).double() for vote in votes])
+            gram += flat @ flat.T
+            if has_momentum:
+                piece = rows_of(momentum, f"momentum.{name}", first, end).reshape(-1).double()
+                along += flat @ piece
+                square += float(piece @ piece)
+    size = math.sqrt(square)
     norms = gram.diagonal().sqrt()
     heading = (along / (norms * size).clamp_min(_TINY)).tolist() if size > 0 else None
     taken = {c: [reply.steps for reply in replies if reply.client == c] for c in by_client}
@@ -139,40 +161,24 @@ def _cut(votes: int, method: str, trim_fraction: float) -> int:
     return min(wanted, most)
 
 
-def _robust(
-    replies: Sequence[Spilled], cut: int, restore_lengths: bool = False
-) -> dict[str, Tensor]:
-    with contextlib.ExitStack() as stack:
-        by_client = _open(replies, stack)
-        names = next(iter(by_client.values()))[0][1].keys()
-        found = {}
-        for name in names:
-            votes = list(_votes(by_client, name))
-            found[name] = _middle(votes, cut)
-            if restore_lengths:
-                usual = _middle([squares(vote) for vote in votes], cut).double()
-                found[name] *= factors(found[name], usual, most=float(len(votes)))
-        return found
+_Files = list[tuple[float, TensorFile]]  # tokens, and what they led to
 
 
-def _open(
-    replies: Sequence[Spilled], stack: contextlib.ExitStack
-) -> dict[str, list[tuple[float, Any]]]:
-    """Client → (tokens, open file) of each of its replies."""
-    by_client: dict[str, list[tuple[float, Any]]] = {}
+def _open(replies: Sequence[Spilled]) -> tuple[dict[str, _Files], _Files]:
+    """Client → its replies; and all of them in the order given. Closed when nobody has them any more."""
+    by_client: dict[str, _Files] = {}
+    in_order: _Files = []
     for reply in replies:
-        file = stack.enter_context(safe_open(reply.path, framework="pt"))
-        by_client.setdefault(reply.client, []).append((float(reply.tokens), file))
-    return by_client
+        in_order.append((float(reply.tokens), TensorFile(reply.path)))
+        by_client.setdefault(reply.client, []).append(in_order[-1])
+    return by_client, in_order
 
 
-def _votes(by_client: Mapping[str, Sequence[tuple[float, Any]]], name: str) -> Iterator[Tensor]:
-    """Each client's tensor of that name."""
+def _votes(by_client: Mapping[str, _Files], name: str, first: int, end: int) -> Iterator[Tensor]:
+    """Each client's rows of the tensor of that name."""
     for files in by_client.values():
-        if len(files) == 1:
-            yield files[0][1].get_tensor(name)
-            continue
-        mean = weighted_mean((tokens, {name: file.get_tensor(name)}) for tokens, file in files)
+        found = [(tokens, {name: file.rows(name, first, end)}) for tokens, file in files]
+        mean = weighted_mean(found) if len(found) > 1 else found[0][1]
         assert mean is not None
         yield mean[name]
 

@@ -11,13 +11,16 @@ exactly the training that it would do alone. docs/quality.md says what was compa
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pilot.config import AUTO, RunConfig
+from pilot.tensor_file import TensorFile, TensorWriter, pieces, rows_of
 
 # FedOpt (arXiv 2003.00295, section 5): beta2 0.99; epsilon as in Adam.
 ADAM_BETA2 = 0.99
@@ -79,31 +82,99 @@ class LastStep:
 
     def __init__(self) -> None:
         self._step: Tensors = {}
+        self._square = self._last_square = self._along = 0.0
 
     def forget(self) -> None:
         """The step before is undone."""
         self._step = {}
 
-    def figures(
-        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-    ) -> dict[str, float | None]:
-        """`outer_norm`: the length of the step from the weights `before` to those `after`; `outer_cosine`: its
-        cosine with the step before, None where there is none. The next call compares with this one."""
-        square = last_square = along = 0.0
-        for name, weight in before.items():
-            step = weight - after[name]
-            square += _square(step)
-            if (last := self._step.get(name)) is not None:
-                last = last.float()
-                last_square += _square(last)
-                along += float(torch.dot(step.reshape(-1), last.reshape(-1)))
-            self._step[name] = step.bfloat16()
-        size = math.sqrt(square * last_square)
-        return {"outer_norm": math.sqrt(square), "outer_cosine": along / size if size else None}
+    def begin(self) -> None:
+        """A step is to come, piece by piece."""
+        self._square = self._last_square = self._along = 0.0
+
+    def add(self, name: str, first: int, whole: Tensor, moved: Tensor) -> None:
+        """The rows of tensor `name` (like `whole`) from `first` on have moved by `moved`, fp32."""
+        known = name in self._step
+        if not known:
+            self._step[name] = torch.zeros_like(whole, dtype=torch.bfloat16)
+        rows = moved.shape[0] if whole.dim() > 1 else 1
+        last = rows_of(self._step, name, first, first + rows)
+        step = moved.reshape(last.shape)
+        self._square += _square(step)
+        if known:
+            before = last.float()
+            self._last_square += _square(before)
+            self._along += float(torch.dot(step.reshape(-1), before.reshape(-1)))
+        last.copy_(step)
+
+    def figures(self) -> dict[str, float | None]:
+        """`outer_norm`: the length of the step since `begin`; `outer_cosine`: its cosine with the step before,
+        None where there is none."""
+        size = math.sqrt(self._square * self._last_square)
+        return {
+            "outer_norm": math.sqrt(self._square),
+            "outer_cosine": self._along / size if size else None,
+        }
 
 
 def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+class Gradient(Protocol):
+    """A pseudo-gradient whose rows are made when they are asked for."""
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """As `tensor_file.rows_of`."""
+
+
+def state_shapes(
+    config: RunConfig, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Sequence[int]]:
+    """The tensors of the state after a step of a model of `shapes`."""
+    found: dict[str, Sequence[int]] = {"step": ()} if config.outer_optimizer == "adam" else {}
+    for name, shape in shapes.items() if config.outer_optimizer != "fedavg" else ():
+        found[f"momentum.{name}"] = shape
+        if config.outer_optimizer == "adam":
+            found[f"square.{name}"] = shape
+    return found
+
+
+def outer_step_in_place(
+    config: RunConfig,
+    weights: Mapping[str, Tensor],
+    gradient: Gradient,
+    state: Mapping[str, Tensor],
+    path: Path,
+    *,
+    moved: Callable[[str, int, Tensor, Tensor], None] = lambda *_: None,
+) -> TensorFile:
+    """`outer_step`, to the same bits, of contiguous `weights` in place; the new state goes to `path`.
+
+    `moved` is called for each piece with its tensor, by name, its first row, the whole tensor, and its way.
+
+    It takes a few rows at a time, so it needs no memory to speak of. Raises OSError where the disk refuses,
+    after which some weights have moved.
+    """
+    new_shapes = state_shapes(config, {name: weight.shape for name, weight in weights.items()})
+    writer = TensorWriter(path, new_shapes)
+    if "step" in new_shapes:
+        writer.write("step", state.get("step", torch.zeros(())) + 1)
+    for name, weight in weights.items():
+        assert weight.is_contiguous(), name  # its rows are views
+        kept = [key for key in (f"momentum.{name}", f"square.{name}") if key in new_shapes]
+        for first, end in pieces(weight.shape):
+            before = {key: rows_of(state, key, first, end) for key in kept if key in state}
+            if "step" in new_shapes:
+                before["step"] = state.get("step", torch.zeros(()))
+            old = rows_of(weights, name, first, end)
+            slope = gradient.rows(name, first, end).reshape(old.shape)
+            new, after = outer_step(config, {name: old}, {name: slope}, before)
+            moved(name, first, weight, old - new[name])
+            old.copy_(new[name])
+            for key in kept:
+                writer.write(key, after[key], first)
+    return TensorFile(path, sha256=writer.close())
 
 
 def _update(

@@ -5,13 +5,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.files import atomic_path, atomic_write_json
 from pilot.faults import fault_point
 from pilot.run.state import MergedReply
+from pilot.tensor_file import write_tensors
 from pilot.wire.jsonable import jsonable
 from pilot.wire.messages import TrainReply, to_json
 
@@ -41,9 +40,9 @@ def keep_refused(
             raise OSError(f"{directory} holds {MAX_KEPT} already: move them away to keep more")
         if update:
             with atomic_path(directory / f"{name}.safetensors") as path:
-                save_file({key: tensor.contiguous() for key, tensor in update.items()}, path)
+                write_tensors(path, update)
         fault_point("quarantine.tensors-written")
         atomic_write_json(directory / f"{name}.json", jsonable(facts))
         fault_point("quarantine.written")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError) as error:
         log.warning("cannot keep the refused update of %s: %s", client, error)

@@ -12,18 +12,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.files import atomic_write_json, atomic_write_text, fsync_dir, sha256_file
 from pilot.errors import PilotError
 from pilot.faults import fault_point
+from pilot.tensor_file import TensorFile, write_tensors
 
 _MODEL, _OUTER, _MERGED, _STATE, _MANIFEST = (
     "model.safetensors",
@@ -45,11 +43,14 @@ class SnapshotError(PilotError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run resumes from. `state` and the lines of `merged` are JSON: see `state.py`."""
+    """What a run resumes from. `state` and the lines of `merged` are JSON: see `state.py`.
+
+    `outer` is a file where it was read from one, or written by the outer step.
+    """
 
     round_number: int
     model: dict[str, Tensor]
-    outer: dict[str, Tensor]
+    outer: Mapping[str, Tensor]
     state: dict[str, Any]
     merged: Sequence[str] = ()
 
@@ -63,7 +64,8 @@ def write_snapshot(
     later rounds can only be damaged ones that a resume skipped: they go before the new one is in place,
     since one that became readable again would shadow the round that was done again.
 
-    Raises SnapshotError if the disk does not take it; older snapshots are intact then.
+    A file of the outer state that lies in no snapshot is moved into this one. Raises SnapshotError if the disk
+    does not take it; older snapshots are intact then.
     """
     final = directory / f"{_PREFIX}{snapshot.round_number:06d}"
     temporary = directory / f".{final.name}{_TEMPORARY}"
@@ -81,7 +83,7 @@ def write_snapshot(
         fault_point("snapshot.renamed")
         fsync_dir(directory)
         fault_point("snapshot.durable")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SnapshotError(
             f"cannot write snapshot {final}: {error}; fix this and rerun the same command to resume"
@@ -98,29 +100,33 @@ def _make_directory(directory: Path) -> None:
 
 def _fill(directory: Path, snapshot: Snapshot) -> None:
     """Write the files of a snapshot, the manifest last, all of them durable."""
+    sums = {}
     fault_point("snapshot.model")
-    _save_tensors(directory / _MODEL, snapshot.model)
+    sums[_MODEL] = write_tensors(directory / _MODEL, snapshot.model)
     fault_point("snapshot.outer")
-    _save_tensors(directory / _OUTER, snapshot.outer)
+    sums[_OUTER] = _place(snapshot.outer, directory / _OUTER)
     fault_point("snapshot.merged")
     atomic_write_text(directory / _MERGED, "".join(f"{line}\n" for line in snapshot.merged))
     fault_point("snapshot.state")
     atomic_write_json(directory / _STATE, snapshot.state)
     fault_point("snapshot.manifest")
-    names = (_MODEL, _OUTER, _MERGED, _STATE)
-    # the two big files at once: hashing leaves Python's lock to others
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(sha256_file, [directory / name for name in names])
-        sums = dict(zip(names, found, strict=True))
+    sums |= {name: sha256_file(directory / name) for name in (_MERGED, _STATE)}
     atomic_write_json(directory / _MANIFEST, sums)
     fault_point("snapshot.manifest-written")
     fsync_dir(directory)
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def _place(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """Make a durable file of `tensors` at `path`; its SHA-256. A new file is moved: it has been hashed."""
+    is_new = isinstance(tensors, TensorFile) and bool(tensors.sha256)
+    if not isinstance(tensors, TensorFile) or not is_new:
+        return write_tensors(path, tensors)
+    sha256, tensors.sha256 = tensors.sha256, ""  # from now on it is a snapshot's
+    tensors.path.replace(path)
+    tensors.path = path
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    return sha256
 
 
 def _prune(directory: Path, *, keep: int, keep_every: int, also: int) -> None:
@@ -153,7 +159,7 @@ def latest_snapshot(directory: Path, *, report: Callable[[str], None]) -> Snapsh
     for path in reversed(found):
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             report(f"snapshot {path} is damaged; skipping it: {error}")
     if found:
         raise SnapshotError(
@@ -167,7 +173,7 @@ def read_snapshot(directory: Path, round_number: int) -> Snapshot:
     path = directory / f"{_PREFIX}{round_number:06d}"
     try:
         return _read(path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SnapshotError(f"snapshot {path} can't be read: {error}") from error
 
 
@@ -189,8 +195,8 @@ def _read(path: Path) -> Snapshot:
             raise ValueError(f"{name} does not match its SHA-256")
     return Snapshot(
         round_number=_number(path),
-        model=load_file(path / _MODEL),
-        outer=load_file(path / _OUTER),
+        model=dict(TensorFile(path / _MODEL)),
+        outer=TensorFile(path / _OUTER),
         state=json.loads((path / _STATE).read_text(encoding="utf-8")),
         merged=(path / _MERGED).read_text(encoding="utf-8").splitlines(),
     )

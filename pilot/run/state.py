@@ -133,7 +133,7 @@ class RunState:
     weights: dict[str, Tensor]
     ledger: Ledger
     total_tokens: int
-    outer: dict[str, Tensor] = field(default_factory=dict)
+    outer: Mapping[str, Tensor] = field(default_factory=dict)  # a file, once there is a snapshot
     round_number: int = 0
     tokens: int = 0  # committed
     merged: list[MergedReply] = field(default_factory=list)  # in the last round
@@ -172,7 +172,7 @@ class RunState:
         self,
         record: RoundRecord,
         contributions: Sequence[Contribution],
-        model: tuple[dict[str, Tensor], dict[str, Tensor]] | None,
+        model: tuple[dict[str, Tensor], Mapping[str, Tensor]] | None,
     ) -> None:
         """Take in what a round did: its rows are committed, its model (weights, outer state) replaces ours.
 

@@ -1,23 +1,27 @@
 """From what a client sent to an update that may be merged, or the reason why it may not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
+from pilot.faults import fault_point
 from pilot.rules.admission import (
+    Norm,
     movement_refusal,
     norm_refusal,
     refusal,
     token_refusal,
-    update_norm,
 )
 from pilot.rules.aggregation import Spilled, votes_of
 from pilot.rules.agreement import Votes, outliers, undecided
 from pilot.rules.ledger import Lease
+from pilot.run.snapshot import SnapshotError
 from pilot.run.state import RunState
-from pilot.wire.codec import decode, form_of
+from pilot.tensor_file import TensorWriter
+from pilot.wire.codec import decoded, form_of
 from pilot.wire.messages import Part, TrainReply
 
 
@@ -26,19 +30,22 @@ def admit(
     lease: Lease,
     reply: TrainReply,
     parts: Sequence[Part],
+    path: Path,
     *,
     step_tokens: int,
-) -> tuple[dict[str, Tensor], float]:
-    """The update of a reply, and its norm, if it may be merged into `state`'s model.
+) -> float:
+    """Write the update of a reply to `path` if it may be merged into `state`'s model; its norm.
 
-    `step_tokens`: of each of its optimizer steps. Raises ValueError with the reason if it may not.
+    It is decoded, looked at and written a piece at a time, so that it is never in memory whole. `step_tokens`:
+    of each of its optimizer steps. Raises ValueError with the reason if it may not be merged; there is no file
+    then. Raises SnapshotError where the disk refuses.
     """
     config = state.config
     for part in parts:
         if part.dtype != (wanted := form_of(config.wire_up, part.shape)):
             raise ValueError(f"{part.name} came as {part.dtype}, not {wanted}")
-    update = decode(parts, shapes={name: t.shape for name, t in state.weights.items()})
-    if reason := refusal(update, state.weights, tokens=reply.tokens):
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
+    if reason := refusal({part.name: part.shape for part in parts}, shapes, tokens=reply.tokens):
         raise ValueError(reason)
     state.ledger.check(lease.lease_id, reply.consumed, reply.row_counts)
     leased = [segment.rows for segment in lease.segments]
@@ -48,10 +55,36 @@ def admit(
         reply.tokens, rows=rows, leased_rows=leased_rows, row_tokens=config.sequence_len
     ):
         raise ValueError(reason)
-    norm = update_norm(update)
-    if reason := _norm_refusal(state, norm, reply.tokens / step_tokens):
-        raise ValueError(reason)
-    return update, norm
+    try:
+        norm = _write(path, decoded(parts, shapes=shapes), shapes)
+        if reason := _norm_refusal(state, norm, reply.tokens / step_tokens):
+            raise ValueError(reason)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return norm
+
+
+def _write(
+    path: Path, update: Iterable[tuple[str, int, Tensor]], shapes: Mapping[str, Sequence[int]]
+) -> float:
+    """Write the rows of an update to `path`; its norm. Raises ValueError for one that is not finite."""
+    norm = Norm()
+    try:
+        fault_point("spill.write")
+        writer = TensorWriter(path, shapes, hashed=False)
+    except OSError as error:
+        raise SnapshotError(f"cannot write {path}: {error}") from error
+    for name, first, rows in update:
+        if reason := norm.add(name, rows):
+            raise ValueError(reason)
+        try:
+            writer.write(name, rows, first)
+        except OSError as error:
+            raise SnapshotError(f"cannot write {path}: {error}") from error
+    writer.close()
+    fault_point("spill.written")
+    return norm.value
 
 
 def _norm_refusal(state: RunState, norm: float, steps: float) -> str | None:
@@ -67,8 +100,7 @@ def _norm_refusal(state: RunState, norm: float, steps: float) -> str | None:
 
 def compare(state: RunState, replies: Sequence[Spilled]) -> Votes:
     """The `replies` of a round beside one another and the outer momentum, now that all are there."""
-    momentum = {n: t for n in state.weights if (t := state.outer.get(f"momentum.{n}")) is not None}
-    return votes_of(replies, momentum=momentum)
+    return votes_of(replies, momentum=state.outer)
 
 
 def disagreeing(state: RunState, votes: Votes) -> tuple[dict[str, str], str]:

@@ -3,28 +3,31 @@
 Step 6 of docs/protocol.md. The replies of a round also say how good the model is that the round before merged.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
 from pilot.config import RunConfig
 from pilot.errors import PilotError
+from pilot.faults import fault_point
 from pilot.rules.admission import REFUSALS_IN_A_ROW
+from pilot.rules.aggregation import Merged
 from pilot.rules.merge_guard import Verdict
-from pilot.rules.outer import LastStep, outer_step
+from pilot.rules.outer import LastStep, outer_step_in_place
 from pilot.rules.rounds import Clock
 from pilot.rules.validation import Figure, bpb
 from pilot.run.quarantine import keep_refused
-from pilot.run.snapshot import write_snapshot
+from pilot.run.snapshot import SnapshotError, write_snapshot
 from pilot.run.state import MergedReply, RoundRecord, RunState
 from pilot.server.admit import compare, disagreeing
 from pilot.server.bars import speeds
 from pilot.server.open_round import OpenRound
 from pilot.server.report import Report
+from pilot.tensor_file import TensorFile
 
 # Merges taken back one after another, each by all that is known the fault of another client: then it is none's.
 MAX_TAKEN_BACK = 12
@@ -68,13 +71,13 @@ class Committer:
             closed.turn_away(client, why)
         if undecided:
             self.report.updates_disagree(closed.number, undecided)
-        mean, model = closed.mean(), None
+        merged_update, model = closed.merged(), None
         outer: dict[str, float | None] = {}
-        if mean is None:
+        if merged_update is None:
             self.report.nothing_to_merge(closed.number)
         else:
-            model = outer_step(self.config, state.weights, mean, state.outer)
-            outer = self.last_step.figures(state.weights, model[0])
+            model = state.weights, self._step(merged_update, closed.outer_path)
+            outer = self.last_step.figures()
         accepted = closed.in_lease_order()
         record = self._record(closed, reason)
         merged = {one.order.client.name for one in accepted}
@@ -87,6 +90,25 @@ class Committer:
         learning = votes.figures(merged) | outer | {"code_lost": closed.code_lost}
         self.report.round_committed(record, state, learning, fast)
         return False
+
+    def _step(self, update: Merged, path: Path) -> TensorFile:
+        """The outer step: the weights move in place, and their new outer state is a file at `path`.
+
+        Whatever ends the server from here to the commit costs this round: what is resumed is on disk.
+        """
+        state = self.state
+        try:
+            fault_point("outer.write")
+            self.last_step.begin()
+            outer = outer_step_in_place(
+                self.config, state.weights, update, state.outer, path, moved=self.last_step.add
+            )
+            fault_point("outer.written")
+        except OSError as error:
+            raise SnapshotError(
+                f"cannot write {path}: {error}; fix this and rerun the same command to resume"
+            ) from error
+        return outer
 
     def score(self, closed: OpenRound) -> bool:
         """Record how good the last merge is, and take it back if it made the model much worse: whether it
@@ -168,10 +190,9 @@ class Committer:
         if not self.config.quarantine:
             return
         path = self._merged_spool / f"lease-{reply.fence.lease_id:08d}.safetensors"
-        try:
-            update = load_file(path)
-        except (OSError, SafetensorError):  # a crash came between its commit and its keeping
-            update = {}
+        update: Mapping[str, Tensor] = {}
+        with contextlib.suppress(OSError, ValueError):  # a crash before it was kept
+            update = TensorFile(path)
         keep_refused(self.run_dir / "quarantine", reply, reply.client, update, reason)
 
     # -- disk ------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Dispatcher:
 
         They share one copy of the model: a simulation keeps every order until its reply is there.
         """
-        model = to_arrays(encode(self.state.weights))
+        model = to_arrays(encode(self.state.weights), borrow=self.mailbox.sends_at_once)
         limited = not evaluate_only and not all(client.blind for client in clients)
         step_rows, leases = self._step_rows(clients), {}
         shares = self._shares(clients, step_rows)
@@ -86,7 +86,7 @@ class Dispatcher:
         known = {name: one.step_rows for name, one in open_round.clients.items() if one.step_rows}
         step_rows = self._step_rows(clients) | known
         share, rows = self._shares(clients, step_rows)[client.name], step_rows[client.name]
-        model = to_arrays(encode(self.state.weights))
+        model = to_arrays(encode(self.state.weights), borrow=self.mailbox.sends_at_once)
         lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share, rows))
         limited = not all(one.blind for one in clients)
         seconds_left = self._seconds_left(open_round, client, limited=limited)

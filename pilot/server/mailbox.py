@@ -7,8 +7,8 @@ away, or another process, for `LOST_AFTER_S` counts as lost.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, Message
 from flwr.common.constant import ErrorCode
@@ -45,7 +45,7 @@ class Answer:
     message_id: str
     node_id: int
     message: Reply | None = None
-    parts: Sequence[Part] = ()
+    parts: list[Part] = field(default_factory=list)
     error: str = ""
     lost: bool = False
     malformed: bool = False
@@ -78,6 +78,11 @@ class Mailbox:
         """Whether a message to the node has no answer yet: a node takes one at a time."""
         return any(pending.node_id == node_id for pending in self._pending.values())
 
+    @property
+    def sends_at_once(self) -> bool:
+        """Whether a message has left as bytes when `send` returns: a simulation keeps it until its answer."""
+        return type(self._grid).__name__ == "HttpGrid"
+
     def send(
         self, node_id: int, kind: str, header: Header, parts: Iterable[Part] | ArrayRecord = ()
     ) -> str:
@@ -99,12 +104,18 @@ class Mailbox:
         if message_id in self._pending:
             self._pending[message_id].forget_at_s = self._clock.now_s() + FORGET_AFTER_S
 
-    def poll(self) -> list[Answer]:
-        """The answers that have come since the last call; each message gets exactly one."""
-        came = self._puller.pull(list(self._pending))
-        answers = [self._open(i, reply) for i, reply in came if i in self._pending]
-        answers += self._lost()
-        return answers
+    def poll(self) -> Iterator[Answer]:
+        """The answers that have come since the last call; each message gets exactly one.
+
+        The next one is asked for when the one before has been dealt with. Its tensors should be gone by then
+        (`parts.clear()`): they are the largest things in this process.
+        """
+        for message_id, reply in self._puller.pull(list(self._pending)):
+            if message_id in self._pending:
+                answer = self._open(message_id, reply)
+                del reply
+                yield answer
+        yield from self._lost()
 
     def _open(self, message_id: str, reply: Message | Exception) -> Answer:
         node_id = self._pending.pop(message_id).node_id
@@ -143,7 +154,7 @@ def answer_of(message_id: str, node_id: int, reply: Message | Exception) -> Answ
         message_id,
         node_id,
         said.message,
-        said.parts,
+        list(said.parts),
         said.error,
         malformed=bool(said.error),
         name=said.name,

@@ -1,7 +1,7 @@
 """One round's books: what was asked of which client, which replies were accepted, and what they sum to.
 
 A reply is checked and spilled to disk as it arrives and folded into the mean at the close, in lease
-order: memory is one model, not one per client, and the order of arrival makes no difference. What cannot be
+order: memory is a piece of each, and the order of arrival makes no difference. What cannot be
 accepted is refused with a reason, and its rows go back.
 """
 
@@ -12,14 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pilot.errors import PilotError
 from pilot.faults import fault_point
 from pilot.rules.admission import REFUSALS_IN_A_ROW
-from pilot.rules.aggregation import Spilled, aggregate
+from pilot.rules.aggregation import Merged, Spilled
 from pilot.rules.outer import restores_lengths
 from pilot.rules.validation import NOTHING, Asked, Figure, figure
 from pilot.run.quarantine import keep_refused
@@ -31,6 +29,7 @@ from pilot.server.mailbox import Answer
 from pilot.server.orders import AcceptedReply, ClientInRound, Last, SentOrder, Settled
 from pilot.server.report import Report
 from pilot.server.roster import Client
+from pilot.tensor_file import TensorFile
 from pilot.wire.codec import CodecError, decode
 from pilot.wire.incoming import sentence
 from pilot.wire.messages import MAX_INTEGER, Fence, Part, StopReason, TrainReply, plain
@@ -188,14 +187,8 @@ class OpenRound:
             # what it learnt of its shards counts: they may have been too small for a single step
             ledger.commit(lease_id, [], reply.row_counts)
             return None
-        update, norm = admit(self._state, order.lease, reply, parts, step_tokens=order.step_tokens)
         path = self._spool / f"lease-{lease_id:08d}.safetensors"
-        try:
-            fault_point("spill.write")
-            save_file(update, path)
-            fault_point("spill.written")
-        except (OSError, SafetensorError) as error:
-            raise SnapshotError(f"cannot write {path}: {error}") from error
+        norm = admit(self._state, order.lease, reply, parts, path, step_tokens=order.step_tokens)
         ledger.accept(lease_id, reply.consumed, reply.row_counts)  # the rest is free again
         before = self._state.admission.in_a_row.get(order.client.name, 0)
         return AcceptedReply(order, reply, path, norm, before)
@@ -211,7 +204,7 @@ class OpenRound:
                 one.refused_before
             )  # accepting them has cleared it
         for one in turned:
-            self._reject(one.order, one.reply, functools.partial(load_file, one.path), reason)
+            self._reject(one.order, one.reply, functools.partial(TensorFile, one.path), reason)
 
     def drop(self, reason: str) -> None:
         """Nothing of this round is merged, which is no fault of its clients."""
@@ -237,7 +230,7 @@ class OpenRound:
         self,
         order: SentOrder,
         reply: TrainReply | None,
-        tensors: Callable[[], dict[str, Tensor]],
+        tensors: Callable[[], Mapping[str, Tensor]],
         reason: str,
     ) -> None:
         """The client has answered in form, and its content may not be merged: that is counted.
@@ -293,16 +286,22 @@ class OpenRound:
         """The replies accepted, as they lie on disk, in lease order."""
         return [one.spilled for one in self.in_lease_order()]
 
-    def mean(self) -> dict[str, Tensor] | None:
+    def merged(self) -> Merged | None:
         """The round's pseudo-gradient, from its replies in lease order; None without replies."""
+        if not self.accepted:
+            return None
         config = self._state.config
-        method, trim_fraction = config.aggregation, config.trim_fraction
-        return aggregate(
+        return Merged(
             self.spilled,
-            method=method,
-            trim_fraction=trim_fraction,
+            method=config.aggregation,
+            trim_fraction=config.trim_fraction,
             restore_lengths=restores_lengths(config),
         )
+
+    @property
+    def outer_path(self) -> Path:
+        """Where the outer step may put its state, until a snapshot takes it."""
+        return self._spool / "outer.safetensors"
 
     def in_lease_order(self) -> list[AcceptedReply]:
         return sorted(self.accepted, key=lambda one: one.reply.fence.lease_id)

@@ -5,13 +5,17 @@ blocks for about three minutes, up to two hours (Flower 1.41, `pull_objects`). S
 one message after another; one that takes longer than a moment is left to its thread, and a new thread pulls
 the others.
 
+A reply is as large as a model, so they are handed over one at a time: while one is being dealt with, the next
+one may come, and no more.
+
 What a client has put together may be unreadable for Flower itself: then its reply is the exception that reading
 it raised, and everybody else's replies are pulled as before. Only a SuperLink that cannot be reached is raised.
 """
 
 import queue
 import threading
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from flwr.app import Message
@@ -31,7 +35,7 @@ _Item = tuple[str, Message | Exception] | BaseException
 class Pulls(Protocol):
     """Something that fetches replies."""
 
-    def pull(self, message_ids: Collection[str]) -> list[tuple[str, Message | Exception]]:
+    def pull(self, message_ids: Collection[str]) -> Iterable[tuple[str, Message | Exception]]:
         """(message id, its reply) for what has come of `message_ids`."""
 
 
@@ -40,28 +44,47 @@ class Puller:
 
     def __init__(self, grid: Grid, *, patience_s: float = PATIENCE_S) -> None:
         self._grid, self._patience_s = grid, patience_s
-        self._came: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[_Item | None] = (
+            queue.SimpleQueue()
+        )  # None: a sweep is through
+        self._room = threading.Semaphore(1)  # for one reply that is being dealt with
         self._slow: list[_Sweep] = []
 
-    def pull(self, message_ids: Collection[str]) -> list[tuple[str, Message | Exception]]:
+    def pull(self, message_ids: Collection[str]) -> Iterator[tuple[str, Message | Exception]]:
         """(message id, its reply) for what has come of `message_ids`, and of those of earlier calls.
 
         Raises what a broken connection has raised.
         """
         self._slow = [sweep for sweep in self._slow if not sweep.done.is_set()]
         busy = {sweep.message_id for sweep in self._slow}
+        sweep = None
         # those that nobody waits for any more don't count
         if len(busy.intersection(message_ids)) < MAX_SLOW:
-            sweep = _Sweep(self._grid, [i for i in message_ids if i not in busy], self._came)
-            if not sweep.finish(self._patience_s):
-                self._slow.append(sweep)
-        came = []
-        while not self._came.empty():
-            item = self._came.get()
+            wanted = [i for i in message_ids if i not in busy]
+            sweep = _Sweep(self._grid, wanted, self._came, self._room)
+        until_s = time.monotonic() + self._patience_s
+        while (item := self._next(sweep, until_s)) is not None:
             if isinstance(item, BaseException):
                 raise item
-            came.append(item)
-        return came
+            try:
+                yield item
+            finally:
+                del item
+                self._room.release()
+        if sweep is not None and not sweep.finish():
+            self._slow.append(sweep)
+
+    def _next(self, sweep: "_Sweep | None", until_s: float) -> _Item | None:
+        """What has come, or comes while `sweep` is at work; None when that is through, or it is too late."""
+        while True:
+            waits = sweep is not None and not sweep.done.is_set()
+            left_s = until_s - time.monotonic() if waits else 0.0
+            try:
+                item = self._came.get(timeout=left_s) if left_s > 0 else self._came.get_nowait()
+            except queue.Empty:
+                return None
+            if item is not None:
+                return item
 
 
 class _Sweep:
@@ -71,17 +94,19 @@ class _Sweep:
         self,
         grid: Grid,
         message_ids: Sequence[str],
-        came: "queue.SimpleQueue[_Item]",
+        came: "queue.SimpleQueue[_Item | None]",
+        room: threading.Semaphore,
     ) -> None:
         self._grid, self._message_ids, self._came = grid, message_ids, came
+        self._room = room
         self._lock, self._last = threading.Lock(), False
         self.message_id = ""  # which it is at
         self.done = threading.Event()
         threading.Thread(target=self._run, name="pull", daemon=True).start()
 
-    def finish(self, timeout_s: float) -> bool:
-        """Whether it is through within `timeout_s`; if not, the message that it is at is its last."""
-        if self.done.wait(timeout_s):
+    def finish(self) -> bool:
+        """Whether it is through; if not, the message that it is at is its last."""
+        if self.done.is_set():
             return True
         with self._lock:
             self._last = True
@@ -99,16 +124,19 @@ class _Sweep:
             self._came.put(error)
         finally:
             self.done.set()
+            self._came.put(None)
 
     def _pull(self, message_id: str) -> None:
         try:
             # one a call: Flower downloads all ready replies of a call before it returns
-            for reply in self._grid.pull_messages([message_id]):
-                self._came.put((message_id, reply))
+            replies: Sequence[Message | Exception] = list(self._grid.pull_messages([message_id]))
         except Exception as error:
             if _of_the_connection(error):
                 raise
-            self._came.put((message_id, error))
+            replies = [error]
+        for reply in replies:
+            self._room.acquire()
+            self._came.put((message_id, reply))
 
 
 def _of_the_connection(error: Exception) -> bool:

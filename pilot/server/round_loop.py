@@ -274,6 +274,7 @@ class RoundLoop:
         self.clock.sleep(pause_s)
         for answer in self.mailbox.poll():
             self._handle_answer(answer)
+            answer.parts.clear()
         self.roster.send_hellos()
         now_s = self.clock.now_s()
         if now_s - self._redis_at_s >= _REDIS_EVERY_S:

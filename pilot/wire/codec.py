@@ -10,18 +10,28 @@ is not sent for the sake of its rest, which waits.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pilot.tensor_file import pieces
 from pilot.wire.codes import CODES, CodecError, rows_with_values, size_of
 from pilot.wire.codes import decode as decode_code
 from pilot.wire.codes import encode as encode_code
 from pilot.wire.messages import Part
 
-__all__ = ["DECAY", "CodecError", "Loss", "decode", "encode", "form_of", "message_bytes"]
+__all__ = [
+    "DECAY",
+    "CodecError",
+    "Loss",
+    "decode",
+    "decoded",
+    "encode",
+    "form_of",
+    "message_bytes",
+]
 
 # Form → what of a rest is added to the next update. Sparse: 0.95, as in SparseLoCo (arXiv 2508.15706). The
 # rounding of bfloat16 is too small to be remembered.
@@ -113,25 +123,47 @@ def decode(
     since their bytes do not tell how large a tensor they are of. Raises CodecError for an unknown form, a wrong
     size, a name twice, or another shape than expected.
     """
-    tensors: dict[str, Tensor] = {}
+    return {part.name: _decode(part) for part in _checked(parts, shapes)}
+
+
+def decoded(
+    parts: Iterable[Part], *, shapes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(name, first row, rows): what `decode` gives, bit by bit, so that it need not be in memory at once.
+
+    float32 comes in pieces, as `tensor_file.pieces` has them, other forms in whole tensors. Raises CodecError.
+    """
+    for part in _checked(parts, shapes):
+        if part.dtype != "float32":
+            yield part.name, 0, _decode(part)
+            continue
+        data, row = memoryview(part.data), 4 * (part.shape[-1] if len(part.shape) > 1 else 1)
+        for first, end in pieces(part.shape):
+            some = data[first * row : end * row] if len(part.shape) > 1 else data
+            yield part.name, first, torch.frombuffer(bytearray(some), dtype=torch.float32)
+
+
+def _checked(parts: Iterable[Part], shapes: Mapping[str, Sequence[int]] | None) -> Iterator[Part]:
+    """The parts, each looked at before its bytes are. Raises CodecError."""
+    seen = set[str]()
     for part in parts:
         if part.dtype != "float32" and (shapes is None or part.dtype not in CODES):
             raise CodecError(f"{part.name} has unknown wire form {part.dtype!r}")
-        if part.name in tensors or not _is_shape(part.shape):
+        if part.name in seen or not _is_shape(part.shape):
             raise CodecError(f"{part.name} has a bad shape {part.shape} or comes twice")
         if part.dtype != "float32" and shapes is not None:
             if part.name not in shapes:
                 raise CodecError(f"{part.name} has no place in the model")
             if tuple(part.shape) != (expected := tuple(shapes[part.name])):
                 raise CodecError(f"{part.name} has shape {tuple(part.shape)}, not {expected}")
-        tensors[part.name] = _decode(part)
-    return tensors
+        if part.dtype == "float32" and len(part.data) != math.prod(part.shape) * 4:
+            raise CodecError(f"{part.name} has {len(part.data)} bytes, not those of {part.shape}")
+        seen.add(part.name)
+        yield part
 
 
 def _decode(part: Part) -> Tensor:
     """Raises CodecError."""
-    if part.dtype == "float32" and len(part.data) != math.prod(part.shape) * 4:
-        raise CodecError(f"{part.name} has {len(part.data)} bytes, not those of {part.shape}")
     # a bytearray, since torch tensors are writable
     buffer = part.data if isinstance(part.data, bytearray) else bytearray(part.data)
     said = (

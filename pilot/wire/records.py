@@ -32,14 +32,18 @@ def to_records(header: Header, parts: Iterable[Part] | ArrayRecord) -> RecordDic
     )
 
 
-def to_arrays(parts: Iterable[Part]) -> ArrayRecord:
-    """The parts as Flower's record, which takes `bytes` and nothing else: a copy."""
-    return ArrayRecord(
-        {
-            part.name: Array(part.dtype, tuple(part.shape), _STYPE, bytes(part.data))
-            for part in parts
-        }
-    )
+def to_arrays(parts: Iterable[Part], *, borrow: bool = False) -> ArrayRecord:
+    """The parts as Flower's record: a copy, one tensor after another.
+
+    `borrow`: no copy, for a message that has left before anything changes the parts' memory.
+    """
+    record = ArrayRecord()
+    for part in parts:
+        array = Array(part.dtype, tuple(part.shape), _STYPE, b"")
+        record[part.name] = array
+        # an Array is made of `bytes` and nothing else, but only slices what it holds
+        array.data = memoryview(part.data).cast("B") if borrow else bytes(part.data)  # type: ignore[assignment]
+    return record
 
 
 def num_bytes(arrays: ArrayRecord) -> int:

@@ -1,6 +1,7 @@
 """What may be merged, and who is left out for a while."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pilot.rules.admission import (
     MAX_NORMS,
     AdmissionBooks,
     Cooling,
+    Norm,
     norm_refusal,
     refusal,
     token_refusal,
@@ -27,16 +29,20 @@ def update(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
 WEIGHTS = update(0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_finite_update_of_the_right_shapes_is_taken(dtype: torch.dtype) -> None:
-    good = {name: tensor.to(dtype) for name, tensor in update(1).items()}
-    assert refusal(good, WEIGHTS, tokens=1) is None
-    assert refusal({k: torch.zeros_like(v) for k, v in good.items()}, WEIGHTS, tokens=1) is None
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+MODEL = shapes_of(WEIGHTS)
+
+
+def test_update_of_the_right_shapes_is_taken() -> None:
+    assert refusal(MODEL, MODEL, tokens=1) is None
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
 def test_update_without_tokens_is_refused(tokens: int) -> None:
-    assert str(tokens) in (refusal(update(1), WEIGHTS, tokens=tokens) or "")
+    assert str(tokens) in (refusal(MODEL, MODEL, tokens=tokens) or "")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -44,31 +50,30 @@ def test_update_without_tokens_is_refused(tokens: int) -> None:
 def test_update_that_is_not_finite_is_refused(name: str, value: float) -> None:
     bad = update(1)
     bad[name].view(-1)[-1] = value
-    assert refusal(bad, WEIGHTS, tokens=1) == f"{name} is not finite"
+    assert Norm().add(name, bad[name]) == f"{name} is not finite"
 
 
 def test_infinities_that_cancel_are_refused() -> None:
-    bad = update(1)
-    bad["a"][0, 0], bad["a"][0, 1] = math.inf, -math.inf
-    assert refusal(bad, WEIGHTS, tokens=1) == "a is not finite"
+    assert Norm().add("a", torch.tensor([[math.inf, -math.inf]])) == "a is not finite"
+
+
+def test_the_last_value_of_a_large_tensor_is_looked_at() -> None:
+    large = torch.zeros(1_000_000)
+    assert Norm().add("a", large) is None
+    large[-1] = math.nan
+    assert Norm().add("a", large) == "a is not finite"
 
 
 def test_missing_and_strange_tensors_are_refused_by_name() -> None:
-    missing, strange = update(1), update(1) | {"zz": torch.zeros(1)}
-    del missing["b"]
-    assert "b" in (refusal(missing, WEIGHTS, tokens=1) or "")
-    assert "zz" in (refusal(strange, WEIGHTS, tokens=1) or "")
+    missing = {name: shape for name, shape in MODEL.items() if name != "b"}
+    assert "b" in (refusal(missing, MODEL, tokens=1) or "")
+    assert "zz" in (refusal(MODEL | {"zz": (1,)}, MODEL, tokens=1) or "")
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (12,), (4, 3, 1), (0,)])
 def test_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    reason = refusal(update(1) | {"a": torch.zeros(shape)}, WEIGHTS, tokens=1)
+    reason = refusal(MODEL | {"a": shape}, MODEL, tokens=1)
     assert reason == f"a has shape {shape}, not (4, 3)"
-
-
-def test_update_of_integers_is_refused() -> None:
-    bad = update(1) | {"b": torch.zeros(5, dtype=torch.int32)}
-    assert refusal(bad, WEIGHTS, tokens=1) == "b has dtype torch.int32"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pilot.rules import aggregation as module
-from pilot.rules.aggregation import Spilled, aggregate, votes_of, weighted_mean
+from pilot.rules.aggregation import Merged, Spilled, votes_of, weighted_mean
+
+from .aggregation_kit import aggregate, gathered
 
 SHAPES = {"a": (4, 3), "b": (5,), "scalar": ()}
 
@@ -189,20 +191,33 @@ def test_tensor_is_sorted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["median", "trimmed-mean"])
-def test_robust_aggregates_load_no_whole_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    def whole_model(*_: object) -> None:
-        raise AssertionError("a whole reply was loaded")
-
-    monkeypatch.setattr(module, "load_file", whole_model)
-    assert aggregate(spill(tmp_path, some(4)), method=method, trim_fraction=0.2) is not None
+LARGE = {"wide": (5, 70_000), "long": (900, 2, 150), "vector": (9,)}
 
 
 @pytest.mark.parametrize("method", ["mean", "median", "trimmed-mean"])
-def test_round_without_replies_has_no_aggregate(method: str) -> None:
-    assert aggregate([], method=method, trim_fraction=0.2) is None
+@pytest.mark.parametrize("restore_lengths", [False, True])
+def test_a_few_rows_at_a_time_give_the_bits_of_all_at_once(
+    tmp_path: Path, method: str, restore_lengths: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    updates = [
+        {name: torch.randn(shape, generator=generator) for name, shape in LARGE.items()}
+        for _ in range(4)
+    ]
+    replies = spill(tmp_path, [(f"c{i % 3}", 10 + i, one) for i, one in enumerate(updates)])
+    merged = Merged(replies, method=method, restore_lengths=restore_lengths)
+    pieces = gathered(merged, values=1 << 16)
+    torch.testing.assert_close(pieces, gathered(merged, values=1 << 30), rtol=0, atol=0)
+    if method == "mean":
+        weighted = ((10.0 + i, one) for i, one in enumerate(updates))
+        whole = weighted_mean(weighted, restore_lengths=restore_lengths)
+        torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
+
+
+def test_replies_of_other_tensors_have_no_aggregate(tmp_path: Path) -> None:
+    replies = spill(tmp_path, [("a", 1, update(1)), ("b", 1, {"a": update(2)["a"]})])
+    with pytest.raises(ValueError, match="different tensors"):
+        Merged(replies, method="mean")
 
 
 def test_votes_are_all_dot_products_with_one_vote_a_client(tmp_path: Path) -> None:
@@ -211,7 +226,8 @@ def test_votes_are_all_dot_products_with_one_vote_a_client(tmp_path: Path) -> No
         save_file(update(number), tmp_path / f"{number}")
         replies.append(Spilled(client, tokens, tmp_path / f"{number}", steps=tokens / 8))
     momentum = update(9)
-    votes = votes_of(replies, momentum=momentum)
+    outer = {f"momentum.{name}": tensor for name, tensor in momentum.items()}
+    votes = votes_of(replies, momentum=outer | {"step": torch.ones(())})
 
     def flat(one: dict[str, Tensor]) -> Tensor:
         return torch.cat([one[name].reshape(-1) for name in sorted(SHAPES)]).double()

@@ -1,20 +1,24 @@
 """The outer step against torch.optim, which has the same three formulas."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nanochat.files import sha256_file
 from pilot.config import RunConfig
 from pilot.rules.outer import (
     ADAM_BETA2,
     ADAM_EPSILON,
     OuterRates,
     outer_step,
+    outer_step_in_place,
     restores_lengths,
 )
+from pilot.tensor_file import TensorFile, write_tensors
 
 STEPS = 7
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "empty": (0,)}
@@ -100,3 +104,27 @@ def test_auto_is_the_mean_of_the_clients_models_and_a_number_is_kept() -> None:
     for key, weight in weights.items():
         torch.testing.assert_close(stepped[key], weight - gradient[key])
     assert restores_lengths(RunConfig()) and not restores_lengths(RunConfig(outer_lr=1.0))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "nesterov", "adam"])
+def test_step_in_place_and_on_disk_has_the_bits_of_the_step_in_memory(
+    name: str, tmp_path: Path
+) -> None:
+    config = RunConfig(outer_optimizer=name, outer_lr=0.3, outer_momentum=0.9)
+    shapes = SHAPES | {"long": (1000, 3, 100), "wide": (4, 70_000)}
+
+    def some(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+    weights, state, expected, expected_state = some(0), {}, some(0), {}  # type: ignore[var-annotated]
+    memory = [tensor.data_ptr() for tensor in weights.values()]
+    for step in range(1, 4):
+        expected, expected_state = outer_step(config, expected, some(step), expected_state)
+        gradient, path = tmp_path / f"gradient-{step}", tmp_path / f"state-{step}"
+        write_tensors(gradient, some(step))
+        state = outer_step_in_place(config, weights, TensorFile(gradient), state, path)  # type: ignore[assignment]
+        assert state.sha256 == sha256_file(path)  # type: ignore[attr-defined]
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+        torch.testing.assert_close(dict(state), expected_state, rtol=0, atol=0)
+    assert memory == [tensor.data_ptr() for tensor in weights.values()]

@@ -154,7 +154,8 @@ def no_space(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        (module, "save_file"),
+        (module, "write_tensors"),
+        (os, "pwrite"),
         (module, "atomic_write_json"),
         (module, "atomic_write_text"),
         (module, "sha256_file"),

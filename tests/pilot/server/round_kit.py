@@ -24,6 +24,8 @@ from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, HelloReply, Part, TrainReply, to_header
 from pilot.wire.records import to_records
 
+from ..rules.aggregation_kit import gathered
+
 ROW_TOKENS, SHARD_ROWS = 8, 10
 STEP_TOKENS = 4 * ROW_TOKENS
 CONFIG = RunConfig(
@@ -95,6 +97,10 @@ class Round:
         """Whether the answer was to this round, accepted or refused."""
         answer = self.answer(name, self.reply(name, **changes), value)
         return self.open.handle_answer(answer) is not None
+
+    def mean(self) -> dict[str, torch.Tensor] | None:
+        merged = self.open.merged()
+        return None if merged is None else gathered(merged)
 
     def refusals(self) -> list[str]:
         return [e["reason"] for e in read_events(self.events) if e["event"] == "reply_refused"]

@@ -1,6 +1,7 @@
 """One round's books: what is one_, what it frees, and what it sums to."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 
 from pilot.run.snapshot import SnapshotError
 from pilot.segment import Score, Segment
-from pilot.server import open_round as module
 from pilot.server.mailbox import Answer
 from pilot.server.orders import SentOrder
 from pilot.server.roster import Client
@@ -23,7 +23,7 @@ def test_replies_are_folded_in_lease_order_weighted_by_tokens(one: Round) -> Non
         assert one.accept(name, value, rows=rows)
     assert [one_.reply.client for one_ in one.open.in_lease_order()] == ["a", "b", "c"]
     assert one.open.tokens == 12 * ROW_TOKENS and not one.open.pending
-    mean = one.open.mean()
+    mean = one.mean()
     assert mean is not None
     torch.testing.assert_close(mean["w"], torch.full((3,), (4 * 1 + 6 * 4 + 2 * 8) / 12))
 
@@ -36,7 +36,7 @@ def test_who_was_first_makes_no_difference_to_the_bit(tmp_path: Path) -> None:
         round_ = Round(directory)
         for name in order:
             round_.accept(name, value=0.1 + ord(name) / 7)
-        mean = round_.open.mean()
+        mean = round_.mean()
         assert mean is not None
         means.append(mean)
     for other in means[1:]:
@@ -75,7 +75,7 @@ def test_aggregation_is_the_configured_one(one: Round, method: str) -> None:
     one.state.config = replace(CONFIG, aggregation=method)
     for name, value in zip("abc", (1.0, 2.0, 600.0), strict=True):
         one.accept(name, value)
-    mean = one.open.mean()
+    mean = one.mean()
     assert mean is not None
     torch.testing.assert_close(mean["w"], torch.full((3,), 2.0))
 
@@ -151,7 +151,7 @@ def test_evaluation_over_nothing_counts_nothing(one: Round, changes: dict[str, i
 
 
 def test_round_that_has_no_loss_says_none(one: Round) -> None:
-    assert one.open.train_loss is None and one.open.mean() is None
+    assert one.open.train_loss is None and one.open.merged() is None
     one.accept("a", loss_nats=math.nan)
     assert one.open.train_loss is None
     one.open.accepted.clear()
@@ -181,7 +181,7 @@ def test_a_client_whose_lease_did_not_last_may_have_another_one_and_both_count(o
     first = segment.first_row
     again = one.reply("a", consumed=[replace(segment, first_row=first, end_row=first + 4)])
     assert one.open.handle_answer(one.answer("a", again, 3.0)) is not None
-    mean = one.open.mean()
+    mean = one.mean()
     assert mean is not None and [one_.order.client.name for one_ in one.open.accepted] == ["a", "a"]
     torch.testing.assert_close(mean["w"], torch.full((3,), 2.0))
 
@@ -192,6 +192,6 @@ def test_disk_that_is_full_ends_the_run_with_a_sentence(
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", no_space)
+    monkeypatch.setattr(os, "pwrite", no_space)
     with pytest.raises(SnapshotError, match=r"lease-00000001.*No space left"):
         one.accept("a")

@@ -109,9 +109,9 @@ def test_coded_update_is_decoded_and_checked_as_any_other(one: Round, wire: str)
 def test_coded_update_of_a_shape_that_is_not_the_models_is_refused_unread(one: Round) -> None:
     one.state.config = replace(CONFIG, wire_up="sparse")
     one.state.weights["w"] = torch.zeros(64, 64)
-    (part,) = encode({"w": torch.ones(64, 64)}, wire="sparse")
+    part, other = encode({"w": torch.ones(64, 64), "b": torch.ones(2, 2)}, wire="sparse")
     for name, shape in (("a", (64, 1 << 40)), ("b", (1 << 40, 64)), ("c", (128, 64))):
-        parts = [replace(part, shape=shape)]
+        parts = [replace(part, shape=shape), other]
         one.open.handle_answer(said(f"m-{name}", to_header(one.reply(name)), parts))
     assert one.refusals() == [
         f"w has shape {shape}, not (64, 64)" for shape in ((64, 1 << 40), (1 << 40, 64), (128, 64))
@@ -227,7 +227,7 @@ def test_site_that_uses_up_leases_without_training_is_not_asked_for_ever(one: Ro
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_reply_that_is_not_finite_is_refused(one: Round, value: float) -> None:
     one.accept("a", value)
-    assert one.open.mean() is None and "is not finite" in one.refusals()[0]
+    assert one.open.merged() is None and "is not finite" in one.refusals()[0]
 
 
 @pytest.mark.parametrize(
