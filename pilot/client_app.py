@@ -25,6 +25,7 @@ from pilot.site import in_flight
 from pilot.site.handle import SuperNodeGone, WorkerError, WorkerHandle
 from pilot.site.notice import notice_files, noticed
 from pilot.site.rows import ROWS_VARIABLE, rows_of_node
+from pilot.wire import transfer
 from pilot.wire.messages import (
     AnyMessage,
     Header,
@@ -34,6 +35,7 @@ from pilot.wire.messages import (
     StopReason,
     TrainOrder,
     TrainReply,
+    drained,
     from_header,
     to_header,
 )
@@ -58,6 +60,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
+    transfer.install()  # for the reply; in `pilot node` the order has come this way, too
     try:
         content = answer(message.content, node_name(context), context.node_config)
     except SuperNodeGone as error:
@@ -80,9 +83,11 @@ def answer(
 ) -> RecordDict:
     """What the client called `name` says to a message, whatever happens in its worker.
 
-    Raises SuperNodeGone if nobody is left to say it to.
+    The tensors in `content` are gone afterwards: in memory are those of the order until they are with the
+    worker, then those of the reply. Raises SuperNodeGone if nobody is left to say it to.
     """
     header, parts = from_records(content)
+    content.pop("parts")
     reply: Header
     update: list[Part]
     try:
@@ -92,7 +97,7 @@ def answer(
     else:
         node = _Node(name, {} if rows is None else {ROWS_VARIABLE: str(rows)})
         reply, update = _reply(header, parts, node)
-    return to_records(reply | {"node_name": name}, update)
+    return to_records(reply | {"node_name": name}, drained(update))
 
 
 def _reply(header: Header, parts: list[Part], node: _Node) -> tuple[Header, list[Part]]:

@@ -31,6 +31,7 @@ from typing import Any
 from pilot.processes.ancestry import alive
 from pilot.processes.keeper import become_subreaper, die_with_parent
 from pilot.site.notice import NODE_VARIABLE
+from pilot.wire import transfer
 
 PROGRAM = "flower-superexec"
 LAST_CLIENTAPP = "clientapp.pid"  # in a node's directory
@@ -70,10 +71,11 @@ def main() -> None:
 
 
 def preload(more: Sequence[str] = ()) -> None:
-    """Import what all forks need, and `more`."""
+    """Import what all forks need, and `more`, and let them take messages as `wire/transfer.py` does."""
     for module in (*_PRELOADED, *more):
         with contextlib.suppress(ImportError):  # of a Flower that is built otherwise
             importlib.import_module(module)
+    transfer.install()
 
 
 def be_superexec(words: Sequence[str]) -> None:

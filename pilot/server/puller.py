@@ -5,8 +5,8 @@ blocks for about three minutes, up to two hours (Flower 1.41, `pull_objects`). S
 one message after another; one that takes longer than a moment is left to its thread, and a new thread pulls
 the others.
 
-A reply is as large as a model, so they are handed over one at a time: while one is being dealt with, the next
-one may come, and no more.
+A reply may be as large as a model, so one is pulled at a time, when the one before has been dealt with. Only
+while its pieces stop coming (`wire/transfer.py` tells) are others pulled beside it.
 
 What a client has put together may be unreadable for Flower itself: then its reply is the exception that reading
 it raised, and everybody else's replies are pulled as before. Only a SuperLink that cannot be reached is raised.
@@ -21,11 +21,13 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from pilot.wire import transfer
+
 # modules whose exceptions speak of the connection to the SuperLink, never of what was pulled over it
 _TRANSPORTS = ("httpx", "httpcore", "grpc")
 
 PATIENCE_S = 1.0
-# Replies that are on their way at once, which is how many may be in memory
+# Replies that have stopped on their way, which may be in memory in parts
 MAX_SLOW = 4
 
 
@@ -57,9 +59,10 @@ class Puller:
         """
         self._slow = [sweep for sweep in self._slow if not sweep.done.is_set()]
         busy = {sweep.message_id for sweep in self._slow}
-        sweep = None
+        moving = next((sweep for sweep in self._slow if sweep.moves(self._patience_s)), None)
+        sweep = moving
         # those that nobody waits for any more don't count
-        if len(busy.intersection(message_ids)) < MAX_SLOW:
+        if moving is None and len(busy.intersection(message_ids)) < MAX_SLOW:
             wanted = [i for i in message_ids if i not in busy]
             sweep = _Sweep(self._grid, wanted, self._came, self._room)
         until_s = time.monotonic() + self._patience_s
@@ -71,7 +74,7 @@ class Puller:
             finally:
                 del item
                 self._room.release()
-        if sweep is not None and not sweep.finish():
+        if sweep is not None and not sweep.finish() and sweep is not moving:
             self._slow.append(sweep)
 
     def _next(self, sweep: "_Sweep | None", until_s: float) -> _Item | None:
@@ -100,9 +103,14 @@ class _Sweep:
         self._grid, self._message_ids, self._came = grid, message_ids, came
         self._room = room
         self._lock, self._last = threading.Lock(), False
+        self._moved_s = time.monotonic()  # when it last had a piece of a reply
         self.message_id = ""  # which it is at
         self.done = threading.Event()
         threading.Thread(target=self._run, name="pull", daemon=True).start()
+
+    def moves(self, within_s: float) -> bool:
+        """Whether a piece of a reply has come in so many seconds."""
+        return not self.done.is_set() and time.monotonic() - self._moved_s < within_s
 
     def finish(self) -> bool:
         """Whether it is through; if not, the message that it is at is its last."""
@@ -128,8 +136,9 @@ class _Sweep:
 
     def _pull(self, message_id: str) -> None:
         try:
-            # one a call: Flower downloads all ready replies of a call before it returns
-            replies: Sequence[Message | Exception] = list(self._grid.pull_messages([message_id]))
+            with transfer.noting(self._note):
+                # one a call: Flower downloads all ready replies of a call before it returns
+                replies = list[Message | Exception](self._grid.pull_messages([message_id]))
         except Exception as error:
             if _of_the_connection(error):
                 raise
@@ -137,6 +146,12 @@ class _Sweep:
         for reply in replies:
             self._room.acquire()
             self._came.put((message_id, reply))
+            # the next one comes when this one has been dealt with
+            self._room.acquire()
+            self._room.release()
+
+    def _note(self) -> None:
+        self._moved_s = time.monotonic()
 
 
 def _of_the_connection(error: Exception) -> bool:

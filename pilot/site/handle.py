@@ -136,11 +136,14 @@ class WorkerHandle:
         return True
 
     def ask(self, header: Header, parts: Sequence[Part] = ()) -> tuple[Header, list[Part]]:
-        """Send one order and wait for its answer. Raises WorkerError if there will be none."""
+        """Send one order and wait for its answer. Raises WorkerError if there will be none.
+
+        A list of `parts` is empty afterwards: the order's tensors need not wait here for the answer.
+        """
         try:
             if self._connection is None:
                 self._connection = self._connect()
-            send_frame(self._connection, header, parts)
+            send_frame(self._connection, header, parts, drain=True)
             return receive_frame(self._connection, while_waiting=self._look)
         except WireError as error:
             raise WorkerError(self._recorded_failure(str(error))) from error

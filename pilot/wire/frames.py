@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pilot.wire.jsonable import header_text
-from pilot.wire.messages import Header, Part
+from pilot.wire.messages import Header, Part, drained
 
 _LENGTH = struct.Struct("!Q")
 _MAX_HEADER_BYTES = 64 << 20
@@ -24,13 +24,18 @@ class WireError(ConnectionError):
     """The other end is gone, or what it sends is not a frame."""
 
 
-def send_frame(connection: socket.socket, header: Header, parts: Sequence[Part] = ()) -> None:
-    """Send one frame; raises WireError if the other end is gone."""
+def send_frame(
+    connection: socket.socket, header: Header, parts: Sequence[Part] = (), *, drain: bool = False
+) -> None:
+    """Send one frame; raises WireError if the other end is gone.
+
+    `drain`: the list `parts` lets go of each part once it is sent.
+    """
     listed = [[part.name, part.dtype, list(part.shape), len(part.data)] for part in parts]
     text = f'{{"header": {header_text(header)}, "parts": {json.dumps(listed)}}}'.encode()
     try:
         connection.sendall(_LENGTH.pack(len(text)) + text)
-        for part in parts:
+        for part in drained(parts) if drain and isinstance(parts, list) else parts:
             connection.sendall(part.data)
     except OSError as error:
         raise WireError(f"the other end closed the connection ({error})") from error

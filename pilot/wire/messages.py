@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -78,6 +78,13 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     data: bytes | bytearray | memoryview
+
+
+def drained(parts: list[Part]) -> Iterator[Part]:
+    """The parts in order; the list lets go of each before the next one is asked for."""
+    parts.reverse()
+    while parts:
+        yield parts.pop()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Flower 1.41 takes three times the size of a message to send it (the tensors, and copies of all of their chunks,
 which wait for their turn), and as much to receive it (the chunks as they came, cut out of that, and joined).
-`install` puts functions in the place of two of Flower's: chunks are copied when it is their turn, and are gone
-once they are joined. A test holds both against the pinned version. Of another Flower nothing is changed.
+`install` puts functions in the place of three of Flower's: chunks are copied when it is their turn, are gone
+once they are joined, and are counted as they come. A test holds them against the pinned version. Of another
+Flower nothing is changed.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,8 +22,10 @@ from flwr.app import Array
 _UTILS = "flwr.supercore.inflatable.inflatable_utils"
 _USERS = (_UTILS, "flwr.superlink.grid.http_grid")  # modules that have the names
 _INFLATE, _PUSH = "inflate_object_from_contents", "push_object_contents_from_iterable"
+_PULL = "pull_objects"
 _ARRAY, _CHUNK = b"Array ", b"ArrayChunk "
 _END_OF_HEAD = b"\0"
+_noted = threading.local()
 _QUEUED = 2  # chunks that are ready for each one that is being sent
 
 
@@ -37,6 +40,7 @@ def install() -> None:
             theirs = vars(module).get(_INFLATE)
             if theirs is not None and not hasattr(theirs, "_of_pilot"):
                 vars(module)[_INFLATE] = inflating(theirs)
+                vars(module)[_PULL] = telling(vars(module)[_PULL])
         vars(inflatable_utils)[_PUSH] = push
 
 
@@ -59,6 +63,36 @@ def inflating(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     vars(inflate)["_of_pilot"] = True
     return inflate
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[], None]) -> Iterator[None]:
+    """`note` is called for each object that this thread has Flower pull."""
+    _noted.note = note
+    try:
+        yield
+    finally:
+        del _noted.note
+
+
+def telling(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Flower's `pull_objects`, which tells what comes to whom `noting` says."""
+
+    @functools.wraps(theirs)
+    def pull(
+        object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any
+    ) -> dict[str, bytes]:
+        note = getattr(_noted, "note", lambda: None)
+
+        def one(object_id: str) -> bytes:
+            content = pull_object_fn(object_id)
+            note()
+            return content
+
+        found: dict[str, bytes] = theirs(object_ids, one, **options)
+        return found
+
+    return pull
 
 
 def joined(contents: dict[str, bytes]) -> dict[str, Any]:

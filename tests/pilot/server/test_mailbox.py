@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from pilot.server.mailbox import FORGET_AFTER_S, LOST_AFTER_S, Answer, Mailbox
+from pilot.wire import transfer
 from pilot.wire.messages import MAX_TEXT_CHARS, HelloReply, Part, to_header
 
 from ..grid_fixture import ManualClock, ManualGrid
@@ -177,6 +178,58 @@ def test_reply_that_never_comes_whole_blocks_neither_the_loop_nor_other_replies(
     while not (answers := list(box.poll())):
         assert time.monotonic() < until
     assert [answer.message_id for answer in answers] == [one] and not box.busy(1)
+
+
+def test_the_next_reply_comes_when_the_one_before_has_been_dealt_with() -> None:
+    pulled: list[str] = []
+
+    class Watched(ManualGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            pulled.extend(reply.metadata.reply_to_message_id for reply in replies)
+            return replies
+
+    grid = Watched(1, 2, 3)
+    box = Mailbox(grid, ManualClock())  # type: ignore[arg-type]  # what Grid is used for
+    box._puller._patience_s = 30.0
+    for node in (1, 2, 3):
+        grid.answer(box.send(node, "train", {}), {})
+    seen = []
+    for answer in box.poll():
+        time.sleep(0.05)  # in which the next ones would come
+        seen.append(answer.message_id)
+        assert len(pulled) == len(seen)
+    assert len(seen) == 3
+
+
+def test_while_a_large_reply_is_coming_no_other_is_pulled_beside_it() -> None:
+    there, pieces = threading.Event(), threading.Event()
+
+    class Large(ManualGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            if any(reply.metadata.src_node_id == 1 for reply in replies):
+                while not there.wait(0.01):
+                    if not pieces.is_set():
+                        transfer._noted.note()
+            return replies
+
+    grid = Large(1, 2)
+    box = Mailbox(grid, ManualClock())  # type: ignore[arg-type]  # what Grid is used for
+    box._puller._patience_s = 0.3
+    one, two = box.send(1, "train", {}), box.send(2, "train", {})
+    grid.answer(one, {})
+    assert list(box.poll()) == []
+    grid.answer(two, {})
+    assert list(box.poll()) == [], "it is still coming"
+    pieces.set()  # it stops
+    time.sleep(0.4)
+    assert [answer.message_id for answer in box.poll()] == [two]
+    there.set()
+    until = time.monotonic() + 30
+    while not (answers := list(box.poll())):
+        assert time.monotonic() < until
+    assert [answer.message_id for answer in answers] == [one]
 
 
 def test_error_of_megabytes_is_cut() -> None:

@@ -118,7 +118,7 @@ def test_what_cannot_be_sent_raises_and_nothing_more_is_asked_for() -> None:
 
 def test_flower_uses_them_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (inflatable_utils, http_grid):
-        for name in (transfer._INFLATE, transfer._PUSH):
+        for name in (transfer._INFLATE, transfer._PUSH, transfer._PULL):
             if hasattr(module, name):  # put back by pytest
                 monkeypatch.setattr(module, name, getattr(module, name))
     transfer.install()
@@ -131,6 +131,12 @@ def test_flower_uses_them_in_both_directions(monkeypatch: pytest.MonkeyPatch) ->
     message = Message(to_records({"kind": "x"}, PARTS), 1, "train")
     object_id, objects = message.object_id, get_all_nested_objects(message)
     inflatable_utils.push_objects(objects, pushed.__setitem__)
+    came: list[int] = []
+    with transfer.noting(lambda: came.append(1)):
+        pulled = http_grid.pull_objects(list(pushed), pushed.__getitem__)
+    assert pulled == pushed and len(came) == len(pushed)
+    assert http_grid.pull_objects(list(pushed), pull_object_fn=pushed.__getitem__) == pushed
+    assert len(came) == len(pushed)
     found = http_grid.inflate_object_from_contents(object_id, pushed)
     assert from_records(found.content)[1] == PARTS  # type: ignore[attr-defined]
 

@@ -1,0 +1,216 @@
+"""What a ClientApp holds in memory while it carries an order to its worker and a reply back.
+
+python -m benchmarks.client_memory                                       # a small model
+python -m benchmarks.client_memory --depth 9 --vocab-size 65536 --wire float32 int4
+
+The ClientApp is the real one, in a process that has imported what a ClientApp of `pilot node` finds imported,
+between Flower's functions for the pieces of messages (the order comes from a disk, the reply goes nowhere) and
+a process on its Unix socket that takes an order and gives a reply of random bytes at once. `--plain`: the
+order is put together as by a bare SuperNode, which Pilot's functions do not reach.
+
+Lines are JSON, one for each form of replies: `peak_bytes` is the process's largest resident set (VmHWM),
+`base_bytes` that before the order came; `order_bytes` and `reply_bytes` are those of tensors. Goal: 150 MB and
+twice the larger of the two messages.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import SUPPRESS, Namespace
+from pathlib import Path
+from typing import Any
+
+from pilot.launch import warm
+
+_LIMIT_S = 900.0
+_GOAL_BYTES = 150_000_000
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        _carry()
+        return
+    from nanochat.common import ArgumentParser
+    from pilot.config import RunConfig
+
+    parser = ArgumentParser(
+        prog="benchmarks.client_memory", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--wire", nargs="+", default=[RunConfig.wire_up], help="values of wire-up")
+    parser.add_argument("--plain", action="store_true", help="as below a bare SuperNode")
+    parser.add_argument("--child", action="store_true", help=SUPPRESS)
+    arguments = parser.parse_args()
+    for wire in arguments.wire:
+        print(json.dumps(_measure(arguments, wire)), flush=True)
+
+
+def _measure(arguments: Namespace, wire: str) -> dict[str, Any]:
+    from pilot.config import RunConfig
+    from pilot.wire.codec import message_bytes
+
+    config = RunConfig.from_mapping(
+        {
+            "run-name": "client-memory",
+            "depth": arguments.depth,
+            "vocab-size": arguments.vocab_size,
+            "worker-idle": 0.0,
+        }
+    )
+    shapes = _shapes(config)
+    with tempfile.TemporaryDirectory() as directory:
+        order_bytes = _write_order(config, shapes, Path(directory))
+        sizes = {name: message_bytes([shape], wire=wire) for name, shape in shapes.items()}
+        job = {"directory": directory, "sizes": sizes, "plain": arguments.plain}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.client_memory", "--child", json.dumps(job)],
+            env=os.environ | {"NANOCHAT_BASE_DIR": directory},
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=_LIMIT_S,
+        )
+    figures: dict[str, Any] = json.loads(done.stdout.decode().splitlines()[-1])
+    reply_bytes = sum(sizes.values())
+    allowed = _GOAL_BYTES + 2 * max(order_bytes, reply_bytes)
+    sizes_said = {"order_bytes": order_bytes, "reply_bytes": reply_bytes, "goal_bytes": allowed}
+    return {"wire_up": wire, "plain": arguments.plain} | figures | sizes_said
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    from nanochat.gpt import GPT
+    from pilot import plan
+
+    with torch.device("meta"):
+        model = GPT(plan.model_config(config), compute_dtype=torch.float32)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _write_order(config: Any, shapes: dict[str, tuple[int, ...]], directory: Path) -> int:
+    """An order's objects, a file each, and a list of them; the bytes of its tensors."""
+    from flwr.app import Message
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from pilot.wire.codec import message_bytes
+    from pilot.wire.messages import Fence, Part, TrainOrder, to_header
+    from pilot.wire.records import to_records
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    order = TrainOrder(
+        fence=Fence(config.run_name, 1, 1, 1),
+        client="site",
+        config=config.to_mapping(),
+        redis_url="",
+        processes=1,
+        segments=[],
+        lease_is_tail=False,
+        seconds_left=60.0,
+        committed_tokens=0,
+        total_tokens=1,
+        share=1.0,
+        eval_first_row=0,
+        eval_end_row=0,
+    )
+    parts = [
+        Part(name, "float32", shape, os.urandom(message_bytes([shape])))
+        for name, shape in shapes.items()
+    ]
+    message = Message(to_records(to_header(order), parts), 1, "train")
+    objects = get_all_nested_objects(message)
+    for object_id, one in objects.items():
+        (directory / object_id).write_bytes(one.deflate())
+    listed = {"root": message.object_id, "all": list(objects)}
+    (directory / "listed.json").write_text(json.dumps(listed))
+    return sum(len(part.data) for part in parts)
+
+
+# -- the ClientApp's process --------------------------------------------------------------------------
+
+
+def _carry() -> None:
+    """Be a ClientApp for one message; prints its figures."""
+    job = json.loads(sys.argv[sys.argv.index("--child") + 1])
+    connection = _worker(job["sizes"])  # a fork, before there is anything to copy
+    warm.preload()
+    from flwr.app import Message
+    from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from pilot import client_app
+    from pilot.wire.frames import receive_frame, send_frame
+
+    class Handle:
+        """The socket of a `WorkerHandle`, without the search for a group."""
+
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def __enter__(self) -> "Handle":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def drain(self) -> None:
+            pass
+
+        def ask(self, header: Any, parts: Any) -> Any:
+            send_frame(connection, header, parts, drain=True)
+            return receive_frame(connection)
+
+    vars(client_app)["WorkerHandle"] = Handle
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    directory, base = Path(job["directory"]), _peak()
+    listed = json.loads((directory / "listed.json").read_text())
+    inflate: Any = inflatable_utils.inflate_object_from_contents
+    if job["plain"]:
+        inflate = inflate.__wrapped__
+        vars(inflatable_utils)["inflate_object_from_contents"] = inflate
+    # as Flower does: what is pulled, the app, and what is pushed
+    message: Message = inflate(
+        listed["root"],
+        inflatable_utils.pull_objects(listed["all"], lambda i: (directory / i).read_bytes()),
+    )
+    message.metadata.__dict__["_message_id"] = listed["root"]
+    received = _peak()
+    content = client_app.answer(message.content, "site")
+    reply = Message(content, reply_to=message)
+    del content
+    inflatable_utils.push_objects(get_all_nested_objects(reply), lambda *_: None)
+    print(json.dumps({"peak_bytes": _peak(), "received_bytes": received, "base_bytes": base}))
+
+
+def _worker(sizes: dict[str, int]) -> Any:
+    """A process that takes one order and answers with parts of random bytes of these sizes; our end of it."""
+    import socket
+
+    from pilot.wire.frames import receive_frame, send_frame
+    from pilot.wire.messages import Fence, Part, TrainReply, to_header
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    if os.fork():
+        theirs.close()
+        return ours
+    ours.close()
+    header, _ = receive_frame(theirs)
+    reply = TrainReply(fence=Fence(**header["fence"]), client="site", tokens=8)
+    parts = [Part(name, "int4", (1, size), os.urandom(size)) for name, size in sizes.items()]
+    send_frame(theirs, to_header(reply), parts)
+    os._exit(0)
+
+
+def _peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+if __name__ == "__main__":
+    main()
