@@ -112,6 +112,7 @@ def _write_order(config: Any, shapes: dict[str, tuple[int, ...]], directory: Pat
         seconds_left=60.0,
         committed_tokens=0,
         total_tokens=1,
+        step_rows=1,
         share=1.0,
         eval_first_row=0,
         eval_end_row=0,
