@@ -136,7 +136,7 @@ class Template:
 
         def start(words: Sequence[str], **options: Any) -> object:
             quiet = [options.get(name) for name in ("stdout", "stderr")] == [subprocess.DEVNULL] * 2
-            # `start_new_session`: whoever asks for that is a fork of a process with a session of its own
+            # a SuperLink asks for a new session, and is itself in one (`kept_superlink.py`)
             others = (
                 options.keys() - {"start_new_session"} - ({"stdout", "stderr"} if quiet else set())
             )

@@ -6,8 +6,10 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from pilot.launch.flower_commands import FlowerCommands
 from pilot.launch.flower_run import FlowerRun
 from pilot.processes.scratch import free_port
 
-from ..waiting import until
+from ..waiting import LIMIT_S, until
 from .flower_app import write_app
 
 pytestmark = pytest.mark.timeout(900)
@@ -278,6 +280,38 @@ esac"""
     run.submit(None)
     outcome = run.follow(lines.append, lambda: "it was killed" if lines else None)
     assert (outcome.status, outcome.details) == ("finished:failed", "it was killed")
+
+
+def test_flower_is_not_asked_how_a_run_ended_whose_server_is_known_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+case $1 in
+  run) echo "Successfully started run 7"; echo one ;;
+  ls) touch asked; sleep 600 ;;
+esac"""
+    run = fake_flwr(tmp_path, monkeypatch, body)
+    run.submit(None)
+    outcome = run.follow(lambda line: None, lambda: "it was killed", ends_within_s=0.0)
+    assert (outcome.status, outcome.details) == ("finished:failed", "it was killed")
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_superlink_that_is_starting_is_waited_for() -> None:
+    port = free_port()
+    there = Connection("dep", {"address": f"127.0.0.1:{port}"}, Path())
+    with pytest.raises(PilotError, match="no SuperLink answers"):
+        connection.check_reachable(there, within_s=0.1)
+    with socket.socket() as listener:
+
+        def start() -> None:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+
+        starts = threading.Timer(0.5, start)
+        starts.start()
+        connection.check_reachable(there, within_s=LIMIT_S)
+        starts.join()
 
 
 def test_a_run_that_its_restarted_superlink_does_not_know_has_ended(
