@@ -30,7 +30,7 @@ _PRELOADED = (
     *("torch", "safetensors.torch", "filelock"),
 )
 _POLL_S = 0.05
-_ENDING_S = 10.0  # for a SuperLink that was asked to end
+_ENDING_S = 6.0  # for a SuperLink that was asked to end
 _STEADY_S = (
     10.0  # one that ends by itself before it has lived for this long won't live the next time
 )
