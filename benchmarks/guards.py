@@ -24,7 +24,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -317,17 +317,20 @@ class Federation:
                 self._note("cosine_with_momentum", cosine)
         names, steps = [str(i) for i in updates], [float(s) for _, s in updates.values()]
         votes = Votes(names, steps, gram, heading)
-        for i in range(len(names)):
-            others = [j for j in range(len(names)) if j != i]
-            if others:
-                self._note("cosine_with_others", votes.cosine(i, others))
-            if len(others) > 1:
-                self._note("norm_over_others", votes.norm_over(i, others))
-                if (aim := votes.aim(i, others)) is not None:
-                    self._note("cosine_over_that_of_the_others", aim)
+        everybody = range(len(names))
+        if len(names) > 1:
+            self._note_all("cosine_with_others", votes.cosines(everybody))
+        if len(names) > 2:
+            self._note_all("norm_over_others", votes.norms_over(everybody))
+            aims = votes.aims(everybody)
+            self._note_all("cosine_over_that_of_the_others", aims[~np.isnan(aims)])
         config = self.config
         norms = config.max_update_norm_ratio > 0
         return outliers(votes, min_cosine=config.min_update_cosine, norms=norms)
+
+    def _note_all(self, name: str, values: Iterable[float]) -> None:
+        for value in values:
+            self._note(name, float(value))
 
     def _note(self, name: str, value: float) -> None:
         self.seen.setdefault(name, []).append(value)

@@ -10,9 +10,14 @@ What is an honest spread was measured: docs/log.md.
 """
 
 import math
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 
 MIN_CLIENTS = 3
 # An update may be this many times longer than the median of the others of its round: twice what honest clients
@@ -25,6 +30,7 @@ MIN_AGREEMENT, MIN_AIM = 0.3, 0.02
 # Two clients disagree below this cosine, and of the two the one is wrong that also points so against the
 # momentum.
 MIN_PAIR_COSINE = -0.2
+_ROUNDING = 1e-12  # of a sum of cosines
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,31 @@ class Votes:
     gram: Sequence[Sequence[float]]
     heading: Sequence[float] | None = None
 
-    def norm(self, i: int) -> float:
-        return math.sqrt(max(0.0, self.gram[i][i]))
+    @cached_property
+    def norms(self) -> Array:
+        return np.sqrt(np.maximum(0.0, np.diagonal(self._gram)))
 
-    def cosine(self, i: int, others: Sequence[int]) -> float:
-        """Between update i and the mean direction of `others`: each counts with length 1, so that a long one
-        among them decides nothing."""
-        lengths = [self.norm(j) for j in others]
-        directions = [(j, length) for j, length in zip(others, lengths, strict=True) if length > 0]
-        along = sum(self.gram[i][j] / length for j, length in directions)
-        square = sum(self.gram[j][k] / (a * b) for j, a in directions for k, b in directions)
-        size = self.norm(i) * math.sqrt(max(0.0, square))
-        return along / size if size > 0 else 0.0
+    @cached_property
+    def _gram(self) -> Array:
+        count = len(self.clients)
+        return np.asarray(self.gram, dtype=np.float64).reshape(count, count)
+
+    @cached_property
+    def _between(self) -> Array:
+        """The cosine of each pair; 0 with an update that is zero. In a mean of these each counts with length 1,
+        so that a long one decides nothing."""
+        lengths = np.where(self.norms > 0, self.norms, np.inf)
+        return self._gram / lengths / lengths[:, None]
+
+    def cosine(self, i: int, j: int) -> float:
+        """Between two updates."""
+        return float(self._between[i, j])
+
+    def cosines(self, left: Sequence[int]) -> Array:
+        """Of each of `left`, with the mean direction of the others of them."""
+        among = self._between[np.ix_(left, left)]
+        sums, own = among.sum(axis=1), np.diagonal(among)
+        return _over_length(sums - own, sums.sum() - 2 * sums + own)
 
     def figures(self, clients: Collection[str]) -> dict[str, float | None]:
         """What the updates of `clients` say of the learning, for operators; None where it can't be said.
@@ -60,34 +79,56 @@ class Votes:
         between their mean and the outer momentum.
         """
         left = [i for i, client in enumerate(self.clients) if client in clients]
-        pairs = [self.cosine(i, [j]) for i in left for j in left if i < j]
-        total = sum(self.steps[i] for i in left)
-        share = {i: self.steps[i] / total for i in left} if total else {}
-        square = sum(share[i] * share[j] * self.gram[i][j] for i in share for j in share)
+        pairs = self._between[np.ix_(left, left)][np.triu_indices(len(left), 1)]
+        steps = np.asarray([self.steps[i] for i in left], dtype=np.float64)
+        share = steps / steps.sum() if steps.sum() else np.zeros(len(left))
+        square = float(share @ self._gram[np.ix_(left, left)] @ share)
         norm, along = math.sqrt(max(0.0, square)), None
         if self.heading is not None and norm > 0:
-            along = sum(share[i] * self.heading[i] * self.norm(i) for i in share) / norm
+            heading = np.asarray([self.heading[i] for i in left])
+            along = float(share @ (heading * self.norms[left])) / norm
         return {
-            "update_norm": norm if share else None,
-            "client_cosine": statistics.fmean(pairs) if pairs else None,
+            "update_norm": norm if share.any() else None,
+            "client_cosine": float(pairs.mean()) if len(pairs) else None,
             "momentum_cosine": along,
         }
 
-    def norm_over(self, i: int, others: Sequence[int]) -> float:
-        """Update i's norm over the median of `others`; if it took more steps, over as many times more, since no
-        step moves further than another. Fewer steps need not move less."""
-        usual = statistics.median(self.norm(j) for j in others)
-        longer = max(1.0, self.steps[i] / statistics.median(self.steps[j] for j in others))
-        return self.norm(i) / (usual * longer) if usual > 0 else 0.0
+    def norms_over(self, left: Sequence[int]) -> Array:
+        """Each norm of `left` over the median of the others; if it took more steps, over as many times more,
+        since no step moves further than another. Fewer steps need not move less."""
+        norms, steps = self.norms[left], np.asarray([self.steps[i] for i in left], dtype=float)
+        longer = np.maximum(1.0, steps / np.median(_others(steps), axis=1))
+        usual = np.median(_others(norms), axis=1) * longer
+        return np.where(usual > 0, norms / np.where(usual > 0, usual, 1.0), 0.0)
 
-    def aim(self, i: int, others: Sequence[int]) -> float | None:
-        """Update i's cosine with `others`, over the one that they have with one another; None if that is
-        small."""
-        among = [self.cosine(j, [k for k in others if k != j]) for j in others]
-        agreement = statistics.median(among)
-        if agreement <= MIN_AGREEMENT or self.norm(i) == 0:
-            return None
-        return self.cosine(i, others) / agreement
+    def aims(self, left: Sequence[int]) -> Array:
+        """The cosine of each of `left` with the others, over the one that those have with one another; NaN
+        where that is small."""
+        among = self._between[np.ix_(left, left)]
+        sums, own = among.sum(axis=1), np.diagonal(among)
+        # [i, j]: without i, the cosine of j with the others
+        without = sums[None, :] - among
+        whole = (sums.sum() - 2 * sums + own)[:, None]
+        each = _over_length(without - own[None, :], whole - 2 * without + own[None, :])
+        agreement = np.median(each[_off_diagonal(len(left))].reshape(len(left), -1), axis=1)
+        known = (agreement > MIN_AGREEMENT) & (self.norms[left] > 0)
+        return np.where(known, self.cosines(left) / np.where(known, agreement, 1.0), np.nan)
+
+
+def _off_diagonal(count: int) -> NDArray[np.bool_]:
+    return ~np.eye(count, dtype=bool)
+
+
+def _others(values: Array) -> Array:
+    """[i, :]: all but value i."""
+    count = len(values)
+    return np.broadcast_to(values, (count, count))[_off_diagonal(count)].reshape(count, -1)
+
+
+def _over_length(along: Array, square: Array) -> Array:
+    """`along` over the root of `square`, a sum of cosines; 0 where that is nothing but rounding."""
+    some = square > _ROUNDING
+    return np.where(some, along / np.sqrt(np.where(some, square, 1.0)), 0.0)
 
 
 def outliers(votes: Votes, *, min_cosine: float, norms: bool = True) -> dict[str, str]:
@@ -116,7 +157,7 @@ def undecided(votes: Votes, out: Mapping[str, str]) -> str:
     left = [i for i, client in enumerate(votes.clients) if client not in out]
     if (
         len(left) != MIN_CLIENTS - 1
-        or (cosine := votes.cosine(left[0], [left[1]])) >= MIN_PAIR_COSINE
+        or (cosine := votes.cosine(left[0], left[1])) >= MIN_PAIR_COSINE
     ):
         return ""
     one, other = (votes.clients[i] for i in left)
@@ -124,35 +165,34 @@ def undecided(votes: Votes, out: Mapping[str, str]) -> str:
 
 
 def _longest(votes: Votes, left: Sequence[int]) -> tuple[int, str] | None:
-    ratios = {i: votes.norm_over(i, [j for j in left if j != i]) for i in left}
-    worst = max(ratios, key=lambda i: ratios[i])
+    ratios = votes.norms_over(left)
+    worst = int(ratios.argmax())
     if ratios[worst] <= MAX_NORM_RATIO:
         return None
-    return worst, (
-        f"its norm {votes.norm(worst):.4g} is {ratios[worst]:.1f} times what the other "
+    return left[worst], (
+        f"its norm {votes.norms[left[worst]]:.4g} is {ratios[worst]:.1f} times what the other "
         f"{len(left) - 1} clients of the round let expect of its steps"
     )
 
 
 def _most_opposed(votes: Votes, left: Sequence[int], min_cosine: float) -> tuple[int, str] | None:
-    cosines = {i: votes.cosine(i, [j for j in left if j != i]) for i in left}
-    worst = min(cosines, key=lambda i: cosines[i])
+    cosines = votes.cosines(left)
+    worst = int(cosines.argmin())
     if cosines[worst] >= min_cosine:
         return None
-    return worst, (
+    return left[worst], (
         f"it points away from the other {len(left) - 1} clients of the round (cosine "
         f"{cosines[worst]:.2f}, and min-update-cosine is {min_cosine:g})"
     )
 
 
 def _most_aimless(votes: Votes, left: Sequence[int]) -> tuple[int, str] | None:
-    aims = {i: votes.aim(i, [j for j in left if j != i]) for i in left}
-    known = {i: aim for i, aim in aims.items() if aim is not None}
-    worst = min(known, key=lambda i: known[i], default=-1)
-    if worst < 0 or known[worst] >= MIN_AIM:
+    aims = votes.aims(left)
+    if np.isnan(aims).all() or np.nanmin(aims) >= MIN_AIM:
         return None
-    cosine = votes.cosine(worst, [j for j in left if j != worst])
-    return worst, (
+    worst = int(np.nanargmin(aims))
+    cosine = votes.cosines(left)[worst]
+    return left[worst], (
         f"it has no part in the direction in which the other {len(left) - 1} clients of the round agree "
         f"(cosine {cosine:.3f})"
     )
@@ -160,7 +200,7 @@ def _most_aimless(votes: Votes, left: Sequence[int]) -> tuple[int, str] | None:
 
 def _turned_round(votes: Votes, pair: Sequence[int]) -> dict[str, str]:
     first, second = pair
-    cosine = votes.cosine(first, [second])
+    cosine = votes.cosine(first, second)
     if votes.heading is None or cosine >= MIN_PAIR_COSINE:
         return {}
     against = [i for i in pair if votes.heading[i] < MIN_PAIR_COSINE]

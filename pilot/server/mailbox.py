@@ -7,6 +7,7 @@ away, or another process, for `LOST_AFTER_S` counts as lost.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -69,6 +70,7 @@ class Mailbox:
     def __init__(self, grid: Grid, clock: Clock, *, puller: Pulls | None = None) -> None:
         self._grid, self._clock, self._puller = grid, clock, puller or Puller(grid)
         self._pending: dict[str, _Pending] = {}
+        self._at_work: Counter[int] = Counter()  # messages without an answer, by node
 
     def nodes(self) -> set[int]:
         """Nodes that Flower believes to be online."""
@@ -76,7 +78,7 @@ class Mailbox:
 
     def busy(self, node_id: int) -> bool:
         """Whether a message to the node has no answer yet: a node takes one at a time."""
-        return any(pending.node_id == node_id for pending in self._pending.values())
+        return self._at_work[node_id] > 0
 
     @property
     def sends_at_once(self) -> bool:
@@ -95,6 +97,7 @@ class Mailbox:
         if not ids or not ids[0]:
             return ""
         self._pending[ids[0]] = _Pending(node_id)
+        self._at_work[node_id] += 1
         return ids[0]
 
     def abandon(self, message_id: str) -> None:
@@ -118,12 +121,20 @@ class Mailbox:
         yield from self._lost()
 
     def _open(self, message_id: str, reply: Message | Exception) -> Answer:
-        node_id = self._pending.pop(message_id).node_id
+        node_id = self._forget(message_id)
         if isinstance(reply, Message) and reply.has_error():
             reason = f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
             lost = reply.error.code in _LOST_CODES
             return Answer(message_id, node_id, error=plain(reason), lost=lost)
         return answer_of(message_id, node_id, reply)
+
+    def _forget(self, message_id: str) -> int:
+        """No answer to it is waited for; its node."""
+        node_id = self._pending.pop(message_id).node_id
+        self._at_work[node_id] -= 1
+        if not self._at_work[node_id]:
+            del self._at_work[node_id]  # nodes come under ever new ids
+        return node_id
 
     def _lost(self) -> list[Answer]:
         online = {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
@@ -131,7 +142,7 @@ class Mailbox:
         lost = []
         for message_id, pending in list(self._pending.items()):
             if now_s >= pending.forget_at_s:
-                del self._pending[message_id]
+                self._forget(message_id)
                 continue
             if pending.activated_at is None:
                 pending.activated_at = online.get(pending.node_id)
@@ -141,7 +152,7 @@ class Mailbox:
             if pending.absent_since_s is None:
                 pending.absent_since_s = now_s
             if now_s - pending.absent_since_s >= LOST_AFTER_S:
-                del self._pending[message_id]
+                self._forget(message_id)
                 reason = "its node restarted" if pending.node_id in online else "its node is gone"
                 lost.append(Answer(message_id, pending.node_id, error=reason, lost=True))
         return lost

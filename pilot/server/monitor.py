@@ -75,6 +75,7 @@ class RoundMonitor:
             return
         silent = set()
         pending = self.open_round.pending
+        slowest_s = max((order.client.start_s or 0.0 for order in pending), default=0.0)
         for order in pending:
             name = order.client.name
             if name in heard:
@@ -84,7 +85,7 @@ class RoundMonitor:
                 self._heard_at_s[name] = now_s - heard[name].age_s
                 if heard[name].heartbeat.step > 0 and order.message_id not in self._begun:
                     self._begin(order, now_s)
-            if self._is_silent(order, now_s):
+            if self._is_silent(order, now_s, slowest_s):
                 silent.add(name)
         owing = {order.client.name for order in pending}
         for name in sorted(silent - self.silent):
@@ -103,14 +104,14 @@ class RoundMonitor:
             if now_s - last.age_s >= sent_s.get(name, -math.inf)
         }
 
-    def _is_silent(self, order: SentOrder, now_s: float) -> bool:
+    def _is_silent(self, order: SentOrder, now_s: float, slowest_s: float) -> bool:
+        """`slowest_s`: the longest that one of those that owe a reply has ever needed for a heartbeat."""
         client = order.client
         if (last := self.heard.get(client.name)) is not None:
             if last.heartbeat.state == "sending":  # the worker is done: Flower carries its reply
                 return False
             return last.age_s > silence_s(self.heartbeat_s)
-        starts = [one.client.start_s or 0.0 for one in (order, *self.open_round.pending)]
-        longest_s = starts[0] or max(starts)  # its own, else what others needed
+        longest_s = client.start_s or slowest_s  # its own, else what others needed
         # 0: its first round and everybody's, or it can't reach Redis: nothing follows from silence
         if not longest_s or client.blind:
             return False
@@ -149,7 +150,9 @@ class RoundMonitor:
         """
         if self._blind_at_s == self._updated_at_s:
             return {}
-        known = {order.client.name: order.client.begin_s for order in self.open_round.pending}
+        # the slowest counts for those that have never begun, and so is never one of them
+        known = [order.client.begin_s for order in self.open_round.pending if order.client.begin_s]
+        slowest = [max(known)] if known else []
         left = {}
         for order in self.open_round.pending:
             client, name = order.client, order.client.name
@@ -159,8 +162,7 @@ class RoundMonitor:
                 continue
             if order.message_id in self._begun or not waits_for_beginning(client.late_rounds):
                 continue
-            others = [begin_s for other, begin_s in known.items() if begin_s and other != name]
-            due_s = order.sent_at_s + begin_patience_s(client.begin_s, others)
+            due_s = order.sent_at_s + begin_patience_s(client.begin_s, slowest)
             if now_s < due_s:
                 left[name] = due_s - now_s
         return left
@@ -209,12 +211,13 @@ class RoundMonitor:
         ended, those that had not begun by then, or do not know it and train on.
         """
         left_out = self.unbegun | self.unaware
+        rate = self._tokens_per_s if self._silent_since_s else 0.0
         return [
             order
             for order in self.open_round.pending
             if order.client.name not in left_out
             and self._updated_at_s - self._silent_since_s.get(order.client.name, math.inf)
-            < self._reprieve_s(order.client.name)
+            < self._reprieve_s(order.client.name, rate)
         ]
 
     @property
@@ -257,11 +260,16 @@ class RoundMonitor:
         without = "its client cannot use Redis and did not hear that the round was over"
         return why | dict.fromkeys(self.unaware, without)
 
-    def _reprieve_s(self, name: str) -> float:
+    @property
+    def _tokens_per_s(self) -> float:
+        """Of all clients of the round, as they trained before."""
         clients = [order.client for order in self.open_round.pending]
         clients += [one.order.client for one in self.open_round.accepted]
-        rates = {client.name: client.tokens_per_s or 0.0 for client in clients}
-        last, rate = self.heard.get(name), sum(rates.values())
+        return sum({client.name: client.tokens_per_s or 0.0 for client in clients}.values())
+
+    def _reprieve_s(self, name: str, rate: float) -> float:
+        """`rate`: what all clients together train in a second."""
+        last = self.heard.get(name)
         return min(_REPRIEVE_S, last.heartbeat.tokens / rate) if last and rate else _REPRIEVE_S
 
     def measure(self, order: SentOrder, reply: TrainReply, now_s: float) -> None:
@@ -285,8 +293,9 @@ class RoundMonitor:
 
     def note_late_beginners(self) -> None:
         """At the close: clients that have not begun take longer to than was known; the next round knows it."""
+        unbegun = self.unbegun
         for order in self.open_round.pending:
-            if order.client.name in self.unbegun and order.lease is not None:
+            if order.client.name in unbegun and order.lease is not None:
                 self._note_late(order)
 
     def _note_late(self, order: SentOrder) -> None:

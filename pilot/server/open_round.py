@@ -46,7 +46,7 @@ class OpenRound:
     ) -> None:
         self.number, self.opened_at_s = number, opened_at_s
         self.clients: dict[str, ClientInRound] = {}  # those that were asked, by name
-        self.sent: list[SentOrder] = []  # all orders, oldest first
+        self.sent: dict[str, SentOrder] = {}  # all orders, by their messages' ids, oldest first
         self.accepted: list[AcceptedReply] = []
         self.answered = 0  # replies that were not refused, with work or without
         self.rejected = 0  # replies whose content may not be merged
@@ -86,7 +86,7 @@ class OpenRound:
         """The order is on its way."""
         client = self.clients.setdefault(order.client.name, ClientInRound())
         client.order, client.last = order, Last.PENDING
-        self.sent.append(order)
+        self.sent[order.message_id] = order
         client.step_rows = order.step_tokens // self._state.config.sequence_len
         if order.asked.pieces:
             self._asked[order.client.name] = order.asked
@@ -122,21 +122,21 @@ class OpenRound:
 
     def handle_answer(self, answer: Answer) -> Settled | None:
         """Accept or refuse an answer if it is to this round; None: it is not."""
-        pending = {order.message_id: order for order in self.pending}
-        order = pending.get(answer.message_id)
-        if order is None:
+        order = self.sent.get(answer.message_id)
+        if order is None or self.clients[order.client.name].order is not order:
             return None
+        up = sum(len(part.data) for part in answer.parts)
         if answer.lost:
             self._lose(order, answer.error)
             return Settled(order, None)
         if answer.malformed:
             self._reject(order, None, dict, answer.error)
-            return Settled(order, None)
+            return Settled(order, None, up)
         try:
             reply = _reply(answer, order.fence)
         except ValueError as error:
             self._refuse(order, str(error))
-            return Settled(order, None)
+            return Settled(order, None, up)
         self._add_scores(order, reply)
         try:
             accepted = self._spill(order, reply, answer.parts)
@@ -145,7 +145,7 @@ class OpenRound:
                 raise  # it is this machine's, such as its disk
             reason = str(error) if isinstance(error, ValueError) else sentence(error)
             self._reject(order, reply, lambda: self._tensors_if_any(answer.parts), reason)
-            return Settled(order, None)
+            return Settled(order, None, up)
         if accepted is not None:
             self._state.admission.accepted(order.client.name)  # for now: see `turn_away`
             self.accepted.append(accepted)
@@ -153,7 +153,7 @@ class OpenRound:
         used_up = reply.stopped_by == StopReason.LEASE_USED_UP
         client = self._settle(order, Last.USED_UP if used_up else Last.REPLIED)
         client.fruitless += accepted is None
-        return Settled(order, reply)
+        return Settled(order, reply, up)
 
     def _settle(self, order: SentOrder, last: Last) -> ClientInRound:
         client = self.clients[order.client.name]

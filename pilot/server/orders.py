@@ -33,10 +33,11 @@ class SentOrder:
 
 @dataclass(frozen=True)
 class Settled:
-    """An order that has its answer: the reply, or None if that was refused."""
+    """An order that has its answer: the reply, or None if that was refused. Its tensors had `bytes_up`."""
 
     order: SentOrder
     reply: TrainReply | None
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True)

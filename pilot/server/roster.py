@@ -8,6 +8,7 @@ answer that `min_clients` clients share.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from pilot.rules.rounds import Clock
 from pilot.run.state import versions
@@ -152,7 +153,7 @@ class Roster:
             return True
         # a newer node of the same name supersedes the older
         self._answered[name] = Client(name, node_id, hello)
-        self._admit()
+        self._admit(hello)
         return True
 
     def _alive_elsewhere(self, name: str, node_id: int, hello: HelloReply) -> Client | None:
@@ -181,8 +182,8 @@ class Roster:
         )
         self._refuse(f"node {node_id}", node_id, reason, TAKEN_AGAIN_S)
 
-    def _admit(self) -> None:
-        if not self.fingerprints and not self._find_agreement():
+    def _admit(self, newest: HelloReply) -> None:
+        if not self.fingerprints and not self._find_agreement(newest.fingerprints):
             return
         for name, client in list(self._answered.items()):
             del self._answered[name]
@@ -208,14 +209,12 @@ class Roster:
         client.blind_answers += 1
         return self.clock.now_s() + pause_s
 
-    def _find_agreement(self) -> bool:
-        """Fix what to agree on, once enough clients do."""
-        for candidate in self._answered.values():
-            ours = candidate.hello.fingerprints
-            agreeing = [s for s in self._answered.values() if s.hello.fingerprints == ours]
-            if len(agreeing) >= self.min_clients and code_hashes().items() <= ours.items():
-                self.fingerprints = dict(ours)
-                return True
+    def _find_agreement(self, newest: Mapping[str, str]) -> bool:
+        """Fix what to agree on, once enough clients do: those that agree with the newest, which was missing."""
+        agreeing = sum(s.hello.fingerprints == newest for s in self._answered.values())
+        if agreeing >= self.min_clients and code_hashes().items() <= newest.items():
+            self.fingerprints = dict(newest)
+            return True
         return False
 
     def _mismatch(self, hello: HelloReply) -> str:
@@ -270,10 +269,11 @@ class Roster:
         return not accepted.issuperset(self._asked.values())
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+@lru_cache(maxsize=10_000)  # asked for all clients at each tick
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts client_2 before client_10."""
     parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
 def _other_versions(theirs: Mapping[str, str]) -> str:

@@ -311,7 +311,7 @@ class RoundLoop:
                 self.report.reply_too_late(late if isinstance(late, TrainReply) else None)
             return
         order, reply, now_s = settled.order, settled.reply, self.clock.now_s()
-        self.times.answered(settled, answer, self._monitor.started_s.get(order.message_id), now_s)
+        self.times.answered(settled, self._monitor.started_s.get(order.message_id), now_s)
         if reply is not None:
             self._monitor.measure(order, reply, now_s)
             self.report.reply_accepted(

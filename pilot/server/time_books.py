@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from pilot.rules.accounts import OrderFacts, Spent, client_accounts, spent_on_order
 from pilot.server.idle import Cause, IdleTime
-from pilot.server.mailbox import Answer
 from pilot.server.open_round import OpenRound
 from pilot.server.orders import Settled
 from pilot.server.report import Report
@@ -27,13 +26,11 @@ class TimeBooks:
     _last_end_s: float = float("-inf")  # of training in the last round
     _last_asked: set[str] = field(default_factory=set)  # clients of the last round
 
-    def answered(
-        self, settled: Settled, answer: Answer, start_s: float | None, now_s: float
-    ) -> None:
+    def answered(self, settled: Settled, start_s: float | None, now_s: float) -> None:
         """An answer to an order of the open round came at `now_s`; `start_s` as in `spent_on_order`."""
         order, reply = settled.order, settled.reply
         self._answered_at_s = now_s
-        self._bytes_up[order.message_id] = sum(len(part.data) for part in answer.parts)
+        self._bytes_up[order.message_id] = settled.bytes_up
         if reply is not None:
             self._spent[order.message_id] = _spent(reply, now_s - order.sent_at_s, start_s)
 
@@ -49,9 +46,9 @@ class TimeBooks:
                 self._spent.get(order.message_id),
                 order.fence in fences,
             )
-            for order in closed.sent
+            for order in closed.sent.values()
         ]
-        trained = any(order.lease is not None for order in closed.sent)
+        trained = any(order.lease is not None for order in closed.sent.values())
         # an evaluation after the last round belongs to no period
         self.idle.because(Cause.DISPATCH, closed.number)  # what follows is the next round's
         end_s = self._end_of_training_s(closed) if trained else self._last_end_s

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -157,3 +158,37 @@ def test_figures_for_operators_are_those_of_plain_vectors() -> None:
     assert alone["client_cosine"] is None and alone["momentum_cosine"] is None
     assert alone["update_norm"] == pytest.approx(math.sqrt(dot(updates[0], updates[0])))
     assert set(votes().figures({"a"}).values()) == {None}
+
+
+def test_all_at_once_is_what_plain_vectors_say_one_by_one() -> None:
+    updates = [scaled(near(NORTH, seed, 1.0), 1.0 + seed) for seed in range(6)] + [[0.0] * 20]
+    found, left = votes(*updates), [0, 2, 3, 5, 6]
+
+    def unit(update: Vector) -> Vector:
+        length = math.sqrt(dot(update, update))
+        return scaled(update, 1 / length) if length else update
+
+    def cosine(i: int, others: list[int]) -> float:
+        mean = [sum(at) for at in zip(*(unit(updates[j]) for j in others), strict=True)]
+        return dot(unit(updates[i]), unit(mean))
+
+    def but(i: int, indices: list[int]) -> list[int]:
+        return [j for j in indices if j != i]
+
+    assert found.cosines(left) == pytest.approx([cosine(i, but(i, left)) for i in left])
+    assert found.cosine(2, 5) == pytest.approx(cosine(2, [5]))
+    aims = []
+    for i in left:
+        among = statistics.median(cosine(j, but(j, but(i, left))) for j in but(i, left))
+        aims.append(cosine(i, but(i, left)) / among if dot(updates[i], updates[i]) else math.nan)
+    assert found.aims(left) == pytest.approx(aims, nan_ok=True)
+
+
+def test_a_thousand_clients_are_judged_before_the_next_round() -> None:
+    """Each with each others' mean, one by one, would take days."""
+    directions = [[math.cos(i / 900), math.sin(i / 900)] for i in range(1000)]
+    directions[400] = [-1.0, -1.0]
+    gram = [[dot(one, other) for other in directions] for one in directions]
+    many = Votes([f"c{i}" for i in range(1000)], [1.0] * 1000, gram)
+    assert set(outliers(many, min_cosine=-0.25)) == {"c400"}
+    assert many.figures(many.clients)["client_cosine"] == pytest.approx(0.9, abs=0.05)

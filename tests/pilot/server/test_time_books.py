@@ -49,7 +49,7 @@ class _Server:
         answer = self.round.answer(name, self.round.reply(name, **said))
         settled = self.round.open.handle_answer(answer)
         assert settled is not None
-        self.books.answered(settled, answer, start_s, self.clock.now_s())
+        self.books.answered(settled, start_s, self.clock.now_s())
 
     def all_told(self) -> list[dict[str, Any]]:
         events = read_events(self.directory / "events.jsonl")
@@ -140,7 +140,8 @@ def test_a_round_that_nobody_was_seen_training_in_ends_with_its_last_answer(
 def test_an_evaluation_after_the_last_round_is_in_no_period(server: _Server) -> None:
     _a_round(server)
     before = run_account(server.all_told())
-    server.round.open.sent = [replace(order, lease=None) for order in server.round.open.sent]
+    sent = server.round.open.sent
+    server.round.open.sent = {i: replace(order, lease=None) for i, order in sent.items()}
     server.spend(Cause.EVALUATION, 9.0)
     server.books.close(server.round.open, merged=False)
     assert server.told()["goodput"] is None and server.told()["round_s"] == 9.0
