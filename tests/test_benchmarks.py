@@ -73,5 +73,21 @@ def test_both_ways_send_the_same_bytes_and_the_processes_are_known(
     assert "over_flower_s" in overhead["goal"] and "of_old" not in overhead["goal"]
 
 
+def test_a_client_whose_upload_takes_long_is_not_declared_dead(tmp_path: Path) -> None:
+    """1.3 MB on 1 Mbit/s: ten seconds each way, beside heartbeats on the same wire."""
+    command = [sys.executable, "-m", "benchmarks.links", "--quick", "--limit", "500"]
+    done = subprocess.run(
+        [*command, "--dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = json.loads(done.stdout)["runs"]
+    assert (found["silent"], found["refused"]) == (0, 0)
+    assert found["bytes_up"] >= 4 * found["parameters"]
+    on_the_wire_s = found["bytes_up"] / 125_000
+    assert min(found["sending_s"]) > 0.9 * on_the_wire_s > 5, "it was slow enough to tell"
+    assert 0 < found["utilisation"] <= 1
+    assert list(found["utilisation_of"]) == ["60", "300", "600", "1800"]
+
+
 def _called(node: ast.AST) -> str:
     return ast.unparse(node.func) if isinstance(node, ast.Call) else ""

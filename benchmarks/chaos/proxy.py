@@ -1,4 +1,4 @@
-"""A TCP proxy whose lines can be cut, stalled or delayed: the network between two processes of a test."""
+"""A TCP proxy whose lines can be cut, stalled, delayed or narrow: the network between two processes."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,25 @@ import struct
 import threading
 
 _CHUNK_BYTES = 1 << 16
+_BURST_S = 0.005  # what a wire catches up that had nothing to carry, or whose timer was late
+
+
+class Wire:
+    """A wire of `bytes_per_s` each way, which all its lines share; who has waited longest is next.
+
+    So a connection that sends without end leaves the others their turns, a chunk each, as a network does.
+    """
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at_s = [0.0, 0.0]  # up, down
+
+    async def carry(self, num_bytes: int, *, down: bool) -> None:
+        """Return when so many bytes are through."""
+        now_s = asyncio.get_running_loop().time()
+        began_s = max(now_s - _BURST_S, self._free_at_s[down])
+        self._free_at_s[down] = began_s + num_bytes / self._bytes_per_s
+        await asyncio.sleep(max(0.0, self._free_at_s[down] - now_s))
 
 
 class Line:
@@ -15,10 +34,12 @@ class Line:
     up       bytes pass (after `delay_s`)
     stalled  bytes wait, as if packets were lost; they pass once the line is up again
     cut      connections are reset, and so are new ones
+
+    Bytes also have to wait for its `wire`, if it has one.
     """
 
-    def __init__(self, network: "Network", target_port: int) -> None:
-        self._network, self._target_port = network, target_port
+    def __init__(self, network: "Network", target_port: int, wire: Wire | None = None) -> None:
+        self._network, self._target_port, self._wire = network, target_port, wire
         self._up = asyncio.Event()
         self._up.set()
         self._cut = False
@@ -69,8 +90,8 @@ class Line:
         self._writers |= ends
         try:
             async with asyncio.TaskGroup() as pumps:  # an end that is reset takes the other with it
-                pumps.create_task(self._pump(reader, target[1]))
-                pumps.create_task(self._pump(target[0], writer))
+                pumps.create_task(self._pump(reader, target[1], down=False))
+                pumps.create_task(self._pump(target[0], writer, down=True))
         except* OSError:
             pass
         finally:
@@ -78,10 +99,14 @@ class Line:
             for end in ends:
                 _reset(end)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, down: bool
+    ) -> None:
         """Raises OSError if one of the two ends was reset."""
         while data := await reader.read(_CHUNK_BYTES):
             await self._up.wait()
+            if self._wire is not None:
+                await self._wire.carry(len(data), down=down)
             if self._delay_s:
                 await asyncio.sleep(self._delay_s)
             writer.write(data)
@@ -113,9 +138,9 @@ class Network:
         self._thread.start()
         return self
 
-    def line(self, target_port: int) -> Line:
+    def line(self, target_port: int, wire: Wire | None = None) -> Line:
         """A new line to 127.0.0.1:`target_port`; clients connect to its `port`."""
-        line = Line(self, target_port)
+        line = Line(self, target_port, wire)
         if self._passes:
             line.port = target_port
             return line

@@ -34,7 +34,7 @@ from benchmarks.chaos.processes import (
     marked_below,
     write_connection,
 )
-from benchmarks.chaos.proxy import Line, Network
+from benchmarks.chaos.proxy import Line, Network, Wire
 from pilot.processes.local_redis import find_server
 from pilot.processes.scratch import free_port
 
@@ -169,7 +169,8 @@ class Federation:
     """All processes of one run. `directory` gets logs and Flower's files, `base` the data and the run.
 
     Workers have one thread each, so that a machine with two cores can run three sites. `proxied` False: lines
-    are the ports themselves. What has died is seen every `supervise_s` seconds: a look at all processes.
+    are the ports themselves. `site_bytes_per_s`: each way, on the wire of a site, which its lines share (0:
+    no limit). What has died is seen every `supervise_s` seconds: a look at all processes.
     """
 
     def __init__(
@@ -180,10 +181,12 @@ class Federation:
         sites: Sequence[str],
         *,
         proxied: bool = True,
+        site_bytes_per_s: float = 0.0,
         supervise_s: float = SUPERVISE_S,
     ) -> None:
         self.directory, self.config = directory, dict(config)
         self._proxied, self._supervise_s = proxied, supervise_s
+        self._site_bytes_per_s = site_bytes_per_s
         self.run_dir = base / "runs" / str(config["run-name"])
         self._base, self._site_names = base, list(sites)
         self._stack = contextlib.ExitStack()
@@ -256,7 +259,8 @@ class Federation:
         return self._service("redis", [str(find_server()), str(configuration)], env)
 
     def _site(self, name: str, network: Network, redis_port: int) -> Site:
-        superlink_line, redis_line = network.line(self.port), network.line(redis_port)
+        wire = Wire(self._site_bytes_per_s) if self._site_bytes_per_s else None
+        superlink_line, redis_line = network.line(self.port, wire), network.line(redis_port, wire)
         reply_file = self.directory / f"{name}.reply"
         env = self._env(name, redis_line)
         env |= {"PYTHONPATH": str(HOOKS), "PILOT_CHAOS_REPLY": str(reply_file)}

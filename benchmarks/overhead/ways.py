@@ -25,10 +25,23 @@ class Limits:
 
 
 def federation(
-    directory: Path, base: Path, config: Mapping[str, Any], sites: Sequence[str]
+    directory: Path,
+    base: Path,
+    config: Mapping[str, Any],
+    sites: Sequence[str],
+    *,
+    site_bytes_per_s: float = 0.0,
 ) -> Federation:
-    """Real processes without a proxy between them."""
-    return Federation(directory, base, config, sites, proxied=False, supervise_s=_SUPERVISE_S)
+    """Real processes; a proxy only where the wires of sites have a limit."""
+    return Federation(
+        directory,
+        base,
+        config,
+        sites,
+        proxied=site_bytes_per_s > 0,
+        site_bytes_per_s=site_bytes_per_s,
+        supervise_s=_SUPERVISE_S,
+    )
 
 
 def measured(running: Federation, limits: Limits) -> dict[str, Any]:

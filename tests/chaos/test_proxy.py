@@ -1,13 +1,15 @@
 """The line between two processes: it passes bytes, holds them, and cuts connections."""
 
+import asyncio
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.chaos.proxy import Line, Network
+from benchmarks.chaos.proxy import Line, Network, Wire
 from pilot.processes.scratch import free_port
 
 
@@ -56,6 +58,37 @@ def test_bytes_pass_both_ways_and_slowly_when_the_line_is_slow(line: Line) -> No
         assert ask(connection, b"one") == b"one"
         line.delay(0.05)
         assert ask(connection, b"two") == b"two"
+
+
+def test_lines_on_one_wire_share_what_it_carries_and_take_turns() -> None:
+    came: list[str] = []
+
+    async def send(wire: Wire, name: str, chunks: int) -> None:
+        for _ in range(chunks):
+            await wire.carry(10_000, down=False)
+            came.append(name)
+
+    async def both() -> float:
+        wire, loop = Wire(500_000.0), asyncio.get_running_loop()
+        began_s = loop.time()
+        endless = asyncio.create_task(wire.carry(1 << 30, down=True))  # the other way: no matter
+        await asyncio.gather(send(wire, "upload", 8), send(wire, "heartbeat", 2))
+        endless.cancel()
+        return loop.time() - began_s
+
+    assert asyncio.run(both()) >= 10 * 10_000 / 500_000 - 0.01
+    assert came[:4].count("heartbeat") == 2, "it waits for a chunk of the upload, not for all"
+
+
+def test_bytes_cross_a_narrow_wire_both_ways(echo: int) -> None:
+    with Network() as network, connect(network.line(echo, Wire(100_000.0))) as connection:
+        began_s = time.monotonic()
+        connection.sendall(bytes(20_000))
+        left = 20_000
+        while left:
+            left -= len(connection.recv(left))
+        # up and down overlap, chunk by chunk
+        assert time.monotonic() - began_s >= 20_000 / 100_000 - 0.01
 
 
 def test_a_stalled_line_holds_bytes_back_until_it_is_up_again(line: Line) -> None:
