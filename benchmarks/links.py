@@ -5,7 +5,7 @@ python -m benchmarks.links --rates 10 --wires int4 --seconds 300
 python -m benchmarks.links --quick                  # a tiny model on 1 Mbit/s, whose upload takes ten seconds
 
 Real SuperLink, SuperNode (`pilot node`), Redis and `pilot run`, one client: between it and the SuperLink is a
-proxy of so many Mbit/s each way, which its Redis shares. Rounds of --seconds are run, the first of which is
+proxy of --rates Mbit/s each way, which its Redis shares. Rounds of --seconds are run, the first of which is
 cold; `utilisation` is the median goodput of the others (docs/protocol.md, *Where time goes*). `cost_s` is what
 of such a round is not training; of these, `begin_s` pass between its opening and its first step, the rest after
 its end. From that follows `utilisation_of`, by seconds of a round: extrapolated where it is not --seconds.

@@ -21,7 +21,7 @@ class Wire:
         self._free_at_s = [0.0, 0.0]  # up, down
 
     async def carry(self, num_bytes: int, *, down: bool) -> None:
-        """Return when so many bytes are through."""
+        """Return when `num_bytes` are through."""
         now_s = asyncio.get_running_loop().time()
         began_s = max(now_s - _BURST_S, self._free_at_s[down])
         self._free_at_s[down] = began_s + num_bytes / self._bytes_per_s
