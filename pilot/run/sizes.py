@@ -91,6 +91,7 @@ def sizes(
     # that is sent, and each reply in Flower's chunks and whole, one of them as tensors
     pulled = 2 * min(clients, _PULLED_AT_ONCE) * reply
     server_app = max(2 * snapshot + spilled, snapshot + order + pulled + spilled)
+    server_app += spilled // 2  # the outer step before, in bf16
     # rank 0: model and update in fp32, and the update as it is sent if that is another form
     rank_0 = order + spilled + (reply if reply != spilled else 0)
     return Sizes(

@@ -47,9 +47,10 @@ class Loss:
     rest: float = 0.0
 
     @property
-    def share(self) -> float:
-        """The length of the rest over that of the whole: 0 where nothing was lost."""
-        return math.sqrt(self.rest / self.whole) if self.whole > 0 else 0.0
+    def share(self) -> float | None:
+        """The length of the rest over that of the whole: 0 where nothing was lost; None if it is no number."""
+        share = self.rest / self.whole if self.whole > 0 else self.rest
+        return math.sqrt(share) if math.isfinite(share) else None
 
 
 def form_of(wire: str, shape: Sequence[int]) -> str:

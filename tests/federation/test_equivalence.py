@@ -18,11 +18,21 @@ STEPS = 6
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype", "rounds"),
-    [("classic", "float32", 2), ("modern", "float32", 1), ("classic", "bfloat16", 1)],
+    ("arch", "dtype", "rounds", "batch_of"),
+    [
+        ("classic", "float32", 2, "client"),
+        ("classic", "float32", 2, "federation"),
+        ("modern", "float32", 1, "client"),
+        ("classic", "bfloat16", 1, "client"),
+    ],
 )
 def test_one_client_gives_the_weights_of_plain_training(
-    builtin: Path, monkeypatch: pytest.MonkeyPatch, arch: str, dtype: str, rounds: int
+    builtin: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arch: str,
+    dtype: str,
+    rounds: int,
+    batch_of: str,
 ) -> None:
     """Over several rounds too, since the inner optimizer's state stays with its client."""
     monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
@@ -30,7 +40,8 @@ def test_one_client_gives_the_weights_of_plain_training(
     config = RunConfig.from_mapping(
         MICRO
         | {
-            "run-name": f"one-{arch}-{dtype}",
+            "run-name": f"one-{arch}-{dtype}-{batch_of}",
+            "batch-of": batch_of,
             "arch": arch,
             "min-clients": 1,
             "round-steps": STEPS // rounds,
@@ -40,7 +51,7 @@ def test_one_client_gives_the_weights_of_plain_training(
     )
     state, final = federate(config, "only")
     settings = Settings(
-        run=f"plain-{arch}-{dtype}",
+        run=f"plain-{arch}-{dtype}-{batch_of}",
         depth=config.depth,
         arch=arch,
         source="builtin",
@@ -59,7 +70,7 @@ def test_one_client_gives_the_weights_of_plain_training(
     )
     bpb = pretrain(settings, device=torch.device("cpu"))
     plain, _, _ = load_checkpoint(
-        builtin / "base_checkpoints" / f"plain-{arch}-{dtype}", STEPS, "cpu"
+        builtin / "base_checkpoints" / f"plain-{arch}-{dtype}-{batch_of}", STEPS, "cpu"
     )
     for name, weight in state.weights.items():
         # a table that is stored in bf16 keeps, in the fp32 global model, what its first rounding lost

@@ -28,6 +28,13 @@ CASES = {
         speeds=(1.0, 3.0),
         config=(("outer-lr", 0.9), ("outer-momentum", 0.8)),
     ),
+    "three clients who share a batch that they do not divide, one at a time away": Case(
+        name="away",
+        clients=3,
+        steps=2,
+        batch="federation",
+        trace=((0, 1, 2), (0, 1), (1, 2)),
+    ),
 }
 _SCALE = Scale(
     name="golden",

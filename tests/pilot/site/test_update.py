@@ -110,3 +110,37 @@ def test_disk_that_refuses_costs_the_rest_and_no_round(
     first = site.send(fence(1))
     assert "Cannot save the rest of an update" in caplog.text
     assert same(site.send(fence(2), merged=fence(1)), first)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", *DECAY])
+def test_it_says_which_share_of_an_update_and_its_rest_the_code_lost(
+    tmp_path: Path, wire: str
+) -> None:
+    """By what arrives: of the matrix, which is coded; the vector and the small one travel as they are."""
+    site = Site(tmp_path / "rest", wire)
+    assert site.encoder.lost is None
+    generator = torch.Generator().manual_seed(0)
+    wanted = {n: torch.randn(shape, generator=generator).double() for n, shape in SHAPES.items()}
+    rest = torch.zeros(SHAPES["matrix"], dtype=torch.float64)
+    for number in (1, 2):
+        merged = fence(number - 1) if number > 1 else None
+        arrived = site.send(fence(number), merged=merged)
+        whole = {**wanted, "matrix": wanted["matrix"] + DECAY.get(wire, 0.0) * rest}
+        rest = whole["matrix"] - arrived["matrix"].double()
+        size = torch.cat([tensor.reshape(-1) for tensor in whole.values()]).norm()
+        assert site.encoder.lost == pytest.approx(float(rest.norm() / size), rel=1e-4, abs=1e-9)
+    low, high = {
+        "float32": (0.0, 0.0),
+        "bfloat16": (5e-4, 4e-3),
+        "int8": (1e-3, 1e-2),
+        "int4": (0.05, 0.2),
+        "sparse": (0.5, 1.0),
+    }[wire]
+    assert site.encoder.lost is not None and low <= site.encoder.lost <= high
+
+
+def test_an_update_that_is_no_number_has_lost_no_share_of_itself(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, "bfloat16")
+    order = train_order(RunConfig(), [], fence=fence(1))
+    encoder.encode({"matrix": torch.full((64, 80), float("inf"))}, order, CPU)
+    assert encoder.lost is None
