@@ -98,7 +98,7 @@ def _laboratory(rows: Corpus, **fields: Any) -> Laboratory:
     )
 
 
-def test_the_batch_of_a_round_is_shared_by_whoever_is_there(rows: Corpus) -> None:
+def test_the_batch_of_a_round_is_shared_by_those_who_are_there(rows: Corpus) -> None:
     batch = SMOKE.batch_tokens // SMOKE.sequence_len  # 8 rows
     by_speed = _laboratory(rows, clients=3, speeds=(1.0, 2.0, 5.0))
     assert by_speed._work([0, 1, 2]) == {0: (2, 1), 1: (2, 2), 2: (2, 5)}

@@ -78,7 +78,7 @@ def _by_steps(base: Case, *steps: int) -> list[Case]:
 
 
 def _by_batch(name: str, **fields: Any) -> list[Case]:
-    """Four clients: the batch of the run shared by whoever is there; of each; and as it is shared by four."""
+    """Four clients: the batch of the run shared by those there; of each; and as four share it."""
     return [
         FOUR.but(f"4 clients, {name}", **fields),
         FOUR_LARGE.but(f"4 clients, batch of each, {name}", **fields),

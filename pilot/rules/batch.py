@@ -1,7 +1,7 @@
 """How many rows of an optimizer step each client of a round takes, where the batch is the federation's. Pure.
 
 With `batch-of = "federation"`, `total-batch-size` is what all clients of a round take together in one step: a
-share each, so that a step has the tokens that the run says, whoever is there. Standard library only.
+share each, so that a step has the tokens that the run says, no matter who is there. Standard library only.
 """
 
 from collections.abc import Hashable, Mapping
