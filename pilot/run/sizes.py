@@ -18,7 +18,7 @@ from pilot.wire.codec import message_bytes
 
 _FP32 = 4
 _OUTER_STATES = {"fedavg": 0, "nesterov": 1, "adam": 2}  # of the model's size, in fp32
-_PULLED_AT_ONCE = 4  # replies that a server pulls (`server/puller.py`)
+_STUCK_AT_ONCE = 4  # replies beside the one that a server pulls (`server/puller.py`)
 _PYTHON, _TORCH = 500 << 20, 3 << 30  # a process with Flower; a rank with torch and a CUDA context
 # NCCL's guide for containers: `--shm-size=1g`. Docker's own default of 64 MB is too small for it.
 _NCCL = 1 << 30
@@ -87,10 +87,11 @@ def sizes(
     per_rank = optimizer.state_bytes(gpus)
     tokens = plan.total_tokens(config)
     row_bytes = (config.sequence_len + 1) * row_dtype(config.vocab_size).itemsize
-    # the outer step: the mean, and weights and outer state twice; or while replies come: a copy of the model
-    # that is sent, and each reply in Flower's chunks and whole, one of them as tensors
-    pulled = 2 * min(clients, _PULLED_AT_ONCE) * reply
-    server_app = max(2 * snapshot + spilled, snapshot + order + pulled + spilled)
+    largest = _FP32 * max(map(math.prod, shapes))
+    # the weights; a reply in Flower's chunks, its largest tensor joined and decoded, and what has come of those
+    # that are stuck on their way; or the version before, when a merge is taken back
+    pulled = min(clients, 1 + _STUCK_AT_ONCE) * reply + 2 * largest
+    server_app = spilled + max(spilled, pulled)
     server_app += spilled // 2  # the outer step before, in bf16
     # rank 0: model and update in fp32, and the update as it is sent if that is another form
     rank_0 = order + spilled + (reply if reply != spilled else 0)
@@ -110,7 +111,8 @@ def sizes(
         + (1 + config.quarantine) * clients * spilled
         + 2 * spilled,
         supernode_memory=2 * order + _PYTHON,
-        client_app_memory=2 * order + 2 * reply + _PYTHON,
+        # below a bare SuperNode, where Flower puts the order together
+        client_app_memory=max(2 * order, reply) + largest + _PYTHON,
         ranks_memory=rank_0 + gpus * _TORCH,
         site_disk=2 * gpus * per_rank if config.inner_state == "keep" else 0,
         rows_disk=-(-tokens // config.sequence_len) * row_bytes,

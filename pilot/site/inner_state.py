@@ -38,24 +38,35 @@ class InnerState:
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self._directory, self._ranks = directory, ranks
 
-    def restore(self, optimizer: MuonAdamW, merged: Fence | None, fence: Fence) -> bool:
+    def restore(
+        self,
+        optimizer: MuonAdamW,
+        merged: Fence | None,
+        fence: Fence,
+        *,
+        holds: Fence | None = None,
+    ) -> bool:
         """Put back the state that the order of `merged` (None: none was merged) left.
 
-        All other states are removed, except those of earlier orders in the round of `fence`, which may still be
-        merged. Returns False, on all ranks alike, if there is no such state: the optimizer is then unchanged.
+        `holds`: the order whose state `optimizer` has already, on this rank; then nothing is read. All other
+        files are removed, except those of earlier orders in the round of `fence`, which may still be merged.
+        Returns False, on all ranks alike, if there is no such state: the optimizer is then unchanged.
         """
         wanted = self._path(merged) if merged else None
-        found = self._read(wanted) if wanted else None
+        has_it = merged is not None and holds == merged
+        found = self._read(wanted) if wanted and not has_it else None
         if found is not None and not optimizer.fits(_nested(found)):
             log.warning("%s was written by another version; skipping it", wanted)
             found = None
-        everybody = self._ranks.sum([float(found is not None)])[0] == self._ranks.world_size
+        here = has_it or found is not None
+        everybody = self._ranks.sum([float(here)])[0] == self._ranks.world_size
         self._remove_all_but(wanted if everybody else None, fence)
-        if found is None or not everybody:
+        if not everybody:
             if merged and self._ranks.first:
                 log.info("No saved inner-optimizer state on this site; starting fresh")
             return False
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(found)})
+        if found is not None:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(found)})
         return True
 
     def keep(self, optimizer: MuonAdamW, fence: Fence) -> None:

@@ -24,7 +24,7 @@ from nanochat.acceleration import accelerated_block
 from nanochat.gpt import GPT
 from nanochat.gpus import settle_garbage
 from nanochat.kernels.choices import training_seconds
-from nanochat.layers import RunBlock, run_block
+from nanochat.layers import RunBlock
 from nanochat.loss_eval import bpb_sums
 from nanochat.memory import keep_freed_memory
 from nanochat.optim import MuonAdamW
@@ -42,6 +42,7 @@ from pilot.site.inner_state import InnerState, inner_state_dir
 from pilot.site.meter import Meter, Seconds
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
+from pilot.site.resident import Resident
 from pilot.site.stop import Progress, StopWatcher
 from pilot.site.update import Encoder, pseudo_gradient, rest_dir
 from pilot.wire.messages import Part, StopReason, TrainOrder, TrainReply
@@ -55,10 +56,17 @@ class Round:
     """One client's work in one round; `run` reads as step 3 of docs/protocol.md."""
 
     def __init__(
-        self, order: TrainOrder, ranks: Ranks, received: float, *, resident: bool = False
+        self,
+        order: TrainOrder,
+        ranks: Ranks,
+        received: float,
+        *,
+        resident: bool = False,
+        kept: Resident | None = None,
     ) -> None:
         self.order, self.ranks, self.received = order, ranks, received
         self._resident = resident  # whether these processes may have further rounds
+        self._kept = kept or Resident()  # of earlier ones
         self.config = RunConfig.from_mapping(order.config)
         self.progress = Progress()
         self.seconds = Seconds()
@@ -86,8 +94,11 @@ class Round:
             compute_dtype, self._device_rows = agree_on_device(
                 self.config, self.ranks, step_rows=self.order.step_rows
             )
-            model = plan.build_model(
-                self.config, device=self.ranks.device, compute_dtype=compute_dtype
+            model = self._kept.model(
+                self.config,
+                device=self.ranks.device,
+                compute_dtype=compute_dtype,
+                device_rows=self._device_rows,
             )
             self.ranks.load_weights(model.state_dict().items(), weights)
             with self.seconds.of("eval_s"):
@@ -206,43 +217,33 @@ class Round:
     def _steps(self, model: GPT, data: SiteData, stop: StopWatcher) -> dict[str, Any]:
         """Train until the round ends, the steps are done or the lease is used up; the reply's numbers."""
         config, progress = self.config, self.progress
-        optimizer = plan.make_optimizer(config, model)
         keeps = config.inner_state == "keep" and bool(self.order.segments)
-        if keeps:
-            self.inner.restore(optimizer, self.order.last_merged_fence, self.order.fence)
-        trainer = Trainer(
-            model,
-            optimizer,
-            device=self.ranks.device,
-            device_batch_rows=self._device_rows,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            run_block=self._run_block(model) if self.order.segments else run_block,
-        )
+        self._begin_with_inner_state(keeps=keeps)
+        trainer = self._kept.trainer(self._trainer) if self.order.segments else None
         stream = RowStream(data.rows, self.order.segments)
         progress.update(state="training")
         began_s = time.monotonic()
         with self._bar() as bar:
             meter = Meter(self.ranks, progress, bar, token_flops=model.estimate_flops())
-            if self.order.segments:
+            if trainer is not None:
                 self._train(trainer, stream, meter, stop)
             meter.read()
         train_s = time.monotonic() - began_s
         row_counts = self._row_counts(data, stream, stop)
         stop.enter("sending")
         if keeps and progress.heartbeat.step:
-            self._trained = optimizer
+            self._trained = self._kept.optimizer()
             self._keep_before_reply(stop)
         if not stop.reason:
             done = StopReason.STEPS_DONE if self.order.segments else StopReason.NOTHING_LEASED
             stop.stop(done)
-        if self.ranks.first and self.order.segments:
+        if self.ranks.first and trainer is not None:
             round_number = self.order.fence.round_number
             text = "Stop signal received (END ROUND %d) after batch %d: %s"
             log.info(text, round_number, trainer.micro_steps, stop.reason)
         return {
             "steps": progress.heartbeat.step,
-            "batches": trainer.micro_steps,
+            "batches": trainer.micro_steps if trainer is not None else 0,
             "tokens": progress.heartbeat.tokens,
             "loss_nats": self.ranks.sum([float(meter.nats)])[0],
             "train_s": train_s,
@@ -250,6 +251,30 @@ class Round:
             "consumed": stream.consumed(progress.rows),
             "row_counts": row_counts,
         }
+
+    def _begin_with_inner_state(self, *, keeps: bool) -> None:
+        """Give the optimizer the state that the order says, from memory if it is there."""
+        merged, kept = self.order.last_merged_fence, self._kept
+        if not self.order.segments:
+            return  # nothing is trained
+        found = keeps and self.inner.restore(
+            kept.optimizer(), merged, self.order.fence, holds=kept.holds
+        )
+        if found:
+            kept.holds = merged
+        else:
+            kept.forget_state()
+
+    def _trainer(self, model: GPT, optimizer: MuonAdamW) -> Trainer:
+        return Trainer(
+            model,
+            optimizer,
+            device=self.ranks.device,
+            device_batch_rows=self._device_rows,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            run_block=self._run_block(model),
+        )
 
     def _keep_before_reply(self, stop: StopWatcher) -> None:
         """A temporary group is ended once it has replied: it writes before, or not at all if it is leaving."""
@@ -277,6 +302,7 @@ class Round:
             step_nats = trainer.step(rows, hyper=hyper, should_stop=lambda: self._agree(stop))
             if step_nats is None:
                 return
+            self._kept.holds = self.order.fence
             tokens = len(rows) * config.sequence_len
             if progress.heartbeat.step == 0:
                 settle_garbage()

@@ -23,6 +23,7 @@ from pilot.errors import PilotError
 from pilot.site.data import hello
 from pilot.site.group import record_failure
 from pilot.site.ranks import Ranks
+from pilot.site.resident import Resident
 from pilot.site.round import Round
 from pilot.wire.codec import decode
 from pilot.wire.frames import WireError, receive_frame, send_frame
@@ -69,6 +70,7 @@ class _Server:
         self._directory, self._idle_s = directory, idle_s
         self._package = code_hashes()  # of the code that this process has imported
         self._ranks: Ranks | None = None  # joined when there is something to train
+        self._kept = Resident()  # between two orders
         self._task: Round | None = None  # the last one, until it has kept its state
 
     def serve(self) -> None:
@@ -129,7 +131,8 @@ class _Server:
         if self._ranks is None:
             self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         self._ranks.broadcast_json(to_header(order))
-        self._task = task = Round(order, self._ranks, received, resident=self._idle_s > 0)
+        resident = self._idle_s > 0
+        self._task = task = Round(order, self._ranks, received, resident=resident, kept=self._kept)
         reply, update = task.run(weights)
         return reply, update, not (order.run_is_over or task.leaving)
 
@@ -138,10 +141,11 @@ def _follow(directory: Path, idle_s: float) -> None:
     """Every other rank: it trains the rounds that rank 0 broadcasts."""
     logging.getLogger("nanochat").setLevel(logging.WARNING)
     ranks = Ranks.join(directory, device_type=os.environ["PILOT_DEVICE"])
+    kept = Resident()
     while (header := ranks.broadcast_json(None)) is not None:
         order = from_header(header)
         assert isinstance(order, TrainOrder)
-        task = Round(order, ranks, time.monotonic(), resident=idle_s > 0)
+        task = Round(order, ranks, time.monotonic(), resident=idle_s > 0, kept=kept)
         task.run({})
         task.keep_state()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no order in progress: it may end here

@@ -30,14 +30,14 @@ Rest = Callable[[str], Tensor | None]
 
 
 def pseudo_gradient(model: GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Global minus local weights, fp32, in the memory of `weights` (fp32) where it can be.
+    """Global minus local weights, fp32, in the memory of `weights` (fp32) where it can be; these are taken.
 
     The start is rounded as the model's own tensors are: a bf16 table that was not trained has a
     pseudo-gradient of exactly zero.
     """
     update = {}
     for name, local in model.state_dict().items():
-        start = weights[name].to(local.dtype).float()
+        start = weights.pop(name).to(local.dtype).float()
         update[name] = start.sub_(local.detach().float().cpu())
     return update
 

@@ -59,7 +59,8 @@ class FakeWorker:
         self.during()
         if header["kind"] == "HelloOrder":
             return to_header(HelloReply()), []
-        return to_header(TrainReply(fence=Fence("r", 1, 1, 1), client="c")), self.update
+        reply = TrainReply(fence=Fence("r", 1, 1, 1), client="c")
+        return to_header(reply), list(self.update)
 
 
 @pytest.fixture

@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import nop
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 
+from nanochat.acceleration import CompiledBlock, accelerated_block
 from nanochat.trainer import Trainer
 from pilot.config import RunConfig
-from pilot.site.inner_state import inner_state_dir
+from pilot.site import round as round_module
+from pilot.site.inner_state import InnerState, inner_state_dir
 from pilot.site.ranks import Ranks
+from pilot.site.resident import Resident
 from pilot.site.round import Round
 from pilot.site.update import rest_dir
 from pilot.wire.codec import DECAY, decode
@@ -46,6 +52,7 @@ class Federation:
     merged: Fence | None = None
     row: int = 0
     rounds: int = 0
+    kept: Resident | None = None  # of a resident group
 
     def round(self, fate: str) -> None:
         """One round whose reply meets `fate`: merged, or lost, refused, or trained twice over."""
@@ -61,7 +68,10 @@ class Federation:
         )
         for _ in range(2 if fate == "repeated" else 1):
             weights = {name: weight.clone() for name, weight in self.weights.items()}
-            reply, parts = Round(order, ALONE, time.monotonic()).run(weights)
+            resident = self.kept is not None
+            task = Round(order, ALONE, time.monotonic(), resident=resident, kept=self.kept)
+            reply, parts = task.run(weights)
+            task.keep_state()
         if fate in ("lost", "refused"):
             return
         assert reply.tokens
@@ -99,12 +109,14 @@ def federation(site: Path, client: str, **values: Any) -> Federation:
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8", "int4", "sparse"])
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("resident", [False, True])
 def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_optimizer_or_rest(
-    site: Path, seed: int, wire: str
+    site: Path, seed: int, wire: str, resident: bool
 ) -> None:
     fates = ["merged", "lost", "refused", "repeated", "merged"]
     random.Random(seed).shuffle(fates)
     troubled = federation(site, f"troubled-{seed}", wire_up=wire)
+    troubled.kept = Resident() if resident else None
     for fate in fates:
         troubled.round(fate)
     calm = federation(site, f"calm-{seed}", wire_up=wire)
@@ -131,6 +143,73 @@ def test_keeping_the_state_makes_rounds_of_one_step_equal_to_one_round_of_many(s
     differs = [n for n, w in whole.weights.items() if not torch.allclose(reset.weights[n], w)]
     assert differs, "without the state other weights come out: the comparison means something"
     assert not inner_state_dir("inner", "reset").exists()
+
+
+def _compile_with_what_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accelerated(mode: str, **values: Any) -> Any:
+        block = CompiledBlock(torch.device("cpu"), aot_autograd(fw_compiler=nop, bw_compiler=nop))
+        return block, accelerated_block("off", **values)[1]
+
+    monkeypatch.setattr(round_module, "accelerated_block", accelerated)
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_second_round_of_a_group_reads_compiles_and_allocates_nothing(
+    site: Path, monkeypatch: pytest.MonkeyPatch, compiled: str
+) -> None:
+    if compiled == "on":
+        _compile_with_what_needs_no_compiler(monkeypatch)
+    group = federation(site, f"group-{compiled}")
+    group.kept = kept = Resident()
+    group.round("merged")
+    model, optimizer, trainer = kept._model, kept._optimizer, kept._trainer
+    assert model is not None and optimizer is not None and kept.holds == group.merged
+
+    def memory() -> list[int]:
+        state = [t for values in optimizer.state.values() for t in values.values()]
+        tensors = [*model.state_dict().values(), *(t for t in state if isinstance(t, Tensor))]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def work() -> dict[str, dict[str, int]]:
+        return {key: dict(counts) for key, counts in counters.items()}
+
+    before, done = memory(), work()
+    assert compiled == "off" or done["stats"]["unique_graphs"] >= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(InnerState, "_read", lambda *_: pytest.fail("the state is in memory"))
+        group.round("merged")
+        group.round("merged")
+    assert (kept._model, kept._optimizer, kept._trainer) == (model, optimizer, trainer)
+    assert memory() == before and work() == done
+    if compiled == "on":
+        return
+    alone = federation(site, f"alone-{compiled}")  # with new ones in each round
+    for _ in range(3):
+        alone.round("merged")
+    for name, weight in alone.weights.items():
+        assert torch.equal(weight, group.weights[name]), name
+
+
+def test_group_makes_everything_again_for_another_configuration_or_a_fresh_state(
+    site: Path,
+) -> None:
+    group = federation(site, "other")
+    group.kept = kept = Resident()
+    group.round("merged")
+    model = kept._model
+    group.config = site_config(site, run_name="inner", round_steps=1, lr=0.5)
+    group.round("merged")
+    assert kept._model is not model and kept.holds == group.merged
+    group.merged = None  # as after a merge that was taken back
+    group.round("lost")
+    fresh = federation(site, "fresh", lr=0.5)
+    fresh.weights, fresh.row, fresh.rounds = group.weights, group.row, group.rounds
+    fresh.kept = alone = Resident()
+    fresh.round("lost")
+    for one, other in zip(
+        kept.optimizer().state.values(), alone.optimizer().state.values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_damaged_or_missing_state_costs_the_state_and_not_the_round(site: Path) -> None:
