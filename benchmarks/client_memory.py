@@ -18,23 +18,28 @@ import os
 import subprocess
 import sys
 import tempfile
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from pilot.launch import warm
+import torch
+from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.task_identity import TaskIdentity
+
+from nanochat.common import ArgumentParser, run_command_line
+from nanochat.gpt import GPT
+from pilot import plan
+from pilot.config import RunConfig
+from pilot.wire.codec import message_bytes
+from pilot.wire.messages import Fence, Part, TrainOrder, to_header
+from pilot.wire.records import to_records
 
 _LIMIT_S = 900.0
 _GOAL_BYTES = 150_000_000
 
 
 def main() -> None:
-    if "--child" in sys.argv:
-        _carry()
-        return
-    from nanochat.common import ArgumentParser
-    from pilot.config import RunConfig
-
     parser = ArgumentParser(
         prog="benchmarks.client_memory", description=(__doc__ or "").splitlines()[0]
     )
@@ -42,16 +47,12 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--wire", nargs="+", default=[RunConfig.wire_up], help="values of wire-up")
     parser.add_argument("--plain", action="store_true", help="as below a bare SuperNode")
-    parser.add_argument("--child", action="store_true", help=SUPPRESS)
     arguments = parser.parse_args()
     for wire in arguments.wire:
         print(json.dumps(_measure(arguments, wire)), flush=True)
 
 
 def _measure(arguments: Namespace, wire: str) -> dict[str, Any]:
-    from pilot.config import RunConfig
-    from pilot.wire.codec import message_bytes
-
     config = RunConfig.from_mapping(
         {
             "run-name": "client-memory",
@@ -66,7 +67,7 @@ def _measure(arguments: Namespace, wire: str) -> dict[str, Any]:
         sizes = {name: message_bytes([shape], wire=wire) for name, shape in shapes.items()}
         job = {"directory": directory, "sizes": sizes, "plain": arguments.plain}
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.client_memory", "--child", json.dumps(job)],
+            [sys.executable, "-m", "benchmarks.client_memory_child", json.dumps(job)],
             env=os.environ | {"NANOCHAT_BASE_DIR": directory},
             stdout=subprocess.PIPE,
             check=True,
@@ -79,27 +80,14 @@ def _measure(arguments: Namespace, wire: str) -> dict[str, Any]:
     return {"wire_up": wire, "plain": arguments.plain} | figures | sizes_said
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    import torch
-
-    from nanochat.gpt import GPT
-    from pilot import plan
-
+def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = GPT(plan.model_config(config), compute_dtype=torch.float32)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _write_order(config: Any, shapes: dict[str, tuple[int, ...]], directory: Path) -> int:
+def _write_order(config: RunConfig, shapes: dict[str, tuple[int, ...]], directory: Path) -> int:
     """An order's objects, a file each, and a list of them; the bytes of its tensors."""
-    from flwr.app import Message
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-    from flwr.supercore.task_identity import TaskIdentity
-
-    from pilot.wire.codec import message_bytes
-    from pilot.wire.messages import Fence, Part, TrainOrder, to_header
-    from pilot.wire.records import to_records
-
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     order = TrainOrder(
         fence=Fence(config.run_name, 1, 1, 1),
@@ -130,88 +118,5 @@ def _write_order(config: Any, shapes: dict[str, tuple[int, ...]], directory: Pat
     return sum(len(part.data) for part in parts)
 
 
-# -- the ClientApp's process --------------------------------------------------------------------------
-
-
-def _carry() -> None:
-    """Be a ClientApp for one message; prints its figures."""
-    job = json.loads(sys.argv[sys.argv.index("--child") + 1])
-    connection = _worker(job["sizes"])  # a fork, before there is anything to copy
-    warm.preload()
-    from flwr.app import Message
-    from flwr.supercore.inflatable import inflatable_utils
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-    from flwr.supercore.task_identity import TaskIdentity
-
-    from pilot import client_app
-    from pilot.wire.frames import receive_frame, send_frame
-
-    class Handle:
-        """The socket of a `WorkerHandle`, without the search for a group."""
-
-        def __init__(self, **_: Any) -> None:
-            pass
-
-        def __enter__(self) -> "Handle":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def drain(self) -> None:
-            pass
-
-        def ask(self, header: Any, parts: Any) -> Any:
-            send_frame(connection, header, parts, drain=True)
-            return receive_frame(connection)
-
-    vars(client_app)["WorkerHandle"] = Handle
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    directory, base = Path(job["directory"]), _peak()
-    listed = json.loads((directory / "listed.json").read_text())
-    inflate: Any = inflatable_utils.inflate_object_from_contents
-    if job["plain"]:
-        inflate = inflate.__wrapped__
-        vars(inflatable_utils)["inflate_object_from_contents"] = inflate
-    # as Flower does: what is pulled, the app, and what is pushed
-    message: Message = inflate(
-        listed["root"],
-        inflatable_utils.pull_objects(listed["all"], lambda i: (directory / i).read_bytes()),
-    )
-    message.metadata.__dict__["_message_id"] = listed["root"]
-    received = _peak()
-    content = client_app.answer(message.content, "site")
-    reply = Message(content, reply_to=message)
-    del content
-    inflatable_utils.push_objects(get_all_nested_objects(reply), lambda *_: None)
-    print(json.dumps({"peak_bytes": _peak(), "received_bytes": received, "base_bytes": base}))
-
-
-def _worker(sizes: dict[str, int]) -> Any:
-    """A process that takes one order and answers with parts of random bytes of these sizes; our end of it."""
-    import socket
-
-    from pilot.wire.frames import receive_frame, send_frame
-    from pilot.wire.messages import Fence, Part, TrainReply, to_header
-
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    if os.fork():
-        theirs.close()
-        return ours
-    ours.close()
-    header, _ = receive_frame(theirs)
-    reply = TrainReply(fence=Fence(**header["fence"]), client="site", tokens=8)
-    parts = [Part(name, "int4", (1, size), os.urandom(size)) for name, size in sizes.items()]
-    send_frame(theirs, to_header(reply), parts)
-    os._exit(0)
-
-
-def _peak() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/self/status has no VmHWM")
-
-
 if __name__ == "__main__":
-    main()
+    run_command_line(main)
