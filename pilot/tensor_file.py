@@ -29,7 +29,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def pieces(shape: Sequence[int], *, values: int = _PIECE) -> Iterator[tuple[int, int]]:
-    """(first row, end row) of pieces of a tensor of `shape` (..., n), in order, of about so many values.
+    """(first row, end row) of pieces of a tensor of `shape` (..., n), in order, of about `values` values.
 
     A row is what the last dimension holds; a vector is one row, and so is a scalar.
     """

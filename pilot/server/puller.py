@@ -109,7 +109,7 @@ class _Sweep:
         threading.Thread(target=self._run, name="pull", daemon=True).start()
 
     def moves(self, within_s: float) -> bool:
-        """Whether a piece of a reply has come in so many seconds."""
+        """Whether a piece of a reply has come within that time."""
         return not self.done.is_set() and time.monotonic() - self._moved_s < within_s
 
     def finish(self) -> bool:

@@ -2,7 +2,7 @@
 
 Model, optimizer, trainer (with its compiled blocks and batches) and the inner optimizer's state are made for
 the first order of a run and used again for the later ones: nothing is compiled or allocated twice. Each order
-brings the weights; whose state the optimizer holds is told by the fence of the order that left it.
+brings the weights; the fence of the order that left it says whose state the optimizer holds.
 """
 
 from collections.abc import Callable
