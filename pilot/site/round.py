@@ -6,7 +6,6 @@ collectives, so all ranks do the same thing at the same micro-step.
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -43,11 +42,10 @@ from pilot.site.meter import Meter, Seconds
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
 from pilot.site.resident import Resident
+from pilot.site.scores import finite, sums
 from pilot.site.stop import Progress, StopWatcher
 from pilot.site.update import Encoder, pseudo_gradient, rest_dir
 from pilot.wire.messages import Part, StopReason, TrainOrder, TrainReply
-
-_RUINED_NATS = 1e12
 
 log = logging.getLogger("pilot.site")
 
@@ -116,7 +114,7 @@ class Round:
                 self._trained = None
                 self.inner.forget()
                 self.encoder.forget()
-            reply |= self._sums(scores) | self.seconds.by_field
+            reply |= sums(self.order, scores) | self.seconds.by_field
             return self._reply(stop.reason, **reply), parts
 
     def keep_state(self) -> None:
@@ -190,19 +188,8 @@ class Round:
             rows = data.validation_rows(first, end)[mine]
             batches = self._batches(rows, -(-(end - first) // self.ranks.world_size), stop)
             nats, num_bytes = self.ranks.sum(list(bpb_sums(model, batches, token_bytes)))
-            scores.append(Score(first, end, _finite(nats), int(num_bytes)))
+            scores.append(Score(first, end, finite(nats), int(num_bytes)))
         return [] if self.ranks.agree(bool(stop.leaving)) else scores
-
-    def _sums(self, scores: list[Score]) -> dict[str, Any]:
-        """The evaluation's part of the reply."""
-        first, end = self.order.eval_first_row, self.order.eval_end_row
-        own = [s for s in scores if first <= s.first_row and s.end_row <= end]
-        return {
-            "scores": scores,
-            "eval_nats": math.fsum(score.nats for score in own),
-            "eval_bytes": sum(score.num_bytes for score in own),
-            "eval_rows": sum(score.end_row - score.first_row for score in own),
-        }
 
     def _batches(self, rows: np.ndarray, longest: int, stop: StopWatcher) -> Iterator[np.ndarray]:
         """Batches of this rank's rows, as many steps as the rank with the most (`longest`) takes: all
@@ -394,11 +381,6 @@ class Round:
             total_s=time.monotonic() - self.received,
             **values,
         )
-
-
-def _finite(nats: float) -> float:
-    """A sum that every header takes: that of a model out of all bounds is still a very bad one."""
-    return nats if math.isfinite(nats) else _RUINED_NATS
 
 
 def _give_up(sentence: str) -> None:
