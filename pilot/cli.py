@@ -1,5 +1,5 @@
 """The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` is flower-supernode and
-`pilot superlink` is flower-superlink, with what Flower leaves out.
+`pilot superlink` is flower-superlink, with what Flower leaves out; `pilot report` (`page/command.py`) shows a run.
 
 `pilot run` merges and checks the run configuration before anything starts, streams the log with one progress
 bar per client, stops everything it started on Ctrl-C, and has an exit code to rely on: 0 completed, 1 failed or
@@ -35,6 +35,7 @@ from pilot.launch.kept_superlink import run_superlink
 from pilot.launch.node import NodeOptions, default_name, run_node, speaker
 from pilot.launch.superlink import SuperLink
 from pilot.overrides import load_run_config
+from pilot.page.command import add_report
 from pilot.processes.signals import end_signals_handled_by
 from pilot.redis_url import redact_url
 from pilot.run_name import generated_name
@@ -283,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_node(commands)
     _add_superlink(commands)
+    add_report(commands)
     command = commands.add_parser(
         "run",
         help="run the federation: simulated on this machine, or deployed",

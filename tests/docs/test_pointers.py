@@ -117,7 +117,9 @@ def test_the_map_names_every_file_of_every_room_of_pilot(tracked: tuple[str, ...
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:`([a-z_]+)/`|top) \|[^|]*\|([^|]*)\|$", text, re.MULTILINE)
     named = {
-        room: set(re.findall(r"`([\w.]+\.py)`", files)) for room, files in rows if ".py" in files
+        room: set(re.findall(r"`([\w.]+\.(?:py|css|js))`", files))
+        for room, files in rows
+        if ".py" in files
     }
     there: dict[str, set[str]] = {}
     for path in tracked:
