@@ -26,7 +26,7 @@ def time_spent(name: str, found: Measures) -> Figure | None:
     y["axis"] = {"title": None, "domain": False, "ticks": False, "labelPadding": 6}
     longest = max(value["seconds"] for value in values)
     x: Spec = {"field": "seconds", "type": "quantitative", "axis": None}
-    x["scale"] = {"domain": [0, longest * 1.45], "nice": False}
+    x["scale"] = {"domain": [0, longest * 1.7], "nice": False}
     domain, shades = [TRAINING, "rest"], ["var(--s-training)", "var(--rest)"]
     fill: Spec = {"field": "kind", "type": "nominal", "legend": None}
     fill["scale"] = {"domain": domain, "range": shades}

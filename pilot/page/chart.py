@@ -125,6 +125,12 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def shortened(name: str, most: int = 13) -> str:
+    """`name` without its middle, where it is longer than `most` letters: runs differ at their ends."""
+    kept = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - kept]}…{name[-kept:]}"
+
+
 def seconds_text(seconds: float) -> str:
     """As people write it: 12.3 s, 4:05 min, 3:20 h."""
     if seconds < 100:

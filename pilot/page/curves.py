@@ -10,6 +10,7 @@ from pilot.page.chart import (
     scale_of,
     seconds_text,
     short,
+    shortened,
     spec_of,
     tips,
     unit_for,
@@ -198,7 +199,9 @@ def _end_labels(
             "series": value["series"],
             "x": right,
             "y": height,
-            "text": f"{value['series']} {short(value['y'])}" if named else short(value["y"]),
+            "text": f"{short(value['y'])} {shortened(value['series'])}"
+            if named
+            else short(value["y"]),
         }
         for value, height in zip(ends, heights, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pilot.page.chart import seconds_text, unit_for
+from pilot.page.chart import seconds_text, shortened, unit_for
 from pilot.page.curves import spread
 from pilot.page.markup import Markup, element, join, json_text, table, text
 
@@ -48,3 +48,8 @@ def test_labels_at_the_ends_of_lines_keep_a_distance_and_stay_inside() -> None:
     assert spread([1.0, 1.0, 5.0], 1.0, 10.0) == [1.0, 2.0, 5.0]
     assert spread([9.5, 9.8, 9.9], 1.0, 10.0) == [8.0, 9.0, 10.0]
     assert spread([], 1.0, 10.0) == []
+
+
+def test_long_names_keep_both_ends() -> None:
+    assert shortened("site-a") == "site-a"
+    assert shortened("disturbed-6b0a72d1-12770") == "distur…-12770"
