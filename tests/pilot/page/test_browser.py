@@ -70,7 +70,7 @@ def spot(
 
 def settled(page: Page) -> None:
     """After a change of the window's size: what the charts do in its wake."""
-    page.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+    page.wait_for_timeout(500)  # the browser tells the page of its size when it next draws
     page.evaluate(
         "Promise.all(Object.values(pilotReport.views).map((view) => view.runAsync()))"
         ".then(() => null)"
