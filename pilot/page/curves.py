@@ -207,7 +207,7 @@ def _end_labels(
     ]
     mark = {"type": "text", "align": "left", "dx": 7, "fontSize": 11, "fontWeight": 600}
     encoding = {"x": x, "y": y, "text": {"field": "text"}, "fill": shade}
-    return {"data": {"values": labels}, "mark": {**mark, "limit": 120}, "encoding": encoding}
+    return {"data": {"values": labels}, "mark": {**mark, "limit": 160}, "encoding": encoding}
 
 
 def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
