@@ -1,5 +1,5 @@
 """The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` is flower-supernode and
-`pilot superlink` is flower-superlink, with what Flower leaves out; `pilot report` (`page/command.py`) shows a run.
+`pilot superlink` is flower-superlink, with what Flower leaves out; `pilot report` shows a run.
 
 `pilot run` merges and checks the run configuration before anything starts, streams the log with one progress
 bar per client, stops everything it started on Ctrl-C, and has an exit code to rely on: 0 completed, 1 failed or

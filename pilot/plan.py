@@ -4,7 +4,7 @@ Server and workers both ask here, so they can't disagree.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,21 @@ def schedule(config: RunConfig, *, total_tokens: int) -> Schedule:
 
 @dataclass(frozen=True)
 class _Rate:
-    """How far one step moves a tensor at most: `fixed`, and `decay` times its norm."""
+    """How far one step moves a tensor at most: `fixed`, times what AdamW's `betas` allow a coordinate, and
+    `decay` times its norm."""
 
     name: str
     fixed: float
     decay: float
+    betas: tuple[float, float] | None
+
+    def furthest(self, share: float) -> float:
+        """Without the decay, of a client that has this `share` of the batch."""
+        if self.betas is None:
+            return self.fixed
+        beta1, beta2 = betas_of_share(self.betas, share)
+        spread = max(1e-3, 1 - beta1**2 / beta2)
+        return self.fixed * max(1.0, (1 - beta1) / math.sqrt((1 - beta2) * spread))
 
 
 @dataclass(frozen=True)
@@ -108,25 +118,47 @@ class Movement:
             )
         )
 
-    def limit(self, weights: Mapping[str, torch.Tensor], *, steps: int) -> float:
-        """For `steps` steps from `weights`; half as much again for bf16 and what rounding adds."""
+    def limit(
+        self, weights: Mapping[str, torch.Tensor], *, steps: int, share: float = 1.0
+    ) -> float:
+        """For `steps` steps from `weights` of a client that has `share` of the batch; half as much again for
+        bf16 and what rounding adds."""
         total = 0.0
         for rate in self.rates:
             norm = float(torch.linalg.vector_norm(weights[rate.name].float()))
-            furthest = norm + steps * rate.fixed  # to which it may have grown
-            total += (steps * (rate.fixed + rate.decay * furthest)) ** 2
+            step = rate.furthest(share)
+            furthest = norm + steps * step  # to which it may have grown
+            total += (steps * (step + rate.decay * furthest)) ** 2
         return 1.5 * math.sqrt(total)
 
 
-def _furthest(group: Mapping[str, Any], shape: torch.Size) -> tuple[float, float]:
+def _furthest(
+    group: Mapping[str, Any], shape: torch.Size
+) -> tuple[float, float, tuple[float, float] | None]:
     rate = float(group["lr"])
     if group["kind"] == "muon":
         rate *= math.sqrt(max(1.0, shape[-2] / shape[-1]))
-        return rate * math.sqrt(min(shape[-2:])), rate * group["weight_decay"]
-    beta1, beta2 = group["betas"]
-    spread = max(1e-3, 1 - beta1**2 / beta2)
-    coordinate = max(1.0, (1 - beta1) / math.sqrt((1 - beta2) * spread))
-    return rate * coordinate * math.sqrt(shape.numel()), rate * group["weight_decay"]
+        return rate * math.sqrt(min(shape[-2:])), rate * group["weight_decay"], None
+    return rate * math.sqrt(shape.numel()), rate * group["weight_decay"], group["betas"]
+
+
+def betas_of_share(betas: tuple[float, float], share: float) -> tuple[float, float]:
+    """AdamW's `betas` for a client that takes `share` (0..1) of the batch that they are meant for.
+
+    Its second moments remember as many tokens as those of the whole batch would: a decay in tokens, as in arXiv
+    2507.07101. With as many steps as before they would see a fraction of them, and a token that is rare in one
+    client's rows would make steps that are too long. What it is worth: docs/quality.md.
+    """
+    return betas[0], 1.0 - (1.0 - betas[1]) * share
+
+
+def take_share(
+    optimizer: MuonAdamW, betas: Sequence[tuple[float, float] | None], share: float
+) -> None:
+    """The next steps of `optimizer` are of `share` of the batch for which its groups have `betas` (Muon: None)."""
+    for group, whole in zip(optimizer.param_groups, betas, strict=True):
+        if whole is not None:
+            group["betas"] = betas_of_share(whole, share)
 
 
 def make_optimizer(config: RunConfig, model: GPT) -> MuonAdamW:

@@ -237,8 +237,13 @@ class Laboratory:
         start = self._start(i)
         self.model.load_state_dict(start)
         optimizer = plan.make_optimizer(self.config, self.model)
+        betas = [group.get("betas") for group in optimizer.param_groups]
         if before[0] and case.inner != "reset" and not (case.inner == "recent" and away > 1):
             optimizer.load_state_dict(before[0])
+        if case.batch == "federation":
+            plan.take_share(
+                optimizer, betas, min(1.0, rows * scale.sequence_len / scale.batch_tokens)
+            )
         trainer, share, places = self._trainer(optimizer), steps * rows / planned, []
         for _ in range(steps):
             hyper = self.schedule.at((self.tokens + tokens / share) / scale.batch_tokens)

@@ -57,7 +57,9 @@ def admit(
         raise ValueError(reason)
     try:
         norm = _write(path, decoded(parts, shapes=shapes), shapes)
-        if reason := _norm_refusal(state, norm, reply.tokens / step_tokens):
+        if reason := _norm_refusal(
+            state, norm, reply.tokens / step_tokens, min(1.0, step_tokens / config.total_batch_size)
+        ):
             raise ValueError(reason)
     except BaseException:
         path.unlink(missing_ok=True)
@@ -87,7 +89,8 @@ def _write(
     return norm.value
 
 
-def _norm_refusal(state: RunState, norm: float, steps: float) -> str | None:
+def _norm_refusal(state: RunState, norm: float, steps: float, share: float) -> str | None:
+    """Why an update of so many `steps` is too long; `share` of the batch is what each of them took."""
     config, books = state.config, state.admission
     reason = norm_refusal(
         norm, books.norms, max_ratio=config.max_update_norm_ratio, longer=books.longer(steps)
@@ -95,7 +98,8 @@ def _norm_refusal(state: RunState, norm: float, steps: float) -> str | None:
     if reason or state.movement is None or config.max_update_norm_ratio == 0:
         return reason
     whole = math.ceil(steps)
-    return movement_refusal(norm, state.movement.limit(state.weights, steps=whole), steps=whole)
+    limit = state.movement.limit(state.weights, steps=whole, share=share)
+    return movement_refusal(norm, limit, steps=whole)
 
 
 def compare(state: RunState, replies: Sequence[Spilled]) -> Votes:

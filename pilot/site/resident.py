@@ -36,6 +36,7 @@ class Resident:
         self._of: _Of | None = None
         self._model: GPT | None = None
         self._optimizer: MuonAdamW | None = None
+        self._betas: list[tuple[float, float] | None] = []  # of its groups, of a whole batch
         self._trainer: Trainer | None = None
 
     def model(
@@ -59,7 +60,12 @@ class Resident:
         assert self._model is not None and self._of is not None
         if self._optimizer is None:
             self._optimizer = plan.make_optimizer(self._of.config, self._model)
+            self._betas = [group.get("betas") for group in self._optimizer.param_groups]
         return self._optimizer
+
+    def take_share(self, share: float) -> None:
+        """The next steps are of this `share` of the batch (0..1)."""
+        plan.take_share(self.optimizer(), self._betas, share)
 
     def forget_state(self) -> None:
         """The optimizer begins fresh."""

@@ -244,6 +244,7 @@ class Round:
         merged, kept = self.order.last_merged_fence, self._kept
         if not self.order.segments:
             return  # nothing is trained
+        kept.take_share(min(1.0, self.order.step_rows / self.config.batch_rows))
         found = keeps and self.inner.restore(
             kept.optimizer(), merged, self.order.fence, holds=kept.holds
         )

@@ -16,19 +16,21 @@ def config(**values: Any) -> RunConfig:
     return RunConfig.from_mapping(defaults | {"total-batch-size": 512, "lr": 0.1} | values)
 
 
-def moved(run: RunConfig, steps: int, gradient: Any) -> tuple[float, float]:
-    """(how far `steps` steps have moved the first weights, how far they can)."""
+def moved(run: RunConfig, steps: int, gradient: Any, share: float = 1.0) -> tuple[float, float]:
+    """(how far `steps` steps of `share` of a batch have moved the first weights, how far they can)."""
     weights = plan.initial_weights(run)
     model = plan.build_model(run, device=CPU, compute_dtype=torch.float32)
     model.load_state_dict(weights)
     optimizer = plan.make_optimizer(run, model)
+    betas = [group.get("betas") for group in optimizer.param_groups]
+    plan.take_share(optimizer, betas, share)
     for step in range(steps):
         for param in model.parameters():
             param.grad = gradient(param, step)
         optimizer.step()
     now = model.state_dict()
     square = sum(float((now[n] - weights[n]).double().square().sum()) for n in weights)
-    return square**0.5, plan.Movement.of(run).limit(weights, steps=steps)
+    return square**0.5, plan.Movement.of(run).limit(weights, steps=steps, share=share)
 
 
 def noise(param: torch.Tensor, step: int) -> torch.Tensor:
@@ -53,6 +55,26 @@ def test_no_gradient_moves_a_model_further_than_the_limit(
     for steps in (1, 6):
         far, limit = moved(config(**{"arch": arch, "weight-decay": decay}), steps, gradient)
         assert 0.05 * limit < far <= limit
+
+
+def test_a_client_with_a_small_share_of_the_batch_may_move_further_and_no_more_than_its_limit() -> (
+    None
+):
+    rare, whole = [moved(config(), 6, burst, share) for share in (0.1, 1.0)]
+    assert whole[0] < rare[0] <= rare[1]
+    assert whole[1] < rare[1]
+
+
+def test_second_moments_remember_as_many_tokens_whatever_the_share() -> None:
+    optimizer = plan.make_optimizer(
+        config(), plan.build_model(config(), device=CPU, compute_dtype=torch.float32)
+    )
+    betas = [group.get("betas") for group in optimizer.param_groups]
+    for share in (0.25, 0.01, 1.0):  # each from the whole batch, not from the share before
+        plan.take_share(optimizer, betas, share)
+        found = [group["betas"] for group in optimizer.param_groups if group["kind"] == "adamw"]
+        assert found == [(0.8, pytest.approx(1 - 0.05 * share))] * 2
+    assert [group.get("betas") for group in optimizer.param_groups] == betas
 
 
 def test_every_weight_has_its_limit() -> None:
