@@ -155,7 +155,7 @@ def betas_of_share(betas: tuple[float, float], share: float) -> tuple[float, flo
 def take_share(
     optimizer: MuonAdamW, betas: Sequence[tuple[float, float] | None], share: float
 ) -> None:
-    """The next steps of `optimizer` are of `share` of the batch for which its groups have `betas` (Muon: None)."""
+    """The next steps of `optimizer` are of `share` of the batch for which `betas` are (Muon's groups: None)."""
     for group, whole in zip(optimizer.param_groups, betas, strict=True):
         if whole is not None:
             group["betas"] = betas_of_share(whole, share)
