@@ -136,7 +136,7 @@ def test_checks_that_run_at_once_make_the_data_once(
         written.append(number)
         path.touch()
 
-    monkeypatch.setattr(data, "_write_shard", write)
+    monkeypatch.setattr(data, "write_shard", write)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(data.make, [setup, setup]))
     assert written == list(range(data.TRAIN_SHARDS + 1))
