@@ -214,7 +214,7 @@ def test_first_round_is_judged_by_what_steps_can_move(server: Any) -> None:
     """Without earlier norms, and with two clients of which nobody knows which one is right."""
 
     class Movement:
-        def limit(self, weights: Any, *, steps: int) -> float:
+        def limit(self, weights: Any, *, steps: int, share: float) -> float:
             return 10.0 * steps
 
     sites = [SeeingSite("a"), SeeingSite("b", react=spoil(1))]

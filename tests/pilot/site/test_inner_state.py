@@ -113,21 +113,22 @@ def federation(site: Path, client: str, **values: Any) -> Federation:
 def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_optimizer_or_rest(
     site: Path, seed: int, wire: str, resident: bool
 ) -> None:
+    name = f"{wire}-{resident}-{seed}"  # the site's disk is that of all cases
     fates = ["merged", "lost", "refused", "repeated", "merged"]
     random.Random(seed).shuffle(fates)
-    troubled = federation(site, f"troubled-{seed}", wire_up=wire)
+    troubled = federation(site, f"troubled-{name}", wire_up=wire)
     troubled.kept = Resident() if resident else None
     for fate in fates:
         troubled.round(fate)
-    calm = federation(site, f"calm-{seed}", wire_up=wire)
+    calm = federation(site, f"calm-{name}", wire_up=wire)
     for fate in fates:
         if fate in ("merged", "repeated"):
             calm.round("merged")
     assert troubled.state() and troubled.state() == calm.state()
     assert bool(calm.state(rest_dir)) == (wire in DECAY)
     assert troubled.state(rest_dir) == calm.state(rest_dir)
-    for name, weight in calm.weights.items():
-        assert torch.equal(weight, troubled.weights[name]), name
+    for key, weight in calm.weights.items():
+        assert torch.equal(weight, troubled.weights[key]), key
 
 
 def test_keeping_the_state_makes_rounds_of_one_step_equal_to_one_round_of_many(site: Path) -> None:
