@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import get_base_dir
-from nanochat.files import atomic_write_text
 from pilot.errors import PilotError
 from pilot.page.page import page
 from pilot.page.script import vega_script
@@ -44,6 +42,9 @@ def add_report(commands: Any) -> None:
 
 def report(arguments: argparse.Namespace) -> int:
     """`pilot report`; raises PilotError for a run that is not there or has no events."""
+    # here: `pilot superlink` is the same program and may hold nothing of nanochat, which runs bring along
+    from nanochat.files import atomic_write_text
+
     stories = [read_story(run_directory(run)) for run in arguments.runs]
     output = arguments.output or Path(f"{stories[0].directory.name}.html")
     if output.is_dir():
@@ -59,6 +60,8 @@ def report(arguments: argparse.Namespace) -> int:
 
 def run_directory(run: str) -> Path:
     """The directory of a run that is named, or given by its path."""
+    from nanochat.common import get_base_dir
+
     path = Path(run).expanduser()
     named = get_base_dir() / "runs" / run
     if "/" in run or (path.is_dir() and not named.is_dir()):
