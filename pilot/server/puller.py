@@ -15,7 +15,7 @@ it raised, and everybody else's replies are pulled as before. Only a SuperLink t
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from flwr.app import Message
@@ -44,8 +44,14 @@ class Pulls(Protocol):
 class Puller:
     """Pulls replies over `grid`; each call of `pull` takes `patience_s` at the longest, or little more."""
 
-    def __init__(self, grid: Grid, *, patience_s: float = PATIENCE_S) -> None:
-        self._grid, self._patience_s = grid, patience_s
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        patience_s: float = PATIENCE_S,
+        now_s: Callable[[], float] = time.monotonic,  # of the threads, which wait for a real line
+    ) -> None:
+        self._grid, self._patience_s, self._now_s = grid, patience_s, now_s
         self._came: queue.SimpleQueue[_Item | None] = (
             queue.SimpleQueue()
         )  # None: a sweep is through
@@ -64,8 +70,8 @@ class Puller:
         # those that nobody waits for any more don't count
         if moving is None and len(busy.intersection(message_ids)) < MAX_SLOW:
             wanted = [i for i in message_ids if i not in busy]
-            sweep = _Sweep(self._grid, wanted, self._came, self._room)
-        until_s = time.monotonic() + self._patience_s
+            sweep = _Sweep(self._grid, wanted, self._came, self._room, self._now_s)
+        until_s = self._now_s() + self._patience_s
         while (item := self._next(sweep, until_s)) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -81,7 +87,7 @@ class Puller:
         """What has come, or comes while `sweep` is at work; None when that is through, or it is too late."""
         while True:
             waits = sweep is not None and not sweep.done.is_set()
-            left_s = until_s - time.monotonic() if waits else 0.0
+            left_s = until_s - self._now_s() if waits else 0.0
             try:
                 item = self._came.get(timeout=left_s) if left_s > 0 else self._came.get_nowait()
             except queue.Empty:
@@ -99,18 +105,19 @@ class _Sweep:
         message_ids: Sequence[str],
         came: "queue.SimpleQueue[_Item | None]",
         room: threading.Semaphore,
+        now_s: Callable[[], float],
     ) -> None:
         self._grid, self._message_ids, self._came = grid, message_ids, came
-        self._room = room
+        self._room, self._now_s = room, now_s
         self._lock, self._last = threading.Lock(), False
-        self._moved_s = time.monotonic()  # when it last had a piece of a reply
+        self._moved_s = self._now_s()  # when it last had a piece of a reply
         self.message_id = ""  # which it is at
         self.done = threading.Event()
         threading.Thread(target=self._run, name="pull", daemon=True).start()
 
     def moves(self, within_s: float) -> bool:
         """Whether a piece of a reply has come within that time."""
-        return not self.done.is_set() and time.monotonic() - self._moved_s < within_s
+        return not self.done.is_set() and self._now_s() - self._moved_s < within_s
 
     def finish(self) -> bool:
         """Whether it is through; if not, the message that it is at is its last."""
@@ -151,7 +158,7 @@ class _Sweep:
             self._room.release()
 
     def _note(self) -> None:
-        self._moved_s = time.monotonic()
+        self._moved_s = self._now_s()
 
 
 def _of_the_connection(error: Exception) -> bool:
