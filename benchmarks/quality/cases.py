@@ -122,6 +122,15 @@ EXPERIMENTS: dict[str, list[Case]] = {
         ),
     ],
     "whose-batch": [PLAIN, ONE, *_by_steps(FOUR, 3, 10, 30), *_by_steps(FOUR_LARGE, 3, 10, 30)],
+    "goals": [  # what docs/quality.md says is reached, in rounds of 3 steps
+        PLAIN,
+        ONE,
+        *_by_steps(FOUR, 3),
+        FOUR.but("4 clients, 3 steps, half away at random", steps=3, away=0.5),
+        *_by_steps(EIGHT, 3),
+        UNEVEN.but("3 clients, 1:2:4, 3 steps", steps=3),
+        FOUR.but("4 clients, 3 steps, inner average", steps=3, inner="average"),
+    ],
     "absence": [
         PLAIN,
         FOUR,

@@ -35,7 +35,9 @@ def commands(tmp_path: Path, environment: dict[str, str]) -> Iterator[FlowerComm
 def children() -> list[psutil.Process]:
     """The process that commands are forks of, if there is one."""
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in alive if "flower_commands" in " ".join(p.cmdline())]  # others are other tests'
+    return [
+        p for p in alive if "flower_commands" in " ".join(p.cmdline())
+    ]  # others are other tests'
 
 
 def output(command: Command) -> str:
