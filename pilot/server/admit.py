@@ -90,7 +90,7 @@ def _write(
 
 
 def _norm_refusal(state: RunState, norm: float, steps: float, share: float) -> str | None:
-    """Why an update of so many `steps` is too long; `share` of the batch is what each of them took."""
+    """Why an update is too long for its `steps`; `share` of the batch is what each of them took."""
     config, books = state.config, state.admission
     reason = norm_refusal(
         norm, books.norms, max_ratio=config.max_update_norm_ratio, longer=books.longer(steps)
