@@ -1,6 +1,5 @@
 """Resident worker groups: the next ClientApp finds them, and they end when none can come any more."""
 
-import contextlib
 import json
 import os
 import signal
@@ -8,118 +7,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from pilot.config import RunConfig
 from pilot.coordination.coordinator import ServerCoordinator
-from pilot.site.group_directory import GroupDirectory, clear
+from pilot.site.group_directory import GroupDirectory
 from pilot.site.handle import SOCKET_NAME, WorkerHandle
-from pilot.site.inner_state import inner_state_dir
-from pilot.wire.codec import decode, encode
 from pilot.wire.frames import receive_frame, send_frame
-from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
+from pilot.wire.messages import Fence, to_header
 
-from ...waiting import LIMIT_S, family, gone, until
+from ...waiting import family, gone, until
 from ..worker_kit import ENDLESS, ROOT, ask, first_weights, lists, site_config, train_order
-
-# A ClientApp, which lives for one message as Flower's do; `--parent-pid` names its SuperNode.
-CLIENTAPP = """
-import socket, sys
-from pilot.site.handle import WorkerHandle
-from pilot.wire.codec import decode, encode
-from pilot.wire.frames import receive_frame, send_frame
-test = socket.socket(fileno=int(sys.argv[1]))
-header, parts = receive_frame(test)
-with WorkerHandle(
-    processes=header.get("processes", 1), device="cpu", idle_s=float(sys.argv[2]), name="c"
-) as worker:
-    print(worker._pid, worker._dir, flush=True)
-    answer = worker.ask(header, parts)
-send_frame(test, *answer)
-"""
-
-
-@dataclass
-class ClientApp:
-    """A ClientApp, running or done: which group it uses, and what that answered."""
-
-    process: "subprocess.Popen[str]"
-    connection: socket.socket
-    pid: int = field(init=False)  # of the group's supervisor
-    group_dir: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        assert self.process.stdout is not None
-        pid, group_dir = self.process.stdout.readline().split()
-        self.pid, self.group_dir = int(pid), Path(group_dir)
-
-    def answer(self) -> dict[str, Any]:
-        return self.answer_and_update()[0]
-
-    def answer_and_update(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        header, parts = receive_frame(self.connection)
-        assert self.process.wait(LIMIT_S) == 0
-        return header, decode(parts)
-
-
-class SuperNode:
-    """A process that does nothing and is named as the SuperNode of ClientApps."""
-
-    def __init__(self, directory: Path) -> None:
-        self.process = subprocess.Popen(["sleep", "600"])
-        self._directory, self._apps = directory, list[ClientApp]()
-
-    def send(
-        self,
-        order: HelloOrder | TrainOrder,
-        weights: dict[str, torch.Tensor] | None = None,
-        *,
-        idle_s: float = 600.0,
-    ) -> ClientApp:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-c", CLIENTAPP, str(theirs.fileno()), str(idle_s)]
-        with theirs:
-            process = subprocess.Popen(
-                [*command, "--parent-pid", str(self.process.pid)],
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env={**os.environ, "PILOT_SCRATCH_DIR": str(self._directory)},
-                pass_fds=[theirs.fileno()],
-            )
-        send_frame(ours, to_header(order), encode(weights or {}))
-        self._apps.append(ClientApp(process, ours))
-        return self._apps[-1]
-
-    def close(self) -> None:
-        for process in (self.process, *(app.process for app in self._apps)):
-            process.kill()
-            process.communicate()
-        for app in self._apps:
-            app.connection.close()
-            with contextlib.suppress(psutil.NoSuchProcess):
-                members = family(app.pid)
-                until(lambda members=members: gone(members))  # type: ignore[misc]
-
-
-@pytest.fixture
-def supernode(tmp_path: Path) -> Iterator[SuperNode]:
-    supernode = SuperNode(tmp_path)
-    try:
-        yield supernode
-    finally:
-        supernode.close()
-
-
-def hello(site: Path) -> HelloOrder:
-    return HelloOrder(run="r", config=site_config(site).to_mapping(), redis_url="")
+from .group_kit import SuperNode, hello
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -325,136 +227,3 @@ def test_without_a_supernode_no_group_is_resident(site: Path) -> None:
         worker.ask(to_header(hello(site)))
         members = family(worker._pid)
     assert gone(members)
-
-
-# -- directories ---------------------------------------------------------------------------------
-
-
-def test_directory_admits_one_clientapp_at_a_time_and_is_not_removed_under_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PILOT_SCRATCH_DIR", str(tmp_path))
-    me = psutil.Process()
-    directory = GroupDirectory.acquire(me, "a", 1)
-    assert directory is not None and GroupDirectory.acquire(me, "a", 1) is None
-    other = GroupDirectory.acquire(me, "b", 1)
-    assert other is not None and other.directory != directory.directory
-    clear(directory.directory)
-    assert directory.directory.exists()
-    directory.release()
-    clear(directory.directory)
-    assert not directory.directory.exists()
-    again = GroupDirectory.acquire(me, "a", 1)
-    assert again is not None and again.directory == directory.directory
-    again.release()
-
-
-def test_directory_that_others_may_enter_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PILOT_SCRATCH_DIR", str(tmp_path))
-    me = psutil.Process()
-    directory = GroupDirectory.acquire(me, "a")
-    assert directory is not None
-    directory.release()
-    directory.directory.chmod(0o755)
-    assert GroupDirectory.acquire(me, "a") is None
-
-
-# -- the reply first -----------------------------------------------------------------------------
-
-# Ranks that hold back the inner optimizer's state until a file appears
-HELD_BACK = """
-import os, time
-from pathlib import Path
-if "PILOT_RANK" in os.environ:
-    from pilot.site import inner_state
-    save = inner_state.save_file
-    def held_back(*given):
-        while not Path(os.environ["STATE_MAY_BE_WRITTEN"]).exists():
-            time.sleep(0.01)
-        save(*given)
-    inner_state.save_file = held_back
-"""
-
-
-@dataclass
-class HeldBack:
-    """A client with two ranks that trains until `notice` appears; `written` lets it write its state."""
-
-    supernode: SuperNode
-    leader: ServerCoordinator
-    order: TrainOrder
-    weights: dict[str, torch.Tensor]
-    notice: Path
-    written: Path
-
-    @property
-    def states(self) -> list[str]:
-        directory = inner_state_dir("r", self.order.client)
-        return sorted(path.name for path in directory.glob("*")) if directory.exists() else []
-
-    def leaves(self) -> ClientApp:
-        """The ClientApp of a client that was told to leave in its round and has replied."""
-        app = self.supernode.send(self.order, self.weights)
-        names = [self.order.client]
-        until(lambda: any(h.heartbeat.tokens for h in self.leader.heartbeats(names).values()))
-        self.notice.touch()
-        reply, update = app.answer_and_update()
-        assert reply["stopped_by"] == f"preempt-file {self.notice}" and not reply.get("error")
-        assert reply["tokens"] > 0 and update and self.states == [], "the reply came first"
-        return app
-
-
-@pytest.fixture
-def held_back(
-    supernode: SuperNode,
-    site: Path,
-    redis_url: str,
-    leader: ServerCoordinator,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> HeldBack:
-    (tmp_path / "sitecustomize.py").write_text(HELD_BACK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    written, notice = tmp_path / "may-be-written", tmp_path / "notice"
-    monkeypatch.setenv("STATE_MAY_BE_WRITTEN", str(written))
-    config = site_config(site, round_steps=0, preempt_file=str(notice), drain_deadline=60.0)
-    order = train_order(config, ENDLESS, processes=2, redis_url=redis_url, client=tmp_path.name)
-    return HeldBack(supernode, leader, order, first_weights(config), notice, written)
-
-
-def test_client_that_is_leaving_replies_first_and_writes_its_inner_state_afterwards(
-    held_back: HeldBack,
-) -> None:
-    app = held_back.leaves()
-    members = family(app.pid)
-    assert len(members) == 3, "its ranks are still there: they have something to write"
-    held_back.written.touch()
-    until(lambda: gone(members))
-    assert held_back.states == ["1-1-1.rank0of2.safetensors", "1-1-1.rank1of2.safetensors"]
-
-
-def test_crash_before_the_state_is_written_costs_the_state_and_not_the_next_round(
-    held_back: HeldBack,
-) -> None:
-    app = held_back.leaves()
-    members = family(app.pid)
-    psutil.Process(app.pid).kill()
-    until(lambda: gone(members))
-    assert held_back.states == []
-    held_back.notice.unlink()
-    held_back.written.touch()
-    order = held_back.order
-    config = RunConfig.from_mapping({**order.config, "round-steps": 1})
-    again = replace(
-        order,
-        config=config.to_mapping(),
-        fence=Fence("r", 1, 2, 2),
-        last_merged_fence=order.fence,
-        redis_url="",
-    )
-    reply = held_back.supernode.send(again, held_back.weights).answer()
-    assert (reply["steps"], reply.get("error", "")) == (1, "")
-    states = ["1-2-2.rank0of2.safetensors", "1-2-2.rank1of2.safetensors"]
-    until(lambda: held_back.states == states)
