@@ -25,7 +25,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from pilot.processes.local_redis import LocalRedis
 from pilot.rules.ledger import Ledger
 from pilot.rules.rounds import MonotonicClock
 from pilot.run.state import RunState
+from pilot.segment import first_rows
 from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
@@ -281,14 +282,8 @@ class StandIns:
 def _reply(order: TrainOrder) -> TrainReply:
     """One optimizer step on the first rows of the lease."""
     rows = order.eval_end_row - order.eval_first_row
-    consumed, left = [], _BATCH_ROWS
-    for segment in order.segments:
-        end = _SHARD_ROWS if segment.end_row is None else segment.end_row
-        stop = min(end, segment.first_row + left)
-        if stop > segment.first_row:
-            consumed.append(replace(segment, end_row=stop))
-            left -= stop - segment.first_row
-    tokens = (_BATCH_ROWS - left) * _ROW_TOKENS if consumed else 0
+    consumed = first_rows(order.segments, _BATCH_ROWS, shard_rows=_SHARD_ROWS)
+    tokens = sum(segment.rows or 0 for segment in consumed) * _ROW_TOKENS
     return TrainReply(
         fence=order.fence,
         client=order.client,

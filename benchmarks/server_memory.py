@@ -24,7 +24,6 @@ import threading
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from pilot.rules.ledger import Ledger
 from pilot.rules.rounds import MonotonicClock
 from pilot.run.results import write_results
 from pilot.run.state import RunState
+from pilot.segment import first_rows
 from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
@@ -240,13 +240,9 @@ class HttpGrid:
 
 def _trained(order: TrainOrder) -> TrainReply:
     """What a client says that has done its steps."""
-    consumed, left = [], _STEP_ROWS
-    for segment in order.segments:
-        end = min(segment.end_row or _SHARD_ROWS, segment.first_row + left)
-        if end > segment.first_row:
-            consumed.append(replace(segment, end_row=end))
-            left -= end - segment.first_row
-    tokens, rows = (_STEP_ROWS - left) * _ROW_TOKENS, order.eval_end_row - order.eval_first_row
+    consumed = first_rows(order.segments, _STEP_ROWS, shard_rows=_SHARD_ROWS)
+    tokens = sum(segment.rows or 0 for segment in consumed) * _ROW_TOKENS
+    rows = order.eval_end_row - order.eval_first_row
     return TrainReply(
         fence=order.fence,
         client=order.client,

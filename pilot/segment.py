@@ -1,7 +1,7 @@
 """Runs of rows: of a shard in an epoch, as leased, consumed and committed; of validation rows, as scored."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, order=True)
@@ -35,6 +35,19 @@ class Segment:
         """The inverse of `to_list`. Raises ValueError unless there are four values."""
         epoch, shard, first_row, end_row = values
         return Segment(epoch, shard, first_row, None if end_row < 0 else end_row)
+
+
+def first_rows(segments: Iterable[Segment], rows: int, *, shard_rows: int) -> list[Segment]:
+    """The segments that hold the first `rows` rows of `segments`, or all of them; `shard_rows` are where an
+    open end is."""
+    taken: list[Segment] = []
+    for segment in segments:
+        end = shard_rows if segment.end_row is None else segment.end_row
+        stop = min(end, segment.first_row + rows)
+        if stop > segment.first_row:
+            taken.append(replace(segment, end_row=stop))
+            rows -= stop - segment.first_row
+    return taken
 
 
 @dataclass(frozen=True, order=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pilot.page.timeline import Event, State, Timeline
+from pilot.rules.accounts import ClientAccount, RunAccount, run_account
 
 TRAINING = "training"
 
@@ -102,9 +103,11 @@ def measure(events: Sequence[Event], lanes: Timeline) -> Measures:
     found.paces = _paces(events, lanes.began)
     found.presences = _presences(events)
     _shards(events, found)
-    _spent(events, found)
-    accounts = _accounts(events)
-    found.clients = [_summary(name, lanes, found, accounts.get(name)) for name in lanes.clients]
+    account = run_account(events)
+    _spent(events, account, found)
+    found.clients = [
+        _summary(name, lanes, found, account.clients.get(name)) for name in lanes.clients
+    ]
     return found
 
 
@@ -192,20 +195,14 @@ def _shards(events: Sequence[Event], found: Measures) -> None:
         found.shard_rows |= {int(shard): int(rows) for shard, rows in pairs}
 
 
-def _spent(events: Sequence[Event], found: Measures) -> None:
+def _spent(events: Sequence[Event], account: RunAccount, found: Measures) -> None:
     """What became of the time: of `round_time` events, or for older files of the spans named `idle`."""
-    rounds = [event for event in events if event.get("event") == "round_time"]
-    for event in rounds:
-        for cause, seconds in event["phases"].items():
-            found.spent[cause] = found.spent.get(cause, 0.0) + seconds
+    for event in _of_kind(events, "round_time"):
         if event.get("bytes_down") or event.get("bytes_up"):
             number, down, up = event["round"], event["bytes_down"], event["bytes_up"]
             found.traffic.append(Traffic(number, down, up))
-    if rounds:
-        accounts = _accounts(events).values()
-        period_s = sum(account["period_s"] for account in accounts)
-        if period_s:
-            found.goodput = sum(account["goodput_s"] for account in accounts) / period_s
+    if account.phases:
+        found.spent, found.goodput = dict(account.phases), account.goodput
         return
     opened = [event["time"] for event in events if event.get("event") == "round_opened"]
     committed = [event["time"] for event in events if event.get("event") == "round_committed"]
@@ -219,29 +216,14 @@ def _spent(events: Sequence[Event], found: Measures) -> None:
     found.spent[TRAINING] = max(0.0, ended - began - found.whole_s)
 
 
-_ADDED = ("period_s", "goodput_s", "bytes_down", "bytes_up")
-
-
-def _accounts(events: Iterable[Event]) -> dict[str, dict[str, float]]:
-    """Client → its sums over the `round_time` events."""
-    sums: dict[str, dict[str, float]] = {}
-    for event in _of_kind(events, "round_time"):
-        for name, values in event["clients"].items():
-            own = sums.setdefault(name, dict.fromkeys(_ADDED, 0))
-            for key in _ADDED:
-                own[key] += values.get(key, 0)
-    return sums
-
-
 def _summary(
-    name: str, lanes: Timeline, found: Measures, account: Mapping[str, float] | None
+    name: str, lanes: Timeline, found: Measures, account: ClientAccount | None
 ) -> ClientSummary:
     paces = [pace for pace in found.paces if pace.client == name]
     rates = [pace.tokens_per_s for pace in paces if pace.tokens_per_s is not None]
     used = [pace.mfu for pace in paces if pace.mfu is not None]
     there_s = lanes.there_s(name)
     trained_s = lanes.seconds(name).get(State.TRAINING, 0.0)
-    period_s = account["period_s"] if account else 0.0
     return ClientSummary(
         name,
         asked=sum(name in presence.asked for presence in found.presences),
@@ -252,9 +234,9 @@ def _summary(
         training_share=trained_s / there_s if there_s else None,
         alive_share=lanes.alive_share(name),
         refused=sum(refusal.client == name for refusal in lanes.refusals),
-        goodput=account["goodput_s"] / period_s if account and period_s else None,
-        bytes_down=int(account["bytes_down"]) if account else None,
-        bytes_up=int(account["bytes_up"]) if account else None,
+        goodput=account.goodput if account and account.period_s else None,
+        bytes_down=account.bytes_down if account else None,
+        bytes_up=account.bytes_up if account else None,
     )
 
 

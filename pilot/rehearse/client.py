@@ -10,7 +10,7 @@ import torch
 
 from pilot.config import RunConfig
 from pilot.rehearse.clock import VirtualClock
-from pilot.segment import Score, Segment
+from pilot.segment import Score, Segment, first_rows
 from pilot.wire.codec import encode
 from pilot.wire.messages import (
     Fence,
@@ -314,12 +314,8 @@ class SimulatedClient:
         return {"w": (1.0 + noise) * 1e-3 * steps}
 
     def _reply(self, work: _Work, rows: int, train_s: float) -> TrainReply:
-        config, consumed, left = self.physics.config, [], rows
-        for segment in work.segments:
-            taken = min(left, segment.rows or 0)
-            if taken:
-                consumed.append(replace(segment, end_row=segment.first_row + taken))
-                left -= taken
+        config, shard_rows = self.physics.config, self.physics.shard_rows
+        consumed = first_rows(work.segments, rows, shard_rows=shard_rows)
         tokens = rows * config.sequence_len
         pieces = self._pieces(work.order) if work.scored else []
         return TrainReply(

@@ -89,7 +89,7 @@ class ClientAccount:
 
     @property
     def goodput(self) -> float:
-        return self.goodput_s / self.period_s
+        return self.goodput_s / max(self.period_s, _SHORTEST_S)
 
     def to_json(self) -> dict[str, Any]:
         spent = {name: round(seconds, 3) for name, seconds in asdict(self.spent).items()}
@@ -157,7 +157,7 @@ def run_account(events: Iterable[Mapping[str, Any]]) -> RunAccount:
     rounds, phases = 0, dict[str, float]()
     clients: dict[str, ClientAccount] = {}
     for event in events:
-        if event["event"] != "round_time":
+        if event.get("event") != "round_time":
             continue
         rounds += bool(event["clients"])
         for name, seconds in event["phases"].items():
@@ -168,12 +168,13 @@ def run_account(events: Iterable[Mapping[str, Any]]) -> RunAccount:
 
 
 def _account(values: Mapping[str, Any]) -> ClientAccount:
+    """What an event says of a client; a version that did not know a field counts as 0."""
     return ClientAccount(
-        Spent(**{f.name: values[f.name] for f in fields(Spent)}),
-        values["period_s"],
-        values["goodput_s"],
-        values["bytes_down"],
-        values["bytes_up"],
+        Spent(**{f.name: values.get(f.name, 0.0) for f in fields(Spent)}),
+        values.get("period_s", 0.0),
+        values.get("goodput_s", 0.0),
+        values.get("bytes_down", 0),
+        values.get("bytes_up", 0),
     )
 
 

@@ -55,9 +55,8 @@ class Report:
 
     def run_finished(self, state: RunState, *, final_model: str, checkpoint: str) -> None:
         log.info("")
-        with contextlib.suppress(
-            OSError
-        ):  # a run whose events could not be written has no second table
+        times = ""  # of a run whose events cannot be read
+        with contextlib.suppress(OSError):
             times = time_table(run_account(read_events(self.telemetry.events_path)))
         for line in [*round_table(state).splitlines(), "", *times.splitlines(), ""]:
             log.info("%s", line)

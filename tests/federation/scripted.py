@@ -16,6 +16,7 @@ from pilot.rules.ledger import Ledger
 from pilot.run.events import read_events
 from pilot.run.snapshot import latest_snapshot, read_snapshot
 from pilot.run.state import RunState
+from pilot.segment import first_rows
 from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
@@ -91,14 +92,8 @@ class ScriptedSite:
         return to_records(answer | {"node_name": self.name}, encode(update))
 
     def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:
-        consumed, left = [], self.rows
-        for segment in order.segments:
-            first, end = segment.first_row, segment.end_row
-            stop = min(SHARD_ROWS if end is None else end, first + left)
-            if stop > first:
-                consumed.append(replace(segment, end_row=stop))
-                left -= stop - first
-        rows = self.rows - left
+        consumed = first_rows(order.segments, self.rows, shard_rows=SHARD_ROWS)
+        rows = sum(segment.rows or 0 for segment in consumed)
         reply = TrainReply(
             fence=order.fence,
             client=order.client,

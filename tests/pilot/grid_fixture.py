@@ -12,8 +12,8 @@ from pilot.wire.records import from_records, to_records
 
 
 class ManualClock:
-    def __init__(self) -> None:
-        self.at_s = 1000.0
+    def __init__(self, at_s: float = 1000.0) -> None:
+        self.at_s = at_s
 
     def now_s(self) -> float:
         return self.at_s

@@ -12,20 +12,12 @@ from pilot.server.idle import Cause, IdleTime, gathering
 from pilot.server.report import Report
 from pilot.server.telemetry import Telemetry
 
-
-class _Clock:
-    at_s = 100.0
-
-    def now_s(self) -> float:
-        return self.at_s
-
-    def sleep(self, seconds: float) -> None:
-        self.at_s += seconds
+from ..grid_fixture import ManualClock
 
 
 class _Server:
     def __init__(self, directory: Path) -> None:
-        self.directory, self.clock = directory, _Clock()
+        self.directory, self.clock = directory, ManualClock(100.0)
         telemetry = Telemetry(
             directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
         )

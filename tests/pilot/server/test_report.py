@@ -165,3 +165,16 @@ def test_table_says_which_figures_are_partial_and_which_merges_were_taken_back()
         "all-replied (1 refused, taken back)",
         "taken-back",
     ]
+
+
+def test_a_run_whose_events_cannot_be_read_still_says_where_its_model_is(
+    report: Report, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger(num_shards=1, epochs=1, shard_order=lambda _: [0])
+    config = RunConfig(run_name="r", num_shards=1)
+    state = RunState(config, {"w": torch.zeros(1)}, ledger, total_tokens=1)
+    report.telemetry.events_path.unlink(missing_ok=True)
+    report.telemetry.events_path.mkdir()  # reading it is an OSError, for root as well
+    with caplog.at_level(logging.INFO, "pilot"):
+        report.run_finished(state, final_model="f.pt", checkpoint="c")
+    assert "Final model: f.pt" in [record.getMessage() for record in caplog.records]

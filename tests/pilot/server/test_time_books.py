@@ -16,24 +16,15 @@ from pilot.server.tables import _PHASES, size, time_table
 from pilot.server.telemetry import Telemetry
 from pilot.server.time_books import TimeBooks
 
+from ..grid_fixture import ManualClock
 from .round_kit import Round
-
-
-class _Clock:
-    at_s = 0.0
-
-    def now_s(self) -> float:
-        return self.at_s
-
-    def sleep(self, seconds: float) -> None:
-        self.at_s += seconds
 
 
 class _Server:
     """A round of three clients (orders sent at 0 s, 100 bytes each), and its books of time."""
 
     def __init__(self, directory: Path) -> None:
-        self.round, self.clock, self.directory = Round(directory), _Clock(), directory
+        self.round, self.clock, self.directory = Round(directory), ManualClock(0.0), directory
         telemetry = Telemetry(
             directory, config_dict={}, wandb_mode="disabled", wandb_project="", run_name="r"
         )
