@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from pilot import cli
+from pilot.commands.run import Console
 from pilot.errors import PilotError
 from pilot.launch import connection
 from pilot.launch import superlink as superlink_module
@@ -202,7 +203,7 @@ def test_merged_values_survive_the_file_that_flower_reads(tmp_path: Path) -> Non
 def test_on_a_terminal_each_client_has_one_line_that_is_updated() -> None:
     inner, outer = pty.openpty()
     with os.fdopen(outer, "w") as terminal:
-        console = cli.Console(terminal)
+        console = Console(terminal)
         for line in (
             "[ROUND 1]",
             "client_0: loss=2.5 shard_progress=1%",
