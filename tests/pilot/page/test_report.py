@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pilot import cli
-from pilot.page import command
+from pilot.commands import report
 from pilot.page.script import NoScript, vega_script
 
 from .story_kit import SHORT, SPOT, committed, event, write_run
@@ -18,7 +18,7 @@ from .story_kit import SHORT, SPOT, committed, event, write_run
 @pytest.fixture(autouse=True)
 def short_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real one takes seconds; `test_browser.py` has it."""
-    monkeypatch.setattr(command, "vega_script", lambda: "var vegaEmbed;")
+    monkeypatch.setattr(report, "vega_script", lambda: "var vegaEmbed;")
 
 
 def test_a_run_is_named_or_given_by_its_directory(
