@@ -30,6 +30,7 @@ from pilot.site.notice import NODE_VARIABLE
 
 PROGRAM = "flower-supernode"
 _LOOP, _CONNECTION = "flwr.supernode.start_client_internal", "flwr.supernode.fleet_http_connection"
+_STATE, _FINISHED = "flwr.supernode.nodestate.in_memory_nodestate", "finished"
 _IDLE_S, _REPLY_S = 3.0, 0.5  # Flower's sleeps: while there is no message, and no reply to one
 _EAGER_S, _EAGER_FOR_S = 0.5, 20.0
 _REPLY_EAGER_S = 0.2
@@ -84,15 +85,42 @@ class LostClientApp:
         return pushing
 
     def look(self) -> None:
-        """Let Flower see at once what it would see in a minute, if the ClientApp at work is gone."""
-        if self._state is None or not (self._gone_at_work() or self._gone_before()):
+        """Let Flower see at once what it would see in a minute, if the ClientApp at work is gone.
+
+        And what it would never see: where a ClientApp is gone before it took its message, Flower finishes the
+        task and leaves the message without a reply.
+        """
+        if self._state is None:
             return
         with contextlib.suppress(OSError, AttributeError):  # of another Flower: `pilot node` helps
-            with self._state.lock_task_store:
-                for record in self._state.task_token_store.values():
-                    record.active_until -= timedelta(days=1)
-            for name in (in_flight.FILE_NAME, warm.LAST_CLIENTAPP):
-                (self._directory / name).unlink(missing_ok=True)
+            if self._gone_at_work() or self._gone_before():
+                with self._state.lock_task_store:
+                    for record in self._state.task_token_store.values():
+                        record.active_until -= timedelta(days=1)
+                for name in (in_flight.FILE_NAME, warm.LAST_CLIENTAPP):
+                    (self._directory / name).unlink(missing_ok=True)
+            if self._without_a_task():
+                with self._state.lock_msg_store:
+                    messages = list(self._state.msg_store.values())
+                for entry in messages:  # only what was taken is answered
+                    if not entry.is_retrieved:
+                        entry.is_retrieved = True
+                        self._state.record_message_processing_start(
+                            entry.message.metadata.message_id
+                        )
+                nodestate = importlib.import_module(_STATE)
+                runs = {entry.message.metadata.run_id for entry in messages}
+                self._state._store_error_replies(runs, nodestate.CLIENT_APP_CRASHED_ERROR)
+
+    def _without_a_task(self) -> bool:
+        """Whether nobody is to answer the message that is waited for."""
+        with self._state.lock_task_store:
+            self._state._cleanup_expired_task_tokens_locked()
+            tasks = [task.status.status for task in self._state.task_store.values()]
+        with self._state.lock_msg_store:
+            messages = [entry.message for entry in self._state.msg_store.values()]
+        replied = any(message.metadata.reply_to_message_id for message in messages)
+        return bool(messages and not replied and all(status == _FINISHED for status in tasks))
 
     def _gone_at_work(self) -> bool:
         order = in_flight.read(self._directory)

@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode, Status
 from flwr.supercore.constant import TaskType
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
@@ -57,6 +58,14 @@ def test_flowers_loop_sleeps_as_it_is_expected_to() -> None:
 @pytest.fixture
 def state() -> InMemoryNodeState:
     """Flower's state of a node whose ClientApp has taken the one message and works on it."""
+    state = untaken()
+    assert len(state.get_messages_legacy(is_reply=False)) == 1
+    state.record_message_processing_start("an order")
+    return state
+
+
+def untaken() -> InMemoryNodeState:
+    """The same, an instant before: the ClientApp runs, and has not taken the message."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     state = InMemoryNodeState(ObjectStoreFactory().store())
     state.set_node_id(1)
@@ -65,8 +74,6 @@ def state() -> InMemoryNodeState:
     state.store_message(message)
     task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=message.metadata.run_id)
     assert task is not None and state.claim_task(task) and state.activate_task(task)
-    assert state.get_messages_legacy(is_reply=False) == [message]
-    state.record_message_processing_start("an order")
     return state
 
 
@@ -146,6 +153,48 @@ def test_a_clientapp_that_dies_before_it_says_anything_has_its_message_answered_
     (reply,) = replies[2]
     assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
     assert not last.exists()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_clientapp_that_dies_before_it_takes_its_message_has_that_answered_at_once(
+    tmp_path: Path, seen: bool
+) -> None:
+    """Flower finishes its task, and waits for a reply for ever. `seen`: the node saw the death first."""
+    state = untaken()
+    lost = supernode.LostClientApp(tmp_path)
+    lost.noted(lambda: None)()
+    (tmp_path / warm.LAST_CLIENTAPP).write_text(str(2**22 + 1) if seen else str(os.getpid()))
+    replies: list[list[Message]] = []
+
+    def push(*, state: InMemoryNodeState) -> None:
+        if not seen:
+            lost.look()
+            assert state.get_messages_legacy(is_reply=True) == [], "its task still runs"
+            for record in state.task_token_store.values():
+                record.active_until -= timedelta(days=1)
+        lost.look()
+        replies.append(list(state.get_messages_legacy(is_reply=True)))
+        lost.look()
+        replies.append(list(state.get_messages_legacy(is_reply=True)))
+
+    lost.watched(push)(state=state)
+    (reply,) = replies[0]
+    assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert reply.metadata.reply_to_message_id == "an order"
+    assert replies[1] == [], "answered once"
+
+
+def test_a_clientapp_that_dies_as_it_starts_is_started_again(tmp_path: Path) -> None:
+    state = untaken()
+    (task,) = state.task_store.values()
+    task.status.status = Status.STARTING
+    lost = supernode.LostClientApp(tmp_path)
+    lost.noted(lambda: None)()
+    (tmp_path / warm.LAST_CLIENTAPP).write_text(str(2**22 + 1))
+    lost.watched(lambda *, state: lost.look())(state=state)
+    assert task.status.status == Status.PENDING
+    assert state.get_messages_legacy(is_reply=True) == []
+    assert len(state.get_messages_legacy(is_reply=False)) == 1, "for the next one"
 
 
 def test_flowers_loop_waits_for_a_reply_as_it_is_expected_to() -> None:
