@@ -19,7 +19,7 @@ from nanochat.errors import UserError
 from nanochat.rows.stream import shard_order
 from pilot import plan
 from pilot.config import DEFAULTS, RunConfig
-from pilot.coordination.coordinator import ServerCoordinator, resolve_url
+from pilot.coordination.coordinator import CoordinatorError, ServerCoordinator, ping, resolve_url
 from pilot.errors import PilotError
 from pilot.processes.local_redis import LocalRedis
 from pilot.redis_url import redact_url
@@ -38,6 +38,10 @@ from pilot.server.telemetry import Telemetry
 from pilot.wire import transfer
 
 _SIMULATION = "flwr-simulation"
+_PREDECESSOR_ENDS_S = (
+    10.0  # for which a server waits for the one before, whose SuperLink was killed
+)
+_REDIS_RETURNS_S = 60.0  # for which a run that is resumed waits for its Redis
 
 log = logging.getLogger("pilot")
 app = ServerApp()
@@ -53,7 +57,10 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = _configuration(context)
         simulation = grid.run.primary_task_type == _SIMULATION
-        with open_run_dir(config.run_name) as run_dir, _redis_url(config, simulation) as url:
+        with (
+            open_run_dir(config.run_name, within_s=_PREDECESSOR_ENDS_S) as run_dir,
+            _redis_url(config, simulation) as url,
+        ):
             _lead(config, grid, run_dir, url, simulation=simulation, stopped=stopped)
     except RunInterrupted as error:
         log.info("%s: run-name %s", error, config.run_name)
@@ -88,6 +95,15 @@ def _redis_url(config: RunConfig, simulation: bool) -> Iterator[str]:
         )
 
 
+def _await_redis(url: str) -> None:
+    """Wait for the Redis of a run that has begun: what took the server away may have taken that, too."""
+    try:
+        ping(url)
+    except CoordinatorError as error:
+        log.warning("warning: %s; waiting for it up to %.0f s", error, _REDIS_RETURNS_S)
+        ping(url, within_s=_REDIS_RETURNS_S)
+
+
 def _lead(
     config: RunConfig,
     grid: Grid,
@@ -100,6 +116,8 @@ def _lead(
 ) -> None:
     clock = clock or MonotonicClock()
     term = next_term(run_dir)
+    if any((run_dir / "snapshots").glob("round-*")):
+        _await_redis(url)
     coordinator = ServerCoordinator(url, config.run_name, term=term, run_dir=run_dir, clock=clock)
     finished = False
     try:

@@ -161,18 +161,28 @@ def check_run(url: str, run: str) -> None:
         )
 
 
-def ping(url: str) -> None:
-    """Raise CoordinatorError, with one sentence, if no Redis answers at `url`."""
-    link = RedisLink(url, "")
+def ping(url: str, *, within_s: float = 0.0) -> None:
+    """Raise CoordinatorError, with one sentence, if no Redis answers at `url` within so many seconds.
+
+    It is asked once at least, and a login that it refuses is not tried again.
+    """
+    link, failures = RedisLink(url, ""), list[redis.RedisError]()
+
+    def answers() -> bool:
+        try:
+            return bool(link.redis.ping())
+        except redis.AuthenticationError as error:
+            raise CoordinatorError(
+                f"Redis at {redact_url(url)} refuses the login: put user and password in {URL_VARIABLE}"
+            ) from error
+        except redis.RedisError as error:
+            failures.append(error)
+            return False
+
     try:
-        link.redis.ping()
-    except redis.AuthenticationError as error:
-        raise CoordinatorError(
-            f"Redis at {redact_url(url)} refuses the login: put user and password in {URL_VARIABLE}"
-        ) from error
-    except redis.RedisError as error:
-        raise CoordinatorError(
-            f"cannot reach Redis at {redact_url(url)} ({error}): start it, or set {URL_VARIABLE}"
-        ) from error
+        if not wait_until(answers, timeout_s=within_s, poll_s=0.5):
+            raise CoordinatorError(
+                f"cannot reach Redis at {redact_url(url)} ({failures[-1]}): start it, or set {URL_VARIABLE}"
+            ) from failures[-1]
     finally:
         link.close()

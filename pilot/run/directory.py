@@ -27,16 +27,17 @@ class RunDirError(PilotError):
 
 
 @contextlib.contextmanager
-def open_run_dir(run_name: str) -> Iterator[Path]:
+def open_run_dir(run_name: str, *, within_s: float = 0.0) -> Iterator[Path]:
     """The run's directory, ours alone until exit.
 
-    Raises RunDirError if another live server has it, or the run is finished.
+    Raises RunDirError if another live server still has it after `within_s` seconds (one whose SuperLink was
+    killed takes a moment to end), or the run is finished.
     """
     directory = get_base_dir() / "runs" / run_name
     _make(directory)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(file_lock(directory / "lock", timeout_s=0))
+            held.enter_context(file_lock(directory / "lock", timeout_s=within_s))
         except Timeout as error:
             raise RunDirError(
                 f"another server on this machine leads run {run_name}: stop it, "

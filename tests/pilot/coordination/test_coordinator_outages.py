@@ -1,6 +1,7 @@
 """Redis that loses everything, is away, full, or refuses the login: logged once, and nothing stops for it."""
 
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -141,6 +142,18 @@ def test_redis_that_is_not_there_is_one_sentence_without_credentials(tmp_path: P
             with pytest.raises(CoordinatorError, match="PILOT_REDIS_URL") as caught:
                 start()
             assert "hunter2" not in str(caught.value) and "bob" not in str(caught.value)
+
+
+def test_redis_that_comes_back_is_waited_for() -> None:
+    port = free_port()
+    local = LocalRedis(port=port)
+    comes = threading.Timer(0.5, local.start)
+    comes.start()
+    try:
+        ping(f"redis://127.0.0.1:{port}/0", within_s=30.0)
+    finally:
+        comes.join()
+        local.stop()
 
 
 def test_wrong_password_is_one_sentence_without_it(tcp_redis: LocalRedis, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """A run's directory: one live server, no finished run twice, terms that only grow."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -51,6 +53,15 @@ def test_second_server_is_refused_until_the_first_is_gone_even_by_kill(base_dir:
         except RunDirError:
             time.sleep(0.05)
     raise AssertionError("the lock of a dead server stays")
+
+
+def test_a_server_waits_a_moment_for_the_one_before() -> None:
+    with contextlib.ExitStack() as before:
+        before.enter_context(open_run_dir("r"))
+        leaves = threading.Timer(0.3, before.close)
+        leaves.start()
+        with open_run_dir("r", within_s=30.0):
+            leaves.join()
 
 
 def test_two_servers_in_one_process_are_two_servers() -> None:
