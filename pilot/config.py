@@ -104,7 +104,7 @@ class RunConfig:
     )
     total_batch_size: int = _key(524288, "tokens per optimizer step; of whom, batch-of says", low=1)
     batch_of: str = _key(
-        "client",
+        "federation",
         "whose total-batch-size is: of each client, or of all clients of a round, who share it",
         choices=("client", "federation"),
     )

@@ -59,15 +59,6 @@ class Physics:
     reply_bytes: int
     shard_rows: int
 
-    @property
-    def step_tokens(self) -> int:
-        return self.config.total_batch_size
-
-    @property
-    def micro_steps(self) -> int:
-        rows = max(1, self.config.device_batch_size or 1)
-        return max(1, self.config.batch_rows // rows)
-
 
 class Surroundings(Protocol):
     """What a client has to do with: time, Flower and Redis (`world.py`)."""
@@ -115,6 +106,14 @@ class _Work:
     @property
     def rows(self) -> int:
         return sum(segment.rows or 0 for segment in self.segments)
+
+    @property
+    def step_rows(self) -> int:
+        return self.order.step_rows
+
+    def micro_steps(self, device_rows: int) -> int:
+        """Parts of a step of which each may be the last."""
+        return max(1, self.step_rows // max(1, device_rows))
 
 
 class SimulatedClient:
@@ -254,12 +253,12 @@ class SimulatedClient:
             work.stopped_by = StopReason.NOTHING_LEASED
             return self._plan(work, now_s)
         work.begun_s = now_s
-        steps = work.rows // config.batch_rows
-        steps += order.lease_is_tail and work.rows % config.batch_rows > 0
+        steps = work.rows // work.step_rows
+        steps += order.lease_is_tail and work.rows % work.step_rows > 0
         work.stopped_by = StopReason.LEASE_USED_UP
         if 0 < config.round_steps <= steps:
             steps, work.stopped_by = config.round_steps, StopReason.STEPS_DONE
-        due_s = now_s + steps * self.physics.step_tokens / work.rate
+        due_s = now_s + steps * self._step_s(work)
         if (deadline_s := work.received_s + order.seconds_left) < due_s:
             due_s, work.stopped_by = max(now_s, deadline_s), StopReason.DEADLINE
         self._plan(work, due_s)
@@ -275,18 +274,22 @@ class SimulatedClient:
             why = self.world.over(work.order.fence) or self.world.stops.get(self.machine.name, "")
         if why:
             work.stopped_by = why
-            micro_s = self.physics.step_tokens / work.rate / self.physics.micro_steps
+            micro_s = self._step_s(work) / work.micro_steps(self.physics.config.device_batch_size)
             wait_s = self._rng.uniform(0, micro_s) if work.begun_s is not None else 0.1
             work.state = "training"  # for a moment: it answers next
             self._plan(work, min(work.due_s, self.clock.now_s() + wait_s))
+
+    def _step_s(self, work: _Work) -> float:
+        """Seconds of one of its steps."""
+        return work.step_rows * self.physics.config.sequence_len / work.rate
 
     def _steps_s(self, work: _Work) -> float:
         return 0.0 if work.begun_s is None else max(0.0, self.clock.now_s() - work.begun_s)
 
     def _rows_done(self, work: _Work) -> int:
         """Whole optimizer steps' rows by now; the last step of a tail may be shorter."""
-        rows = self.physics.config.batch_rows
-        steps = math.floor(self._steps_s(work) * work.rate / self.physics.step_tokens + 1e-6)
+        rows = work.step_rows
+        steps = math.floor(self._steps_s(work) / self._step_s(work) + 1e-6)
         return min(
             work.rows if work.order.lease_is_tail else work.rows // rows * rows, steps * rows
         )
@@ -302,7 +305,7 @@ class SimulatedClient:
     def _arrive(self, work: _Work) -> None:
         assert work.reply is not None
         self.work, tokens = None, work.reply.tokens
-        update = self._update(tokens / self.physics.step_tokens) if tokens else {}
+        update = self._update(work.reply.steps) if tokens else {}
         if self._lies and tokens:
             self._lies = False
             update["w"] = update["w"] * math.nan
@@ -322,7 +325,7 @@ class SimulatedClient:
             fence=work.order.fence,
             client=work.order.client,
             stopped_by=work.stopped_by,
-            steps=-(-rows // config.batch_rows),
+            steps=-(-rows // work.step_rows),
             batches=rows,
             tokens=tokens,
             loss_nats=3.0 * tokens,
@@ -356,7 +359,7 @@ class SimulatedClient:
         rows = reply.tokens // config.sequence_len if reply else self._rows_done(work)
         return Heartbeat(
             state=work.state,
-            step=-(-rows // config.batch_rows),
+            step=-(-rows // work.step_rows),
             tokens=rows * config.sequence_len,
             loss=3.0,
             tokens_per_s=work.rate if rows else 0.0,

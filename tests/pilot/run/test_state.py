@@ -217,18 +217,12 @@ def test_what_doesnt_shape_the_training_may_change() -> None:
     assert resumed.config is other
 
 
-def test_a_run_from_before_there_was_a_key_continues_as_it_was(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    snapshot, federation = through_json(trained()), replace(CONFIG, batch_of="federation")
+def test_a_run_from_before_there_was_a_key_continues_as_it_was() -> None:
+    own = replace(CONFIG, batch_of="client")
+    snapshot = through_json(trained(own))
     del snapshot.state["config"]["batch-of"]
-    assert RunState.from_snapshot(snapshot, CONFIG, shard_order=order).config.batch_of == "client"
-    with pytest.raises(ResumeError, match=r"batch-of \(was 'client', is 'federation'\)"):
-        RunState.from_snapshot(snapshot, federation, shard_order=order)
-    # once it is the default, nobody has asked for it
-    monkeypatch.setattr("pilot.run.state.DEFAULTS", {**DEFAULTS, "batch-of": "federation"})
-    resumed = RunState.from_snapshot(snapshot, federation, shard_order=order)
-    assert resumed.config == CONFIG
+    resumed = RunState.from_snapshot(snapshot, CONFIG, shard_order=order)
+    assert CONFIG.batch_of == "federation" and resumed.config == own, "nobody has asked for the default"
     assert [change.key for change in resumed.config_changes] == ["lr"], "of before"
 
 

@@ -32,6 +32,7 @@ class Server:
         defaults = {
             "run_name": "r",
             "sequence_len": T,
+            "batch_of": "client",
             "total_batch_size": T * BATCH_ROWS,
             "num_shards": 8,
             "eval_rows": 10,
