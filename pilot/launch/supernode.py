@@ -93,7 +93,7 @@ class LostClientApp:
         if self._state is None:
             return
         with contextlib.suppress(OSError, AttributeError):  # of another Flower: `pilot node` helps
-            if self._gone_at_work() or self._gone_before():
+            if self._gone():
                 with self._state.lock_task_store:
                     for record in self._state.task_token_store.values():
                         record.active_until -= timedelta(days=1)
@@ -122,16 +122,25 @@ class LostClientApp:
         replied = any(message.metadata.reply_to_message_id for message in messages)
         return bool(messages and not replied and all(status == _FINISHED for status in tasks))
 
-    def _gone_at_work(self) -> bool:
-        order = in_flight.read(self._directory)
-        return order is not None and self._is_new(in_flight.FILE_NAME) and not alive(order.pid)
+    def _gone(self) -> bool:
+        """Whether the ClientApp of the message at work is gone.
 
-    def _gone_before(self) -> bool:
-        """Whether a ClientApp has ended that had not come to say what it works on."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((self._directory / warm.LAST_CLIENTAPP).read_text(encoding="utf-8"))
-            return self._is_new(warm.LAST_CLIENTAPP) and not alive(pid)
+        That is the one that was started last. The one that says what it works on counts where nothing is known
+        of the start: it may be of an earlier message, and write late.
+        """
+        order = in_flight.read(self._directory)
+        for name, pid in (
+            (warm.LAST_CLIENTAPP, self._started()),
+            (in_flight.FILE_NAME, order and order.pid),
+        ):
+            if pid and self._is_new(name):
+                return not alive(pid)
         return False
+
+    def _started(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int((self._directory / warm.LAST_CLIENTAPP).read_text(encoding="utf-8"))
+        return None
 
     def _is_new(self, name: str) -> bool:
         """Whether a file is of the message at work."""

@@ -184,6 +184,18 @@ def test_a_clientapp_that_dies_before_it_takes_its_message_has_that_answered_at_
     assert replies[1] == [], "answered once"
 
 
+def test_a_clientapp_of_an_earlier_message_that_dies_late_is_not_the_one_at_work(
+    state: InMemoryNodeState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOT_NODE_DIR", str(tmp_path))
+    lost = supernode.LostClientApp(tmp_path)
+    lost.noted(lambda: None)()
+    (tmp_path / warm.LAST_CLIENTAPP).write_text(str(os.getpid()))
+    works_on_an_order(2**22 + 1)
+    lost.watched(lambda *, state: lost.look())(state=state)
+    assert state.get_messages_legacy(is_reply=True) == []
+
+
 def test_a_clientapp_that_dies_as_it_starts_is_started_again(tmp_path: Path) -> None:
     state = untaken()
     (task,) = state.task_store.values()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pilot.config import DEFAULTS, RunConfig
+from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
 from pilot.run.snapshot import Snapshot, latest_snapshot, write_snapshot
 from pilot.run.state import (
