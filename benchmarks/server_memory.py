@@ -51,12 +51,12 @@ from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
 from pilot.server.telemetry import Telemetry
+from pilot.wire.code_hashes import code_hashes
 from pilot.wire.codec import encode
 from pilot.wire.messages import (
     HelloReply,
     TrainOrder,
     TrainReply,
-    code_hashes,
     from_header,
     to_header,
 )

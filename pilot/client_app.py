@@ -116,6 +116,7 @@ def _obey(
         case HelloOrder():
             if reason := _leaving(config, order.redis_url, node.name, order.run):
                 return to_header(HelloReply(error=f"this client is leaving ({reason})")), []
+            header = header | {"client": node.name}  # whose mirror is asked for
         case TrainOrder(fence=fence, client=client):
             if _leaving(config, order.redis_url, client, fence.run):
                 reply = TrainReply(fence=fence, client=client, stopped_by=StopReason.LEAVING)

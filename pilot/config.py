@@ -201,6 +201,18 @@ class RunConfig:
         "form in which pseudo-gradients are sent",
         choices=("float32", "bfloat16", "int8", "int4", "sparse"),
     )
+    wire_down: str = _key(
+        "full",
+        "what clients are sent of the global model: all of it, or its last step in few bits",
+        choices=("full", "int8", "int4", "sparse"),
+    )
+    mirror_history: int = _key(
+        8,
+        "last steps that the server keeps for clients that missed some, unless wire-down is full",
+        low=1,
+        high=1000,
+        shapes_training=False,
+    )
     # sites
     device: str = _key(
         "auto",

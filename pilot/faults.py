@@ -38,6 +38,7 @@ POINTS = (
     "snapshot.create",
     "snapshot.model",
     "snapshot.outer",
+    "snapshot.steps",
     "snapshot.merged",
     "snapshot.state",
     "snapshot.manifest",

@@ -31,9 +31,10 @@ from pilot.run.snapshot import latest_snapshot, read_snapshot
 from pilot.run.state import RunState
 from pilot.run_name import generated_name
 from pilot.server.console import configure_logging
+from pilot.server.failures import RunInterrupted
 from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
-from pilot.server.round_loop import RoundLoop, RunInterrupted
+from pilot.server.round_loop import RoundLoop
 from pilot.server.telemetry import Telemetry
 from pilot.wire import transfer
 

@@ -198,6 +198,22 @@ def test_a_form_of_the_wire_keeps_its_rest_by_client(rows: Corpus) -> None:
     assert not torch.equal(coded.rests[0]["lm_head.weight"], coded.rests[1]["lm_head.weight"])
 
 
+def test_a_step_down_in_few_bits_costs_little_and_the_last_one_is_whole(rows: Corpus) -> None:
+    """What clients hold differs from what the outer step wants, until the end."""
+    case = Case(name="pair", clients=2, steps=3, batch="federation")
+    outcomes = {}
+    for down in ("full", "int4"):
+        laboratory = Laboratory(SMOKE, case.but(down, config={"wire-down": down}), 0, rows)
+        outcomes[down] = laboratory.run()
+    assert outcomes["full"].received == 4.0 and 0.4 < outcomes["int4"].received < 0.6
+    assert outcomes["int4"].bpb != outcomes["full"].bpb
+    assert outcomes["int4"].bpb == pytest.approx(outcomes["full"].bpb, rel=0.02)
+    held = laboratory._held(laboratory.weights, {n: t + 1 for n, t in laboratory.weights.items()})
+    for name, residual in laboratory.residual.items():
+        assert torch.equal(held[name], laboratory.weights[name] + 1 + residual), name
+    assert any(bool(t.any()) for t in laboratory.residual.values())
+
+
 def test_every_experiment_names_its_cases_once_and_can_be_configured(rows: Corpus) -> None:
     for cases in EXPERIMENTS.values():
         assert len({case.name for case in cases}) == len(cases)

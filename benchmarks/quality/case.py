@@ -49,8 +49,9 @@ class Case:
     States. `inner`: what a client begins a round with of its optimizer's state, "keep" its own, "recent" the
     same but nothing after a round without it, "reset" nothing, "average" that of all who were there.
 
-    `config`: run-config keys of the outer step, and `wire-up`. `momentum_follows_lr`: whether the outer
-    momentum, which is made of earlier rounds' longer updates, is shortened as the schedule lowers the rates.
+    `config`: run-config keys of the outer step, `wire-up` and `wire-down`. `momentum_follows_lr`: whether the
+    outer momentum, which is made of earlier rounds' longer updates, is shortened as the schedule lowers the
+    rates.
     """
 
     name: str
@@ -89,7 +90,8 @@ class Case:
 class Outcome:
     """`curve`: (tokens, bpb); `rounds` that merged something; `norms` and `cosines` of their outer steps: the
     length of each, and its cosine with the one before; `agreement`: the cosine of two clients' updates;
-    `sent`: bytes per parameter of an update; `refused`: tokens that were trained on and never merged."""
+    `sent`: bytes per parameter of an update; `received`: of what a client that misses no round is sent of the
+    model; `refused`: tokens that were trained on and never merged."""
 
     bpb: float
     curve: list[tuple[int, float]]
@@ -99,4 +101,5 @@ class Outcome:
     cosines: list[float]
     agreement: list[float]
     sent: float
+    received: float
     refused: int

@@ -73,6 +73,14 @@ def _by_wire(
     ]
 
 
+def _by_pair(base: Case, pairs: tuple[tuple[str, str], ...]) -> list[Case]:
+    """With the default outer step; a pair is `wire-up` and `wire-down`."""
+    return [
+        base.but(f"{base.name}, {up} up {down} down", config={"wire-up": up, "wire-down": down})
+        for up, down in pairs
+    ]
+
+
 def _by_steps(base: Case, *steps: int) -> list[Case]:
     return [base.but(f"{base.name}, {h} steps", steps=h) for h in steps]
 
@@ -97,6 +105,16 @@ BLOCKS: dict[str, Any] = {"trace": SUN, "away_rounds": 8}
 # Speeds 1 : 2 : 4, with a mean of 1
 UNEVEN = FOUR.but("3 clients, 1:2:4", clients=3, speeds=(3 / 7, 6 / 7, 12 / 7))
 RETURN = EIGHT.but("8 clients, 2 at a time", trace=((0, 1), (2, 3), (4, 5), (6, 7)), away_rounds=4)
+PAIRS = (
+    ("float32", "full"),
+    ("int8", "int8"),
+    ("int4", "full"),
+    ("float32", "int4"),
+    ("int4", "int4"),
+    ("sparse", "int4"),
+    ("int4", "sparse"),
+    ("sparse", "sparse"),
+)
 
 EXPERIMENTS: dict[str, list[Case]] = {
     "plain": [PLAIN.but(f"plain, lr x {f:g}", lr_factor=f) for f in (0.25, 0.5, 1.0, 2.0)],
@@ -113,6 +131,7 @@ EXPERIMENTS: dict[str, list[Case]] = {
         *_by_wire(FOUR, 0.9, 0.8),
         *_by_wire(ONE, 1.0, 0.0, wires=("sparse",)),
         *_by_wire(FOUR, 1.0, 0.0, wires=("sparse",)),
+        *(case for base in (ONE, FOUR, EIGHT) for case in _by_pair(base, PAIRS)),
     ],
     "annealed": [
         PLAIN,

@@ -29,6 +29,7 @@ from pilot.rules.aggregation import weighted_mean
 from pilot.rules.batch import step_shares
 from pilot.rules.outer import outer_step, restores_lengths
 from pilot.wire.codec import DECAY, decode, encode
+from pilot.wire.steps import FULL, encode_step
 
 _CPU = torch.device("cpu")
 # Of a run, besides the last, and on how many validation rows: 16 on all of them took a third of its time.
@@ -96,6 +97,8 @@ class Laboratory:
         self.sent_bytes = self.sent_values = 0
         self._free: list[int] = []  # places in the order of rows that were given back
         self._held: list[_Reply] = []  # replies that the next merge is to have
+        self.residual: Tensors = {}  # of what the outer step wants and clients were not sent
+        self.down_bytes = self.down_values = 0
         self._step_before: Tensors = {}
         self._rate_before = 1.0
 
@@ -113,7 +116,8 @@ class Laboratory:
         bpb = self._bpb()
         self.curve.append((self.tokens, bpb))
         sent = round(self.sent_bytes / max(1, self.sent_values), 4)
-        figures = (self.norms, self.cosines, self.agreement, sent, self.refused)
+        received = round(self.down_bytes / max(1, self.down_values), 4)
+        figures = (self.norms, self.cosines, self.agreement, sent, received, self.refused)
         return Outcome(bpb, self.curve, rounds, seconds, *figures)
 
     # -- plain -----------------------------------------------------------------------------------
@@ -178,9 +182,24 @@ class Laboratory:
         if mean is None:
             return
         before = self.weights
-        self.weights, self.outer = outer_step(self.config, before, mean, self.outer)
+        wanted, self.outer = outer_step(self.config, before, mean, self.outer)
+        self.weights = self._received(before, wanted)
         self._note_step({n: before[n] - t for n, t in self.weights.items()})
         self.model.load_state_dict(self.weights)
+
+    def _received(self, before: Tensors, wanted: Tensors) -> Tensors:
+        """The model that clients hold when the outer step wants another; the last one is sent to nobody."""
+        wire, values = self.config.wire_down, sum(t.numel() for t in wanted.values())
+        if self.tokens >= self.scale.total_tokens:
+            residual, self.residual = self.residual, {}
+            return {n: t + residual[n] if n in residual else t for n, t in wanted.items()}
+        self.down_values += values
+        if wire == FULL:
+            self.down_bytes += 4 * values
+            return wanted
+        weights, self.residual, parts = encode_step(before, wanted, self.residual.get, wire=wire)
+        self.down_bytes += sum(len(part.data) for part in parts)
+        return weights
 
     def _anneal(self, middle: float) -> None:
         """Shorten the momentum as much as the rates are lower in this round, `middle` tokens into the run."""

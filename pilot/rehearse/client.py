@@ -11,6 +11,7 @@ import torch
 from pilot.config import RunConfig
 from pilot.rehearse.clock import VirtualClock
 from pilot.segment import Score, Segment, first_rows
+from pilot.wire.code_hashes import code_hashes
 from pilot.wire.codec import encode
 from pilot.wire.messages import (
     Fence,
@@ -20,7 +21,6 @@ from pilot.wire.messages import (
     StopReason,
     TrainOrder,
     TrainReply,
-    code_hashes,
     to_header,
 )
 

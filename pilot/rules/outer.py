@@ -25,6 +25,7 @@ from pilot.tensor_file import TensorFile, TensorWriter, pieces, rows_of
 # FedOpt (arXiv 2003.00295, section 5): beta2 0.99; epsilon as in Adam.
 ADAM_BETA2 = 0.99
 ADAM_EPSILON = 1e-8
+RESIDUAL = "residual."  # and a tensor's name: what a `Coded` step could not say
 
 Tensors = dict[str, Tensor]
 
@@ -128,15 +129,31 @@ class Gradient(Protocol):
         """As `tensor_file.rows_of`."""
 
 
+class Coded(Protocol):
+    """The form in which a step is sent to those who hold the weights, tensor by tensor."""
+
+    def leaves_residual(self, shape: Sequence[int]) -> bool:
+        """Whether something of the step of a tensor of `shape` may stay unsaid."""
+
+    def say(self, name: str, before: Tensor, weight: Tensor) -> Tensor:
+        """`weight`, which has moved from `before`, moves to where those come who hold `before`.
+
+        Returns what of its way that could not say. Both tensors' memory is used.
+        """
+
+
 def state_shapes(
-    config: RunConfig, shapes: Mapping[str, Sequence[int]]
+    config: RunConfig, shapes: Mapping[str, Sequence[int]], coded: Coded | None = None
 ) -> dict[str, Sequence[int]]:
     """The tensors of the state after a step of a model of `shapes`."""
     found: dict[str, Sequence[int]] = {"step": ()} if config.outer_optimizer == "adam" else {}
-    for name, shape in shapes.items() if config.outer_optimizer != "fedavg" else ():
-        found[f"momentum.{name}"] = shape
+    for name, shape in shapes.items():
+        if config.outer_optimizer != "fedavg":
+            found[f"momentum.{name}"] = shape
         if config.outer_optimizer == "adam":
             found[f"square.{name}"] = shape
+        if coded is not None and coded.leaves_residual(shape):
+            found[RESIDUAL + name] = shape
     return found
 
 
@@ -147,22 +164,26 @@ def outer_step_in_place(
     state: Mapping[str, Tensor],
     path: Path,
     *,
+    coded: Coded | None = None,
     moved: Callable[[str, int, Tensor, Tensor], None] = lambda *_: None,
 ) -> TensorFile:
     """`outer_step`, to the same bits, of contiguous `weights` in place; the new state goes to `path`.
 
     `moved` is called for each piece with its tensor, by name, its first row, the whole tensor, and its way.
 
-    It takes a few rows at a time, so it needs no memory to speak of. Raises OSError where the disk refuses,
-    after which some weights have moved.
+    It takes a few rows at a time, so it needs no memory to speak of. If the step is `coded`, the weights move
+    to where that leads, and the state has what it could not say: a few copies of a tensor. Raises OSError where
+    the disk refuses, after which some weights have moved.
     """
-    new_shapes = state_shapes(config, {name: weight.shape for name, weight in weights.items()})
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    new_shapes = state_shapes(config, shapes, coded)
     writer = TensorWriter(path, new_shapes)
     if "step" in new_shapes:
         writer.write("step", state.get("step", torch.zeros(())) + 1)
     for name, weight in weights.items():
         assert weight.is_contiguous(), name  # its rows are views
         kept = [key for key in (f"momentum.{name}", f"square.{name}") if key in new_shapes]
+        start = weight.clone() if coded is not None else weight
         for first, end in pieces(weight.shape):
             before = {key: rows_of(state, key, first, end) for key in kept if key in state}
             if "step" in new_shapes:
@@ -174,6 +195,10 @@ def outer_step_in_place(
             old.copy_(new[name])
             for key in kept:
                 writer.write(key, after[key], first)
+        if coded is not None:
+            left = coded.say(name, start, weight)
+            if (key := RESIDUAL + name) in new_shapes:
+                writer.write(key, left)
     return TensorFile(path, sha256=writer.close())
 
 

@@ -2,9 +2,10 @@
 
 A snapshot holds the model, the state of the outer optimizer (fp32, safetensors), state.json (round,
 term, tokens, ledger, merged replies, counters, W&B id, configuration, versions), merged.jsonl (every reply
-that the run has merged so far, a line each) and a manifest with the SHA-256 of each. It is written under a
-temporary name, every file and the directory are fsynced, then it is renamed: a crash leaves either the
-whole snapshot or none. A torn or corrupted one is reported and the one before is used.
+that the run has merged so far, a line each), the last steps of the model as clients get them (`history.py`)
+and a manifest with the SHA-256 of each. It is written under a temporary name, every file and the directory
+are fsynced, then it is renamed: a crash leaves either the whole snapshot or none. A torn or corrupted one is
+reported and the one before is used.
 """
 
 import json
@@ -21,6 +22,7 @@ from torch import Tensor
 from nanochat.files import atomic_write_json, atomic_write_text, fsync_dir, sha256_file
 from pilot.errors import PilotError
 from pilot.faults import fault_point
+from pilot.run.history import Step, read_steps
 from pilot.tensor_file import TensorFile, write_tensors
 
 _MODEL, _OUTER, _MERGED, _STATE, _MANIFEST = (
@@ -53,6 +55,7 @@ class Snapshot:
     outer: Mapping[str, Tensor]
     state: dict[str, Any]
     merged: Sequence[str] = ()
+    steps: Sequence[Step] = ()
 
 
 def write_snapshot(
@@ -105,12 +108,16 @@ def _fill(directory: Path, snapshot: Snapshot) -> None:
     sums[_MODEL] = write_tensors(directory / _MODEL, snapshot.model)
     fault_point("snapshot.outer")
     sums[_OUTER] = _place(snapshot.outer, directory / _OUTER)
+    fault_point("snapshot.steps")
+    for step in snapshot.steps:
+        step.put(directory)
     fault_point("snapshot.merged")
     atomic_write_text(directory / _MERGED, "".join(f"{line}\n" for line in snapshot.merged))
     fault_point("snapshot.state")
     atomic_write_json(directory / _STATE, snapshot.state)
     fault_point("snapshot.manifest")
     sums |= {name: sha256_file(directory / name) for name in (_MERGED, _STATE)}
+    sums |= {step.file_name: step.sha256 for step in snapshot.steps}
     atomic_write_json(directory / _MANIFEST, sums)
     fault_point("snapshot.manifest-written")
     fsync_dir(directory)
@@ -193,10 +200,15 @@ def _read(path: Path) -> Snapshot:
     for name in (_MODEL, _OUTER, _MERGED, _STATE):
         if sha256_file(path / name) != manifest[name]:
             raise ValueError(f"{name} does not match its SHA-256")
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    steps, trouble = read_steps(path, state.get("steps", []), manifest)
+    if trouble:
+        log.warning("%s", trouble)
     return Snapshot(
         round_number=_number(path),
         model=dict(TensorFile(path / _MODEL)),
         outer=TensorFile(path / _OUTER),
-        state=json.loads((path / _STATE).read_text(encoding="utf-8")),
+        state=state,
         merged=(path / _MERGED).read_text(encoding="utf-8").splitlines(),
+        steps=steps,
     )

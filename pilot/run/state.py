@@ -12,44 +12,26 @@ import torch
 from torch import Tensor
 
 from pilot import plan
-from pilot.config import DEFAULTS, RunConfig, Scalar
-from pilot.errors import PilotError
+from pilot.config import RunConfig
 from pilot.rules.admission import AdmissionBooks
 from pilot.rules.ledger import Ledger
 from pilot.rules.merge_guard import GuardBooks
+from pilot.rules.outer import RESIDUAL, Coded
+from pilot.run.changes import ConfigChange, ResumeError, changes_of, keeping_its_values
+from pilot.run.history import Step
 from pilot.run.snapshot import Snapshot
 from pilot.segment import Segment
 from pilot.wire.messages import Fence
+from pilot.wire.steps import FULL, StepEncoder, digest_of
 
 FORMAT = 2
 
-# What the model's tensors and the numbers of its rows are made of: another value fits no snapshot.
-_FIXED_KEYS = frozenset(
-    [
-        "depth",
-        "arch",
-        "vocab-size",
-        "sequence-len",
-        "source",
-        "num-shards",
-        "epochs",
-        "tokenizer",
-        "packing",
-    ]
-)
-# Defaults of before, and what was before there was a key: a run that was begun with these continues with them.
-_OLD_DEFAULTS: Mapping[str, Scalar] = {
-    "outer-lr": 0.7,
-    "outer-momentum": 0.9,
-    "batch-of": "client",
-}
 _LAST_ROUNDS = 3  # whose lengths show how long the next may be
-_RENAMED = {"wire-dtype": "wire-up"}  # keys of older snapshots
 _LENGTH_KEYS = ("total-tokens", "target-param-data-ratio", "total-batch-size")
 
 
-class ResumeError(PilotError):
-    """The run on disk is not the run that was asked for."""
+# Moves the weights, in place; its result is the outer state from then on. None: to where the outer step wants.
+OuterStep = Callable[[Coded | None], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,16 +81,6 @@ class Contribution:
     steps: float
 
 
-@dataclass(frozen=True)
-class ConfigChange:
-    """A key that was changed with `resume-anyway`; it holds for the rounds after `round_number`."""
-
-    round_number: int
-    key: str
-    was: Scalar | None
-    now: Scalar
-
-
 @dataclass
 class RoundRecord:
     """One line of the run's table. `val_bpb` is that of the model merged in this round."""
@@ -127,7 +99,12 @@ class RoundRecord:
 
 @dataclass
 class RunState:
-    """The model and the books after `round_number` rounds: all that one round hands to the next."""
+    """The model and the books after `round_number` rounds: all that one round hands to the next.
+
+    `weights` are the global model: what clients hold, or get. What its last step could not say of what the
+    outer step wanted is in `outer`, and becomes part of the model with the run's last merge. `last_steps`,
+    oldest first, are for clients that missed some.
+    """
 
     config: RunConfig
     weights: dict[str, Tensor]
@@ -146,6 +123,17 @@ class RunState:
     admission: AdmissionBooks = field(default_factory=AdmissionBooks)
     guard: GuardBooks = field(default_factory=GuardBooks)
     movement: plan.Movement | None = None  # how far steps can move the model; None: not known
+    last_steps: list[Step] = field(default_factory=list)
+    _digest: tuple[dict[str, Tensor], str] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    @property
+    def digest(self) -> str:
+        """Of the global model."""
+        if self._digest is None or self._digest[0] is not self.weights:
+            self._digest = self.weights, digest_of(self.weights)
+        return self._digest[1]
 
     @property
     def finished(self) -> bool:
@@ -172,15 +160,13 @@ class RunState:
         self,
         record: RoundRecord,
         contributions: Sequence[Contribution],
-        model: tuple[dict[str, Tensor], Mapping[str, Tensor]] | None,
+        step: OuterStep | None,
     ) -> None:
-        """Take in what a round did: its rows are committed, its model (weights, outer state) replaces ours.
+        """Take in what a round did: its rows are committed, and `step` is taken; None: nothing was merged.
 
-        `contributions` in the order in which they were folded; `model` None: nothing was merged. Raises
-        LedgerError where the books cannot take a contribution.
+        `contributions` in the order in which they were folded. Raises LedgerError where the books cannot take a
+        contribution, and what `step` raises.
         """
-        if model is not None:
-            self.weights, self.outer = model
         for one in contributions:
             lease_id = one.reply.fence.lease_id
             self.ledger.commit(lease_id, one.reply.consumed, one.row_counts)
@@ -194,6 +180,34 @@ class RunState:
         self.tokens += record.tokens
         self.round_number = record.round_number
         self.history.append(record)
+        if step is not None:
+            self._move(step)
+        if self.finished:
+            self._settle()
+
+    def _move(self, step: OuterStep) -> None:
+        """Clients' next step is `step`, as `wire-down` codes it, or what it wants is the model."""
+        outer, wire = self.outer, self.config.wire_down
+        if wire == FULL or self.finished:
+            self.outer = step(None)
+            self._settle(outer)
+            return
+        before = self.digest
+        coded = StepEncoder(lambda name: outer.get(RESIDUAL + name), wire=wire)
+        self.outer, self._digest = step(coded), None
+        if self.digest != before:  # each step has a file of its own, by the name of where it leads
+            self.last_steps = [*self.last_steps, Step(before, self.digest, coded.parts)]
+        self.last_steps = self.last_steps[-self.config.mirror_history :]
+
+    def _settle(self, outer: Mapping[str, Tensor] | None = None) -> None:
+        """What clients were not sent of the model, as `outer` or the outer state has it, becomes part of it: no
+        step leads there."""
+        self._digest, self.last_steps = None, []
+        outer = self.outer if outer is None else outer
+        for key in (residual := _residual(outer)):
+            self.weights[key.removeprefix(RESIDUAL)].add_(outer[key])
+        if residual and outer is self.outer:
+            self.outer = {name: outer[name] for name in outer if name not in residual}
 
     def take_back(self, before: "RunState", record: RoundRecord, *, term: int) -> None:
         """Be what `before` was, an earlier state of this run, in a round of its own.
@@ -202,6 +216,7 @@ class RunState:
         """
         first, last = before.round_number + 1, self.round_number
         self.weights, self.outer = before.weights, before.outer
+        self.last_steps = before.last_steps
         before.ledger.keep_lease_ids_of(self.ledger)
         self.ledger, self.tokens = before.ledger, before.tokens
         self.last_merged, self.merged = before.last_merged, []
@@ -212,6 +227,8 @@ class RunState:
         self.merged_log.append(json.dumps(line, separators=(",", ":")))
         self.round_number = record.round_number
         self.history.append(record)
+        if self.finished:
+            self._settle()
 
     def to_snapshot(self, *, term: int) -> Snapshot:
         state: dict[str, Any] = {
@@ -236,8 +253,11 @@ class RunState:
             "schedule": self._schedule_position(),
             "versions": versions(),
             "ledger": self.ledger.to_state(),
+            "steps": [[step.before, step.after] for step in self.last_steps],
         }
-        return Snapshot(self.round_number, self.weights, self.outer, state, self.merged_log)
+        return Snapshot(
+            self.round_number, self.weights, self.outer, state, self.merged_log, self.last_steps
+        )
 
     def _schedule_position(self) -> dict[str, float]:
         """Where the next round starts in the schedule, for people; resuming counts tokens instead."""
@@ -267,8 +287,8 @@ class RunState:
                 f"{state['format']}, not {FORMAT}): resume it with that version"
             )
         if not config.resume_anyway:
-            config = _keeping_its_values(state["config"], config)
-        changes = _changes(state["config"], config, after=state["round"])
+            config = keeping_its_values(state["config"], config)
+        changes = changes_of(state["config"], config, after=state["round"])
         resumed = RunState(
             config=config,
             weights=snapshot.model,
@@ -289,9 +309,12 @@ class RunState:
             config_changes=[ConfigChange(**change) for change in state["config_changes"]],
             admission=AdmissionBooks(**state["admission"]),
             guard=GuardBooks.from_json(state.get("guard"), round_number=state["round"]),
+            last_steps=list(snapshot.steps),
         )
         if changes:
             resumed._change(changes)
+        if resumed.finished:
+            resumed._settle()
         return resumed
 
     def _change(self, changes: list[ConfigChange]) -> None:
@@ -300,9 +323,14 @@ class RunState:
         self.admission.norms, self.admission.steps = [], []
         keys = {change.key for change in changes}
         if "outer-optimizer" in keys:  # momenta of another optimizer mean something else
-            self.outer = {}
+            self.outer = {name: self.outer[name] for name in _residual(self.outer)}
         if keys & set(_LENGTH_KEYS):
             self.total_tokens = plan.total_tokens(self.config)
+
+
+def _residual(outer: Mapping[str, Tensor]) -> list[str]:
+    """The names in an outer state of what clients were not sent."""
+    return [name for name in outer if name.startswith(RESIDUAL)]
 
 
 @cache
@@ -314,36 +342,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "flwr": version("flwr"),
     }
-
-
-def _keeping_its_values(before: Mapping[str, Scalar], config: RunConfig) -> RunConfig:
-    """`config`, but with the values of a run that was begun with the defaults of before."""
-    asked = config.to_mapping()
-    kept = {
-        key: old
-        for key, old in _OLD_DEFAULTS.items()
-        if asked[key] == DEFAULTS[key] != old and before.get(key, old) == old
-    }
-    return RunConfig.from_mapping(asked | kept) if kept else config
-
-
-def _changes(before: dict[str, Scalar], config: RunConfig, *, after: int) -> list[ConfigChange]:
-    """The keys in which `config` would train another model than the run's was; raises ResumeError unless
-    they may be changed and the user wants that."""
-    before = {_RENAMED.get(key, key): value for key, value in before.items()}
-    changes = [
-        ConfigChange(after, key, before.get(key, _OLD_DEFAULTS.get(key)), value)
-        for key, value in config.training_keys().items()
-        if before.get(key, _OLD_DEFAULTS.get(key, DEFAULTS[key]))
-        != value  # unknown then: by default
-    ]
-    refused = [c for c in changes if c.key in _FIXED_KEYS] if config.resume_anyway else changes
-    if refused:
-        differing = ", ".join(f"{c.key} (was {c.was!r}, is {c.now!r})" for c in refused)
-        remedy = "use the old values to resume it, or another run-name"
-        if not any(change.key in _FIXED_KEYS for change in refused):
-            remedy += "; resume-anyway=true continues with the new ones"
-        raise ResumeError(
-            f"run {config.run_name} was started with another configuration: {differing}; {remedy}"
-        )
-    return changes

@@ -4,6 +4,7 @@ Step 6 of docs/protocol.md. The replies of a round also say how good the model i
 """
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +18,12 @@ from pilot.faults import fault_point
 from pilot.rules.admission import REFUSALS_IN_A_ROW
 from pilot.rules.aggregation import Merged
 from pilot.rules.merge_guard import Verdict
-from pilot.rules.outer import LastStep, outer_step_in_place
+from pilot.rules.outer import Coded, LastStep, outer_step_in_place
 from pilot.rules.rounds import Clock
 from pilot.rules.validation import Figure, bpb
 from pilot.run.quarantine import keep_refused
 from pilot.run.snapshot import SnapshotError, write_snapshot
-from pilot.run.state import MergedReply, RoundRecord, RunState
+from pilot.run.state import MergedReply, OuterStep, RoundRecord, RunState
 from pilot.server.admit import compare, disagreeing
 from pilot.server.bars import speeds
 from pilot.server.open_round import OpenRound
@@ -71,19 +72,18 @@ class Committer:
             closed.turn_away(client, why)
         if undecided:
             self.report.updates_disagree(closed.number, undecided)
-        merged_update, model = closed.merged(), None
-        outer: dict[str, float | None] = {}
-        if merged_update is None:
+        step: OuterStep | None = None
+        if (update := closed.merged()) is None:
             self.report.nothing_to_merge(closed.number)
         else:
-            model = state.weights, self._step(merged_update, closed.outer_path)
-            outer = self.last_step.figures()
+            step = functools.partial(self._step, update, closed.outer_path)
         accepted = closed.in_lease_order()
         record = self._record(closed, reason)
         merged = {one.order.client.name for one in accepted}
         record.clients = len(merged)
         record.tokens, record.train_loss = closed.tokens, closed.train_loss
-        state.absorb(record, [one.contribution for one in accepted], model)
+        state.absorb(record, [one.contribution for one in accepted], step)
+        outer = self.last_step.figures() if step else {}
         self._write()
         self._keep_spool(closed)
         fast = speeds((one.order.client.name, one.reply) for one in accepted)
@@ -91,7 +91,7 @@ class Committer:
         self.report.round_committed(record, state, learning, fast)
         return False
 
-    def _step(self, update: Merged, path: Path) -> TensorFile:
+    def _step(self, update: Merged, path: Path, coded: Coded | None) -> TensorFile:
         """The outer step: the weights move in place, and their new outer state is a file at `path`.
 
         Whatever ends the server from here to the commit costs this round: what is resumed is on disk.
@@ -101,7 +101,13 @@ class Committer:
             fault_point("outer.write")
             self.last_step.begin()
             outer = outer_step_in_place(
-                self.config, state.weights, update, state.outer, path, moved=self.last_step.add
+                self.config,
+                state.weights,
+                update,
+                state.outer,
+                path,
+                coded=coded,
+                moved=self.last_step.add,
             )
             fault_point("outer.written")
         except OSError as error:
@@ -222,12 +228,14 @@ class Committer:
         )
 
     def _write(self) -> None:
-        config = self.config
+        config, steps = self.config, self.state.last_steps
         self.writing()
-        write_snapshot(
+        written = write_snapshot(
             self.run_dir / "snapshots",
             self.state.to_snapshot(term=self.term),
             keep=config.snapshot_keep,
             keep_every=config.snapshot_keep_every,
             also=self.state.guard.trusted_round if config.take_back_ratio else -1,
         )
+        for step in steps:  # the last one is what the next orders carry
+            step.moved(written, keep_parts=step is steps[-1])

@@ -1,9 +1,7 @@
 """What a round asks of each client: rows to train on, rows to be judged by, and how long it may take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from flwr.app import ArrayRecord
+from dataclasses import dataclass, field, replace
 
 from pilot.config import RunConfig
 from pilot.rules.batch import alike, step_shares
@@ -12,13 +10,12 @@ from pilot.rules.rounds import Clock
 from pilot.rules.validation import NOTHING, Asked, slices
 from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
+from pilot.server.cargo import Cargo
 from pilot.server.mailbox import Mailbox
 from pilot.server.open_round import OpenRound
 from pilot.server.orders import SentOrder
 from pilot.server.roster import Client
-from pilot.wire.codec import encode
 from pilot.wire.messages import Fence, HelloOrder, TrainOrder, to_header
-from pilot.wire.records import num_bytes, to_arrays
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,11 @@ class Dispatcher:
     clock: Clock
     redis_url: str
     blind: BlindClients
+    cargo: Cargo = field(init=False)
+
+    def __post_init__(self) -> None:
+        borrow = self.mailbox.sends_at_once
+        object.__setattr__(self, "cargo", Cargo(self.state, self.clock, borrow=borrow))
 
     def hello_order(self) -> HelloOrder:
         config = self.config
@@ -45,11 +47,7 @@ class Dispatcher:
         evaluate_only: bool = False,
         scorers: Sequence[Client] | None = None,
     ) -> None:
-        """An order to each of `clients`; together they, or the `scorers` of them, evaluate all validation rows.
-
-        They share one copy of the model: a simulation keeps every order until its reply is there.
-        """
-        model = to_arrays(encode(self.state.weights), borrow=self.mailbox.sends_at_once)
+        """An order to each of `clients`; together they, or `scorers` of them, evaluate all validation rows."""
         limited = not evaluate_only and not all(client.blind for client in clients)
         step_rows, leases = self._step_rows(clients), {}
         shares = self._shares(clients, step_rows)
@@ -71,7 +69,6 @@ class Dispatcher:
                 step_rows[client.name],
                 lease,
                 asked,
-                model,
                 seconds_left,
                 run_is_over=evaluate_only,
             )
@@ -86,12 +83,11 @@ class Dispatcher:
         known = {name: one.step_rows for name, one in open_round.clients.items() if one.step_rows}
         step_rows = self._step_rows(clients) | known
         share, rows = self._shares(clients, step_rows)[client.name], step_rows[client.name]
-        model = to_arrays(encode(self.state.weights), borrow=self.mailbox.sends_at_once)
         lease = self.state.ledger.lease(client.name, self._rows_wanted(client, share, rows))
         limited = not all(one.blind for one in clients)
         seconds_left = self._seconds_left(open_round, client, limited=limited)
         asked = open_round.unscored(client.name)
-        self._send(open_round, client, share, rows, lease, asked, model, seconds_left)
+        self._send(open_round, client, share, rows, lease, asked, seconds_left)
 
     def _seconds_left(self, open_round: OpenRound, client: Client, *, limited: bool) -> float:
         """How long the order may take; `limited`: less, for one that cannot hear when the round ends."""
@@ -110,7 +106,6 @@ class Dispatcher:
         step_rows: int,
         lease: Lease | None,
         asked: Asked,
-        model: ArrayRecord,
         seconds_left: float,
         *,
         run_is_over: bool = False,
@@ -139,24 +134,51 @@ class Dispatcher:
             note=client.note,
         )
         client.note = ""
-        message_id = self.mailbox.send(client.node_id, "train", to_header(order), model)
         open_round.asked(client.name)
-        if message_id:
-            now_s = self.clock.now_s()
-            sent = SentOrder(
-                message_id,
-                client,
-                fence,
-                lease,
-                sent_at_s=now_s,
-                due_s=now_s + seconds_left,
-                asked=asked,
-                bytes_down=num_bytes(model),
-                step_tokens=step_rows * self.config.sequence_len,
-            )
+        step_tokens = step_rows * self.config.sequence_len
+        unsent = SentOrder(
+            "", client, fence, lease, asked=asked, order=order, step_tokens=step_tokens
+        )
+        if (sent := self._load(unsent, client.mirror)).message_id:
             open_round.add(sent)
         elif lease:
             self.state.ledger.give_back(lease.lease_id)
+
+    def send_again(self, open_round: OpenRound, sent: SentOrder, *, over: bool) -> None:
+        """The same order, with what leads on from the mirror that its client says it has; the second time
+        with the whole model. `over`: the round has ended, and there is no time for that."""
+        if over:
+            open_round.lose(sent, "its mirror did not fit its order, and the round is over")
+            return
+        assert sent.order is not None
+        seconds_left = max(0.0, sent.due_s - self.clock.now_s())
+        order = replace(sent.order, seconds_left=seconds_left)
+        mirror = "" if sent.asked_again else sent.client.mirror
+        again = self._load(replace(sent, order=order, asked_again=True), mirror)
+        if again.message_id:
+            open_round.add(again, instead_of=sent)
+        else:
+            open_round.lose(sent, "its node is gone")
+
+    def _load(self, order: SentOrder, mirror: str) -> SentOrder:
+        """Send `order` with what of the model leads on from `mirror`: the order as it was sent.
+
+        Its message id is "" if the node is not there.
+        """
+        load = self.cargo.for_mirror(mirror)
+        assert order.order is not None
+        said = replace(order.order, digest=load.digest, whole=load.whole, steps=list(load.steps))
+        message_id = self.mailbox.send(order.client.node_id, "train", to_header(said), load.parts)
+        now_s = self.clock.now_s()
+        down = load.num_bytes if message_id else 0
+        return replace(
+            order,
+            message_id=message_id,
+            sent_at_s=now_s,
+            due_s=now_s + said.seconds_left,
+            order=said,
+            bytes_down=order.bytes_down + down,
+        )
 
     def _processes(self, client: Client) -> int:
         return self.config.client_processes or client.hello.devices

@@ -9,6 +9,10 @@ MAX_FAILED_ROUNDS = 3  # with nothing but errors
 MAX_REFUSED_ROUNDS = 2 * REFUSALS_IN_A_ROW  # a client that was left out for a while was tried again
 
 
+class RunInterrupted(PilotError):
+    """The run was stopped; the same command resumes it."""
+
+
 class RunFailed(PilotError):
     """The run cannot continue; what it has is on disk, and the same command resumes it."""
 

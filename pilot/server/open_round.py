@@ -33,6 +33,7 @@ from pilot.tensor_file import TensorFile
 from pilot.wire.codec import CodecError, decode
 from pilot.wire.incoming import sentence
 from pilot.wire.messages import MAX_INTEGER, Fence, Part, StopReason, TrainReply, plain
+from pilot.wire.records import num_bytes
 
 # Orders to one client in one round of which none came to anything, before it has to wait for the next one.
 MAX_FRUITLESS_ORDERS = 3
@@ -82,8 +83,10 @@ class OpenRound:
         """A message to the client was tried, even if it could not be sent."""
         self.clients.setdefault(name, ClientInRound())
 
-    def add(self, order: SentOrder) -> None:
-        """The order is on its way."""
+    def add(self, order: SentOrder, *, instead_of: SentOrder | None = None) -> None:
+        """The order is on its way; `instead_of` itself, as it was sent before."""
+        if instead_of is not None:
+            del self.sent[instead_of.message_id]  # whose bytes the new one counts
         client = self.clients.setdefault(order.client.name, ClientInRound())
         client.order, client.last = order, Last.PENDING
         self.sent[order.message_id] = order
@@ -115,19 +118,34 @@ class OpenRound:
         order = client.order if client else None
         if order is None or order.client.node_id == newer.node_id:
             return None
-        self._lose(order, "a newer node has taken its name")
+        self.lose(order, "a newer node has taken its name")
         return order.message_id
 
     # -- answers ---------------------------------------------------------------------------------
 
+    def needs_model(self, answer: Answer) -> SentOrder | None:
+        """The order that an answer to this round says to be none for its client's mirror; None: another
+        answer."""
+        order, reply = self._pending(answer), answer.message
+        if order is None or not isinstance(reply, TrainReply) or not reply.needs_model:
+            return None
+        if reply.fence != order.fence or order.order is None or order.order.whole:
+            return None
+        order.client.mirror = reply.mirror or ""
+        self._report.mirror_unfit(self.number, order.client.name)
+        return order
+
+    def _pending(self, answer: Answer) -> SentOrder | None:
+        order = self.sent.get(answer.message_id)
+        return order if order and self.clients[order.client.name].order is order else None
+
     def handle_answer(self, answer: Answer) -> Settled | None:
         """Accept or refuse an answer if it is to this round; None: it is not."""
-        order = self.sent.get(answer.message_id)
-        if order is None or self.clients[order.client.name].order is not order:
+        if (order := self._pending(answer)) is None:
             return None
-        up = sum(len(part.data) for part in answer.parts)
+        up = num_bytes(answer.parts)
         if answer.lost:
-            self._lose(order, answer.error)
+            self.lose(order, answer.error)
             return Settled(order, None)
         if answer.malformed:
             self._reject(order, None, dict, answer.error)
@@ -137,6 +155,8 @@ class OpenRound:
         except ValueError as error:
             self._refuse(order, str(error))
             return Settled(order, None, up)
+        if reply.mirror is not None:
+            order.client.mirror = reply.mirror
         self._add_scores(order, reply)
         try:
             accepted = self._spill(order, reply, answer.parts)
@@ -249,7 +269,7 @@ class OpenRound:
             cooling_s = self._state.config.cooling_time
             self._report.client_cooling(self.number, name, refused=refused, seconds=cooling_s)
 
-    def _lose(self, order: SentOrder, reason: str) -> None:
+    def lose(self, order: SentOrder, reason: str) -> None:
         """The client has not answered, which says nothing of its work."""
         self.clients[order.client.name].loss = reason
         self._give_back(order, reason)
@@ -263,7 +283,7 @@ class OpenRound:
     def give_up(self, reason: str, reasons: Mapping[str, str] = MappingProxyType({})) -> None:
         """The wait is over: what is still out is refused for `reason`, or its client's; its rows go back."""
         for order in self.pending:
-            self._lose(order, reasons.get(order.client.name, reason))
+            self.lose(order, reasons.get(order.client.name, reason))
 
     # -- the close -------------------------------------------------------------------------------
 
@@ -375,4 +395,6 @@ def _reply(answer: Answer, fence: Fence) -> TrainReply:
         raise ValueError(f"its fence is {message.fence}, not {fence}")
     if message.error:
         raise ValueError(message.error)
+    if message.needs_model:
+        raise ValueError("it asks for the whole model, which it was sent")
     return message

@@ -9,15 +9,15 @@ from pilot.rules.ledger import Lease
 from pilot.rules.validation import NOTHING, Asked
 from pilot.run.state import Contribution, MergedReply
 from pilot.server.roster import Client
-from pilot.wire.messages import Fence, TrainReply
+from pilot.wire.messages import Fence, TrainOrder, TrainReply
 
 
 @dataclass(frozen=True)
 class SentOrder:
     """What one message asks of one client; `lease` is None if it is only to evaluate.
 
-    At `due_s` it ends by its own time, if nothing else has ended it (0: not known). Its tensors have
-    `bytes_down` bytes.
+    At `due_s` it ends by its own time, if nothing else has ended it (0: not known). `bytes_down`: of tensors,
+    in all messages with this order. `asked_again`: it did not fit the client's mirror once.
     """
 
     message_id: str
@@ -27,7 +27,9 @@ class SentOrder:
     sent_at_s: float = 0.0
     due_s: float = 0.0
     asked: Asked = NOTHING  # of the validation rows
+    order: TrainOrder | None = None  # as it was sent
     bytes_down: int = 0
+    asked_again: bool = False
     step_tokens: int = field(kw_only=True)  # of each of its optimizer steps
 
 
@@ -38,6 +40,11 @@ class Settled:
     order: SentOrder
     reply: TrainReply | None
     bytes_up: int = 0
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes of tensors that the order took."""
+        return {"bytes_down": self.order.bytes_down, "bytes_up": self.bytes_up}
 
 
 @dataclass(frozen=True)

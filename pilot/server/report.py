@@ -43,9 +43,7 @@ class Report:
             round=state.round_number,
         )
         for change in state.config_changes:
-            if (
-                change.round_number == state.round_number
-            ):  # earlier ones were reported in their time
+            if change.round_number == state.round_number:  # earlier ones were reported then
                 self.telemetry.event(
                     "config_changed",
                     f"Resumed anyway: {change.key} was {change.was!r}, is {change.now!r} from round "
@@ -109,12 +107,15 @@ class Report:
         )
 
     def client_silent(self, number: int, name: str) -> None:
-        self._client_event(
-            "client_silent", number, name, "is silent: the round continues without it"
-        )
+        what = "is silent: the round continues without it"
+        self._client_event("client_silent", number, name, what)
 
     def client_back(self, number: int, name: str) -> None:
         self._client_event("client_back", number, name, "is heard again")
+
+    def mirror_unfit(self, number: int, name: str) -> None:
+        what = "holds another model than it said, or a damaged one: it is sent what it needs"
+        self._client_event("mirror_unfit", number, name, what)
 
     def client_cooling(self, number: int, name: str, *, refused: int, seconds: float) -> None:
         what = f"gets no work for {seconds:g} s: its last {refused} replies were refused"
@@ -195,9 +196,17 @@ class Report:
             log.info("%s", bar(name, beat.tokens, postfix, tokens, elapsed_s, rate))
 
     def reply_accepted(
-        self, name: str, reply: TrainReply, state: RunState, *, trained: bool, elapsed_s: float
+        self,
+        name: str,
+        reply: TrainReply,
+        state: RunState,
+        *,
+        trained: bool,
+        elapsed_s: float,
+        traffic: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """A reply came and is not refused; `trained` is False where only an evaluation was asked for."""
+        """A reply came and is not refused; `trained` is False where only an evaluation was asked for;
+        `traffic`: bytes_down and bytes_up of its tensors."""
         values = to_json(reply) | {"round": reply.fence.round_number, "client": name}
         number = name.removeprefix("client_")
         known = reply.loss_nats is not None and reply.tokens > 0
@@ -208,6 +217,7 @@ class Report:
             f"Client {number}: {reply.batches} batches" if trained else None,
             loss=loss,
             tokens_per_s=rate,
+            **traffic,
             **values,
         )
         if reply.tokens and reply.consumed:
@@ -308,9 +318,7 @@ class Report:
 
     def updates_disagree(self, number: int, what: str) -> None:
         """Two clients of round `number` contradict each other, and nobody knows which one is right."""
-        text = (
-            f"[ROUND {number}] {what}: with a third client it could be decided which one is wrong"
-        )
+        text = f"[ROUND {number}] {what}: with a third client it could be decided who is wrong"
         self.telemetry.event("updates_disagree", text, round=number, reason=what)
 
     def merge_taken_back(

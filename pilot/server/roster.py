@@ -14,7 +14,8 @@ from pilot.rules.rounds import Clock
 from pilot.run.state import versions
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.report import Report
-from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, plain, to_header
+from pilot.wire.code_hashes import code_hashes
+from pilot.wire.messages import HelloOrder, HelloReply, plain, to_header
 
 ASK_AGAIN_S = 30.0
 # A client without Redis, which may reach it by now: most lines that break are back in seconds.
@@ -48,6 +49,7 @@ class Client:
     late_rounds: int = 0
     blind_answers: int = 0  # in a row, in which it could not use Redis
     note: str = ""  # what its next order tells the people of its site
+    mirror: str = ""  # the digest of the global model that it holds, as it said last
 
     @property
     def blind(self) -> bool:
@@ -143,7 +145,8 @@ class Roster:
                 del self._accepted[name]
             self._refuse(name, node_id, hello.error, LOST_AGAIN_S if answer.lost else ASK_AGAIN_S)
             return True
-        if again and known is not None and known.hello == hello:  # nothing has changed
+        if again and known is not None and known.hello == replace(hello, mirror=known.hello.mirror):
+            known.mirror = hello.mirror  # nothing else has changed
             self._known[node_id] = self._ask_again_s(known)
             return True
         if hello.warning:
@@ -152,7 +155,7 @@ class Roster:
             self._refuse_name(holder, node_id, hello)
             return True
         # a newer node of the same name supersedes the older
-        self._answered[name] = Client(name, node_id, hello)
+        self._answered[name] = Client(name, node_id, hello, mirror=hello.mirror)
         self._admit(hello)
         return True
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.coordination.coordinator import ServerCoordinator
-from pilot.errors import PilotError
 from pilot.redis_url import without_credentials
 from pilot.rules.admission import Cooling
 from pilot.rules.rounds import (
@@ -29,7 +28,7 @@ from pilot.run.state import RunState
 from pilot.server.blind import BlindClients
 from pilot.server.commit import Committer, Version
 from pilot.server.dispatch import Dispatcher
-from pilot.server.failures import Failures, RunFailed
+from pilot.server.failures import Failures, RunFailed, RunInterrupted
 from pilot.server.idle import Cause, IdleTime, gathering
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.monitor import RoundMonitor, uploads_s
@@ -46,10 +45,6 @@ _REPORT_WAITING_EVERY_S = 5.0
 _IDLE_TICK_S = 1.0  # while no client works
 _BRISK_S = 15.0  # for which clients are looked for at each tick
 _EVALUATION_ATTEMPTS = 3
-
-
-class RunInterrupted(PilotError):
-    """The run was stopped; the same command resumes it."""
 
 
 class RoundLoop:
@@ -276,6 +271,7 @@ class RoundLoop:
             self._handle_answer(answer)
             answer.parts.clear()
         self.roster.send_hellos()
+        self.dispatcher.cargo.forget()
         now_s = self.clock.now_s()
         if now_s - self._redis_at_s >= _REDIS_EVERY_S:
             self.coordinator.tick()
@@ -304,6 +300,10 @@ class RoundLoop:
         """Pass an answer to the roster or the open round; what is on disk is acknowledged to its client."""
         if self.roster.handle_answer(answer):
             return
+        if self._current is not None and (unfit := self._round.needs_model(answer)) is not None:
+            over = self._monitor.ended_at_s is not None
+            self.dispatcher.send_again(self._round, unfit, over=over)
+            return
         settled = self._round.handle_answer(answer) if self._current is not None else None
         if settled is None:
             if not answer.error:
@@ -319,6 +319,7 @@ class RoundLoop:
                 reply,
                 self.state,
                 trained=order.lease is not None,
+                traffic=settled.traffic,
                 elapsed_s=now_s - self._round.opened_at_s,
             )
         self.coordinator.acknowledge(order.client.name, order.fence)
@@ -357,6 +358,7 @@ class RoundLoop:
         reason = f"no reply within the {waited_s:.0f} s of grace"
         open_round.give_up(reason, monitor.why_not_awaited)
         self._current = None
+        self.dispatcher.cargo.drop()
         return open_round
 
     # -- 6. outer step, then commit --------------------------------------------------------------

@@ -20,8 +20,10 @@ from pilot.config import RunConfig
 from pilot.coordination.link import check_run, resolve_url
 from pilot.errors import PilotError
 from pilot.site.device import check_fp8
+from pilot.site.mirror import digest_on_disk, keeps_mirror, mirror_path
 from pilot.site.rows import given_rows
-from pilot.wire.messages import HelloOrder, HelloReply, code_hashes
+from pilot.wire.code_hashes import code_hashes
+from pilot.wire.messages import HelloOrder, HelloReply
 
 log = logging.getLogger("pilot.site")
 
@@ -109,6 +111,7 @@ def hello(order: HelloOrder) -> HelloReply:
             **code_hashes(),
         },
         versions={"torch": torch.__version__},
+        mirror=_mirror(order, config),
     )
 
 
@@ -131,6 +134,12 @@ def _devices(config: RunConfig) -> tuple[int, str]:
     if kind == "mps" and config.client_processes > 1:
         raise UserError("several processes cannot share the MPS device: set client-processes to 1")
     return config.client_processes or 1, f"{kind} ({os.cpu_count()} cores)"
+
+
+def _mirror(order: HelloOrder, config: RunConfig) -> str:
+    if not keeps_mirror(config):
+        return ""
+    return digest_on_disk(mirror_path(order.run, order.client))
 
 
 def _redis(order: HelloOrder) -> tuple[bool, str]:

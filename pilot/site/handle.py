@@ -32,8 +32,9 @@ import psutil
 from pilot.processes.ancestry import alive, ancestors, owner_of
 from pilot.processes.waiting import wait_until
 from pilot.site.group_directory import GroupDirectory, new_directory
+from pilot.wire.code_hashes import code_hashes
 from pilot.wire.frames import WireError, receive_frame, send_frame
-from pilot.wire.messages import Header, Part, code_hashes
+from pilot.wire.messages import Header, Part
 
 SOCKET_NAME, ERROR_NAME = "worker.sock", "error.txt"
 STAY = b"s"  # tells a resident group that its first ClientApp exits in good order

@@ -1,6 +1,7 @@
 """Loss, speed and seconds of a client's round, for heartbeats, the progress bar and the reply."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 
@@ -30,6 +31,14 @@ class Seconds:
             yield
         finally:
             self.by_field[field] = self.by_field.get(field, 0.0) + time.monotonic() - began_s
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, *, shown: bool) -> Iterator["tqdm[object]"]:
+    """A client's own progress bar, if it is to be `shown` and standard error is a terminal."""
+    hidden = not (shown and sys.stderr.isatty())
+    with tqdm(desc=label, unit="tok", unit_scale=True, disable=hidden) as bar:
+        yield bar
 
 
 class Meter:

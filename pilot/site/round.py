@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanochat.acceleration import accelerated_block
 from nanochat.gpt import GPT
@@ -38,7 +37,8 @@ from pilot.site.data import SiteData, open_data
 from pilot.site.device import agree_on_device
 from pilot.site.group import record_failure
 from pilot.site.inner_state import InnerState, inner_state_dir
-from pilot.site.meter import Meter, Seconds
+from pilot.site.meter import Meter, Seconds, progress_bar
+from pilot.site.mirror import held_after, keeps_mirror
 from pilot.site.notice import notice_files
 from pilot.site.ranks import Ranks
 from pilot.site.resident import Resident
@@ -78,7 +78,8 @@ class Round:
     def run(self, weights: dict[str, Tensor]) -> tuple[TrainReply, list[Part]]:
         """The reply and, on rank 0, the parts of the pseudo-gradient.
 
-        `weights`: the global model, on rank 0; their memory is used for the pseudo-gradient.
+        `weights`: the global model, on rank 0; their memory is used for the pseudo-gradient, unless they are
+        this client's mirror.
         """
         if self.order.note and self.ranks.first:
             log.warning("The server of run %s says: %s", self.order.fence.run, self.order.note)
@@ -105,7 +106,7 @@ class Round:
             parts: list[Part] = []
             if reply["tokens"] and self.ranks.first:
                 with self.seconds.of("encode_s"):
-                    update = pseudo_gradient(model, weights)
+                    update = pseudo_gradient(model, weights, keep=keeps_mirror(self.config))
                     parts = self.encoder.encode(update, self.order, self.ranks.device)
                 reply["code_lost"] = self.encoder.lost
                 if not self._resident and not stop.leaving:
@@ -210,7 +211,8 @@ class Round:
         stream = RowStream(data.rows, self.order.segments)
         progress.update(state="training")
         began_s = time.monotonic()
-        with self._bar() as bar:
+        label = f"{self.order.client} [ROUND {self.order.fence.round_number}]"
+        with progress_bar(label, shown=self.ranks.first) as bar:
             meter = Meter(self.ranks, progress, bar, token_flops=model.estimate_flops())
             if trainer is not None:
                 self._train(trainer, stream, meter, stop)
@@ -366,19 +368,12 @@ class Round:
         own = self.progress.heartbeat.tokens / self.order.share
         return (self.order.committed_tokens + own) / self.config.total_batch_size
 
-    @contextlib.contextmanager
-    def _bar(self) -> Iterator["tqdm[object]"]:
-        """The client's own progress bar, where standard error is a terminal."""
-        hidden = not (self.ranks.first and sys.stderr.isatty())
-        description = f"{self.order.client} [ROUND {self.order.fence.round_number}]"
-        with tqdm(desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
-            yield bar
-
     def _reply(self, stopped_by: str, **values: Any) -> TrainReply:
         return TrainReply(
             fence=self.order.fence,
             client=self.order.client,
             stopped_by=stopped_by,
+            mirror=held_after(self.order, self.config),
             total_s=time.monotonic() - self.received,
             **values,
         )

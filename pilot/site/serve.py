@@ -22,10 +22,11 @@ from nanochat.errors import UserError
 from pilot.errors import PilotError
 from pilot.site.data import hello
 from pilot.site.group import record_failure
+from pilot.site.mirror import Mirror
 from pilot.site.ranks import Ranks
 from pilot.site.resident import Resident
 from pilot.site.round import Round
-from pilot.wire.codec import decode
+from pilot.wire.code_hashes import code_hashes
 from pilot.wire.frames import WireError, receive_frame, send_frame
 from pilot.wire.messages import (
     HelloOrder,
@@ -33,11 +34,11 @@ from pilot.wire.messages import (
     Part,
     TrainOrder,
     TrainReply,
-    code_hashes,
     from_header,
     to_header,
 )
 
+log = logging.getLogger("pilot.site")
 _POLL_S = 0.2
 _FAILED, _CLIENTAPP_GONE = 1, 3  # exit codes
 
@@ -72,6 +73,7 @@ class _Server:
         self._ranks: Ranks | None = None  # joined when there is something to train
         self._kept = Resident()  # between two orders
         self._task: Round | None = None  # the last one, until it has kept its state
+        self._mirror = Mirror()
 
     def serve(self) -> None:
         with socket.socket(fileno=int(os.environ["PILOT_LISTENER"])) as listener:
@@ -116,24 +118,37 @@ class _Server:
         self._keep_state()
         return may_stay
 
+    def _needs_model(self, order: TrainOrder) -> TrainReply:
+        """Nothing was done: the server is to ask again, with what leads on from what this client has."""
+        log.info("The mirror of %s does not fit its order", order.client)
+        held = self._mirror.held(order)
+        return TrainReply(fence=order.fence, client=order.client, needs_model=True, mirror=held)
+
     def _keep_state(self) -> None:
         """What a round leaves for the next one, now that its answer is out; SIGTERM waits for the write."""
         task, self._task = self._task, None
         if task is not None:
             _block_sigterm()
             task.keep_state()
+            if self._idle_s:
+                self._mirror.keep(task.order)
 
     def _train(
         self, order: TrainOrder, parts: list[Part], received: float
     ) -> tuple[TrainReply, list[Part], bool]:
         """(reply, parts, whether this group may stay): after a run's last order, or when leaving, it ends."""
-        weights = decode(parts)
+        weights = self._mirror.take(order, parts)
+        parts.clear()  # what they were is in the mirror
+        if weights is None:
+            return self._needs_model(order), [], True
         if self._ranks is None:
             self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         self._ranks.broadcast_json(to_header(order))
         resident = self._idle_s > 0
         self._task = task = Round(order, self._ranks, received, resident=resident, kept=self._kept)
         reply, update = task.run(weights)
+        if not self._idle_s and not task.leaving:
+            self._mirror.keep(order)
         return reply, update, not (order.run_is_over or task.leaving)
 
 

@@ -29,16 +29,20 @@ log = logging.getLogger("pilot.site")
 Rest = Callable[[str], Tensor | None]
 
 
-def pseudo_gradient(model: GPT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Global minus local weights, fp32, in the memory of `weights` (fp32) where it can be; these are taken.
+def pseudo_gradient(
+    model: GPT, weights: dict[str, Tensor], *, keep: bool = False
+) -> dict[str, Tensor]:
+    """Global minus local weights, fp32, in the memory of `weights` (fp32) where it can be; these are taken,
+    unless they are to `keep` their values.
 
     The start is rounded as the model's own tensors are: a bf16 table that was not trained has a
     pseudo-gradient of exactly zero.
     """
     update = {}
     for name, local in model.state_dict().items():
-        start = weights.pop(name).to(local.dtype).float()
-        update[name] = start.sub_(local.detach().float().cpu())
+        start = (weights[name] if keep else weights.pop(name)).to(local.dtype).float()
+        change = torch.empty_like(start) if keep else start
+        update[name] = torch.sub(start, local.detach().float().cpu(), out=change)
     return update
 
 

@@ -72,6 +72,7 @@ def encode(
     *,
     wire: str = "float32",
     rest: Callable[[str], Tensor | None] = lambda name: None,
+    decay: float | None = None,
     device: torch.device | None = None,
     loss: Loss | None = None,
 ) -> list[Part]:
@@ -79,7 +80,8 @@ def encode(
 
     Tensors of another form than float32 must be contiguous fp32. They are left with their rest: what their
     parts do not say of them and of `rest`, which gives that of the update before, by name (None: there is
-    none). They are encoded on `device`, by default where they are. What is lost is added to `loss`.
+    none); `decay` of it counts, by default that of the form. They are encoded on `device`, by default where
+    they are. What is lost is added to `loss`.
     """
     parts = []
     for name, tensor in tensors.items():
@@ -90,7 +92,8 @@ def encode(
             said = tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1)
             said = said.view(torch.uint8)
         else:
-            said = _encode(tensor, rest(name), form, device or tensor.device, loss)
+            kept = DECAY.get(form, 1.0) if decay is None else decay
+            said = _encode(tensor, rest(name), kept, form, device or tensor.device, loss)
         parts.append(Part(name, form, tuple(tensor.shape), said.numpy().data))
     return parts
 
@@ -100,12 +103,17 @@ def _square(tensor: Tensor) -> float:
 
 
 def _encode(
-    tensor: Tensor, rest: Tensor | None, form: str, device: torch.device, loss: Loss | None
+    tensor: Tensor,
+    rest: Tensor | None,
+    decay: float,
+    form: str,
+    device: torch.device,
+    loss: Loss | None,
 ) -> Tensor:
     values = tensor.detach().to(device)
     rows = rows_with_values(values)
     if rest is not None and rest.shape == tensor.shape:
-        values.add_(rest.to(device), alpha=DECAY[form])
+        values.add_(rest.to(device), alpha=decay)
     whole = _square(values) if loss is not None else 0.0
     said = encode_code(values, CODES[form], rows=rows).cpu()
     if loss is not None:

@@ -8,19 +8,16 @@ it is refused. Standard library only.
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib.util
 import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pilot.config import Scalar
 from pilot.segment import Score, Segment
+from pilot.wire.digests import check_digests
 
 Header = dict[str, Any]
 
@@ -48,6 +45,7 @@ MAX_NUMBER = 1e15
 MAX_TEXT_CHARS = 2000  # of a sentence, such as an error
 MAX_NAME_CHARS = 200  # of what names a thing: a host, a device, a hash
 MAX_DEVICES = 4096
+MAX_STEPS = 1000  # in an order
 _SHORTEST_S = 1e-6  # a duration below it was not measured; rates are quotients by durations
 
 
@@ -63,6 +61,11 @@ def _metric(default: int | float | None, *, low: float = 0.0) -> Any:
     """A number that only people read: if it is none of at least `low`, that is no reason to lose a reply; the
     field keeps its default."""
     return field(default=default, metadata={"metric": True, "low": low})
+
+
+def _digest(default: str | None) -> Any:
+    """The digest of a global model (`steps.digest_of`), or ""; whatever else is no message of ours."""
+    return field(default=default, metadata={"digest": True})
 
 
 def _text(most_chars: int = MAX_TEXT_CHARS) -> Any:
@@ -133,13 +136,15 @@ class Heartbeat:
 class HelloOrder:
     """The question to a new node: who are you, what do you have, do we agree?
 
-    `note` is a sentence for the people of the site: why its last answer was refused, if it was.
+    `note` is a sentence for the people of the site: why its last answer was refused, if it was. `client` is
+    what the node calls itself: the server does not know, and its ClientApp tells the worker.
     """
 
     run: str
     config: dict[str, Scalar]
     redis_url: str
     note: str = _text()
+    client: str = _text(MAX_NAME_CHARS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,7 @@ class HelloReply:
     `fingerprints` maps what all clients must agree on (tokenizer, rows, validation rows, corpus, code)
     to hex SHA-256; `versions` what may differ, with a warning; `shards` are the training shards on its disk;
     `devices` the processes it can run; `redis`: whether it reaches the run's Redis (None: it does not say).
+    `mirror`: the digest of the global model that it holds on disk, "" if it holds none.
     """
 
     error: str = _text()
@@ -160,6 +166,7 @@ class HelloReply:
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     redis: bool | None = None
+    mirror: str = _digest("")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +179,10 @@ class TrainOrder:
     was left to lease behind `segments`, so one short step may end them. `eval_pieces`: [first row, end row] of
     validation rows to score apart; empty: the slice as a whole. `last_merged_fence`: of this client's last
     reply that was merged; `upload_s`: what its last reply took from the end of the round, in seconds (0: not
-    measured yet). `run_is_over`: no order follows.
-    `note`: a sentence for the people of the site.
+    measured yet). `run_is_over`: no order follows. `note`: a sentence for the people of the site. `digest`: of
+    the global model to train from ("": of a server that does not say). The parts are that model, or, unless
+    `whole`, steps towards it: `steps` are the digests before each of them, and the parts of the i-th are named
+    "i/tensor".
     """
 
     fence: Fence
@@ -195,6 +204,11 @@ class TrainOrder:
     upload_s: float = 0.0
     run_is_over: bool = False
     note: str = _text()
+    digest: str = _digest("")
+    whole: bool = True
+    steps: list[str] = field(
+        default_factory=list, metadata={"digest": True, "most_items": MAX_STEPS}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +222,9 @@ class TrainReply:
     the first heartbeat, `eval_s` in evaluation, `train_s` in training, `pack_s` of these in waiting for rows,
     `encode_s` in encoding. `mfu`: which share of the devices' arithmetic training used (`nanochat.gpus.mfu`);
     None where no data sheet says what they can do, as for CPUs. `code_lost`: the length of what the form of
-    `wire-up` could not say of the update, over that of what it was to say; None without an update.
+    `wire-up` could not say of the update, over that of what it was to say; None without an update. `mirror`:
+    the digest of the global model that the client holds now (None: it does not say). `needs_model`: nothing was
+    done, since the steps of the order do not begin with the mirror that it has.
     """
 
     fence: Fence
@@ -233,6 +249,8 @@ class TrainReply:
     consumed: list[Segment] = field(default_factory=list)
     row_counts: dict[int, int] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list, metadata={"metric": True})
+    mirror: str | None = _digest(None)
+    needs_model: bool = False
 
 
 AnyMessage = HelloOrder | HelloReply | TrainOrder | TrainReply
@@ -286,6 +304,8 @@ def _field(declared: "dataclasses.Field[Any]", value: Any) -> Any:
     bounds = declared.metadata
     try:
         conformed = _conform(value, declared.type, bounds.get("most_chars"))
+        if bounds.get("digest"):
+            check_digests(conformed, bounds.get("most_items", 1))
         if isinstance(conformed, int | float) and not isinstance(conformed, bool):
             low, high = bounds.get("low", -math.inf), bounds.get("high", math.inf)
             if not low <= conformed <= high:
@@ -303,7 +323,7 @@ def _conform(value: Any, kind: Any, most_chars: int | None = None) -> Any:
     Raises ValueError if it isn't one.
     Texts are made plain and cut to `most_chars`; without it they stay as they are.
     """
-    if kind in (Fence | None, float | None, bool | None):
+    if kind in (Fence | None, float | None, bool | None, str | None):
         return None if value is None else _conform(value, get_args(kind)[0])
     if kind is Fence and isinstance(value, dict):
         names = _fields(Fence)
@@ -360,28 +380,3 @@ def _integers(value: Any, count: int) -> list[int]:
     if len(values) != count:
         raise ContentError(f"has {len(values)} numbers in a place of {count}")
     return values
-
-
-@cache
-def package_hash(package: str = "pilot") -> str:
-    """Hex SHA-256 of the source of this copy of `pilot`, or of another `package` installed here ("": none)."""
-    root: Path | None = Path(__file__).resolve().parents[1]
-    if package != "pilot":
-        spec = importlib.util.find_spec(package)
-        places = list(spec.submodule_search_locations or []) if spec else []
-        root = Path(places[0]) if places else None
-    if root is None:
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def code_hashes() -> dict[str, str]:
-    """What this machine trains with, by the name that a hello gives it: all Python that decides on numbers.
-
-    Of a process it is right only if it was asked for when the process began: files may be replaced since.
-    """
-    return {f"{package} package": package_hash(package) for package in ("pilot", "nanochat")}

@@ -46,9 +46,9 @@ def to_arrays(parts: Iterable[Part], *, borrow: bool = False) -> ArrayRecord:
     return record
 
 
-def num_bytes(arrays: ArrayRecord) -> int:
-    """Bytes of the tensors in a record."""
-    return sum(len(array.data) for array in arrays.values())
+def num_bytes(parts: Iterable[Part | Array]) -> int:
+    """Of the tensors of a message, without its header and Flower's own."""
+    return sum(len(part.data) for part in parts)
 
 
 def from_records(content: RecordDict) -> tuple[Header, list[Part]]:

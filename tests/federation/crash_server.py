@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from pilot.faults import VARIABLE
 from pilot.run.directory import open_run_dir
 from pilot.segment import Score
 from pilot.server.console import configure_logging
+from pilot.site.mirror import Mirror, digest_on_disk, mirror_path
 from pilot.site.update import Encoder, rest_dir
 from pilot.wire.messages import TrainOrder, TrainReply, from_header, to_header
 from pilot.wire.records import from_records, to_records
 
 from .local_grid import LocalGrid
-from .scripted import FINGERPRINTS, FastClock, ScriptedSite, scripted_config
+from .scripted import FINGERPRINTS, FastClock, ScriptedSite, needs_model, scripted_config
 
 NAMES = ("a", "bb")
 FAILED = 3  # exit code: a PilotError, told in a sentence
@@ -69,6 +71,10 @@ class _Site(ScriptedSite):
     )
     grid: "_Grid"
     encoder: Encoder
+    mirror: Mirror
+
+    def held(self, run: str) -> str:
+        return digest_on_disk(mirror_path(run, self.name))
 
     def __call__(self, kind: str, content: RecordDict) -> RecordDict:
         header, parts = from_records(content)
@@ -80,20 +86,24 @@ class _Site(ScriptedSite):
         second = random.Random(f"{self.seed} {number}").choice(NAMES)
         if self.name == second and not self.spoilt:  # where one of them may be left out
             self.grid.wait_for_first(number)
+        weights = self.mirror.take(order, parts)
+        if weights is None:
+            unfit = needs_model(order, self.mirror)
+            return to_records(to_header(unfit) | {"node_name": self.name}, [])
         reply, rows = self._train(order)
         update: dict[str, torch.Tensor] = {}
         if rows:
             first = reply.consumed[0]
             generator = torch.Generator().manual_seed(1000 * first.shard + first.first_row)
-            shapes = sorted(
-                (part.name, part.shape) for part in parts
-            )  # in whatever order they came
+            shapes = sorted((name, t.shape) for name, t in weights.items())
             update = {
                 name: 1e-4 * torch.randn(shape, generator=generator) for name, shape in shapes
             }
             self._spoil(order, update)
         parts = self.encoder.encode(update, order, torch.device("cpu")) if rows else []
         self.encoder.keep()
+        self.mirror.keep(order)
+        reply = replace(reply, mirror="" if order.run_is_over else order.digest)
         return to_records(to_header(reply) | {"node_name": self.name}, parts)
 
     def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:
@@ -121,6 +131,7 @@ def lead(job: dict[str, Any]) -> None:
     grid: Any = _Grid({100 + i: site for i, site in enumerate(sites)})
     for site in sites:
         site.seed, site.grid, site.spoilt = job["seed"], grid, job.get("spoilt", 0)
+        site.mirror = Mirror()
         site.encoder = Encoder(rest_dir(config.run_name, site.name), config.wire_up)
     with open_run_dir(config.run_name) as run_dir:
         stopped = threading.Event()

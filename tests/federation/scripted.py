@@ -21,16 +21,19 @@ from pilot.server.mailbox import Mailbox
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
 from pilot.server.telemetry import Telemetry
+from pilot.site.mirror import Mirror, digest_on_disk, mirror_path
+from pilot.wire.code_hashes import code_hashes
 from pilot.wire.codec import encode
 from pilot.wire.messages import (
+    HelloOrder,
     HelloReply,
     TrainOrder,
     TrainReply,
-    code_hashes,
     from_header,
     to_header,
 )
 from pilot.wire.records import from_records, to_records
+from pilot.wire.steps import FULL, digest_of
 
 from .local_grid import LocalGrid
 
@@ -75,13 +78,15 @@ class ScriptedSite:
     def __call__(self, kind: str, content: RecordDict) -> RecordDict:
         header, _ = from_records(content)
         order = from_header(header)
-        if not isinstance(order, TrainOrder):
+        assert isinstance(order, HelloOrder | TrainOrder)
+        if isinstance(order, HelloOrder):
             hello = HelloReply(
                 error=self.error,
                 shards=self.shards,
                 fingerprints=self.fingerprints,
                 host=self.host,
                 redis=self.redis,
+                mirror=self.held(order.run),
             )
             return to_records(to_header(hello) | {"node_name": self.name}, [])
         self.orders.append(order)
@@ -90,6 +95,10 @@ class ScriptedSite:
         own = self.react(order, reply, update)
         answer = own if isinstance(own, dict) else to_header(own or reply)
         return to_records(answer | {"node_name": self.name}, encode(update))
+
+    def held(self, run: str) -> str:
+        """The digest of the mirror that it says it has."""
+        return ""
 
     def _train(self, order: TrainOrder) -> tuple[TrainReply, dict[str, torch.Tensor]]:
         consumed = first_rows(order.segments, self.rows, shard_rows=SHARD_ROWS)
@@ -112,6 +121,52 @@ class ScriptedSite:
         update = {"w": torch.randn(5, generator=generator), "b": torch.randn(2, 3)}
         update["b"] = torch.randn(2, 3, generator=generator)
         return reply, update if rows else {}
+
+
+@dataclass
+class MirrorSite(ScriptedSite):
+    """One that holds a mirror as a worker group does, and says of it what is so; its update depends on the
+    model that it trains from."""
+
+    mirror: Mirror = field(default_factory=Mirror)
+    trained_from: list[str] = field(default_factory=list)  # digests
+    received: list[int] = field(
+        default_factory=list
+    )  # bytes of each order, those that did not fit, too
+
+    def held(self, run: str) -> str:
+        return digest_on_disk(mirror_path(run, self.name))
+
+    def __call__(self, kind: str, content: RecordDict) -> RecordDict:
+        header, parts = from_records(content)
+        order = from_header(header)
+        if not isinstance(order, TrainOrder):
+            return super().__call__(kind, content)
+        self.orders.append(order)
+        self.received.append(sum(len(part.data) for part in parts))
+        time.sleep(self.delay_s)
+        weights = self.mirror.take(order, parts)
+        if weights is None:
+            unfit = needs_model(order, self.mirror)
+            return to_records(to_header(unfit) | {"node_name": self.name}, [])
+        self.trained_from.append(digest_of(weights))
+        reply, update = self._train(order)
+        if update:
+            generator = torch.Generator().manual_seed(reply.consumed[0].first_row)
+            update = {
+                name: 0.1 * weight + torch.randn(weight.shape, generator=generator)
+                for name, weight in weights.items()
+            }
+        own = self.react(order, reply, update)
+        self.mirror.keep(order)
+        answer = to_header(replace(own or reply, mirror="" if order.run_is_over else order.digest))
+        return to_records(answer | {"node_name": self.name}, encode(update))
+
+
+def needs_model(order: TrainOrder, mirror: Mirror) -> TrainReply:
+    """What a worker group answers to an order that does not fit its mirror."""
+    held = mirror.held(order)
+    return TrainReply(fence=order.fence, client=order.client, needs_model=True, mirror=held)
 
 
 def scripted_config(**values: Any) -> RunConfig:
@@ -140,6 +195,8 @@ def scripted_config(**values: Any) -> RunConfig:
 
 def fresh_state(config: RunConfig) -> RunState:
     weights = {"w": torch.zeros(5), "b": torch.ones(2, 3)}
+    if config.wire_down != FULL:
+        weights["m"] = torch.linspace(-1, 1, 64 * 80).view(64, 80)  # large enough for a code
     ledger = Ledger(num_shards=config.num_shards, epochs=config.epochs, shard_order=_in_order)
     return RunState(config, weights, ledger, total_tokens=config.total_tokens)
 

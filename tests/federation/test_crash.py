@@ -40,6 +40,7 @@ ONCE = ("run-dir", "term", "quarantine", "prune", "results")
 FORM_POINTS = (
     "spill.write",
     "spill.written",
+    "snapshot.steps",
     "snapshot.rename",
     "snapshot.renamed",
     "spool.remove",
@@ -123,8 +124,9 @@ def digests(run_dir: Path) -> dict[int, str]:
     found = {}
     for path in sorted((run_dir / "snapshots").glob("round-*")):
         digest = hashlib.sha256()
-        for name in ("model.safetensors", "outer.safetensors"):
-            digest.update((path / name).read_bytes())
+        steps = sorted(step.name for step in path.glob("step-*"))
+        for name in ("model.safetensors", "outer.safetensors", *steps):
+            digest.update(name.encode() + (path / name).read_bytes())
         state = json.loads((path / "state.json").read_text())
         digest.update(json.dumps(comparable(state), sort_keys=True).encode())
         lines = [json.loads(line) for line in (path / "merged.jsonl").read_text().splitlines()]
@@ -132,6 +134,10 @@ def digests(run_dir: Path) -> dict[int, str]:
         assert json.loads((path / "manifest.json").read_text()), "a snapshot by that name is whole"
         found[state["round"]] = digest.hexdigest()
     return found
+
+
+def snapshots(servers: Servers, run: str) -> list[Path]:
+    return sorted((servers.directory(run) / "snapshots").glob("round-*"))
 
 
 def comparable(state: dict[str, Any]) -> dict[str, Any]:
@@ -202,13 +208,18 @@ def test_server_killed_at_a_write_resumes_to_the_same_bits(
         finish(servers, run, undisturbed, **config)
 
 
-@pytest.mark.parametrize("wire", ["bfloat16", "int8", "int4", "sparse"])
-def test_server_killed_at_a_write_resumes_to_the_same_bits_whatever_form_updates_have(
-    servers: Servers, wire: str
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [("bfloat16", "int8"), ("int8", "sparse"), ("int4", "int4"), ("sparse", "full")],
+)
+def test_server_killed_at_a_write_resumes_to_the_same_bits_whatever_travels(
+    servers: Servers, up: str, down: str
 ) -> None:
-    like, config = f"form-{wire}", {"wire_up": wire}
+    like, config = f"form-{up}-{down}", {"wire_up": up, "wire_down": down, "mirror_history": 2}
     assert servers.lead(like, **config)[0] == 0
     undisturbed = digests(servers.directory(like))
+    steps = [len(list(path.glob("step-*"))) for path in snapshots(servers, like)]
+    assert steps == ([0, 0, 0] if down == "full" else [1, 2, 0]), "the last step is sent to nobody"
     for point in FORM_POINTS:
         for passing in (1, 2):
             run = f"{like}-{point}-{passing}"

@@ -1,5 +1,6 @@
 """Everything that a run is between two rounds survives a snapshot, or the resume is refused."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,12 @@ import torch
 
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
+from pilot.rules.outer import Coded
+from pilot.run.changes import ConfigChange, ResumeError
 from pilot.run.snapshot import Snapshot, latest_snapshot, write_snapshot
 from pilot.run.state import (
-    ConfigChange,
     Contribution,
     MergedReply,
-    ResumeError,
     RoundRecord,
     RunState,
 )
@@ -168,6 +169,13 @@ def test_snapshot_says_which_versions_wrote_it_and_where_the_schedule_stands() -
     assert 0 < state["schedule"]["lr_multiplier"] <= 1
 
 
+def moved_to(state: RunState, value: float, coded: Coded | None) -> dict[str, torch.Tensor]:
+    """An outer step, in place."""
+    assert coded is None  # with `wire-down` full
+    state.weights["w"].fill_(value)
+    return {}
+
+
 def test_a_round_is_absorbed_whole_its_replies_for_good_and_the_last_of_each_client() -> None:
     state = trained(merged=[], merged_log=[], last_merged={}, history=[])
     for number in (5, 6):
@@ -180,7 +188,7 @@ def test_a_round_is_absorbed_whole_its_replies_for_good_and_the_last_of_each_cli
             reply = MergedReply(name, fence, 16, [used])
             contributions.append(Contribution(reply, {}, norm=float(number), steps=2.0))
         record = RoundRecord(number, "min-duration", 2, 32, 1.0, 2.0)
-        state.absorb(record, contributions, ({"w": torch.full((3,), float(number))}, {}))
+        state.absorb(record, contributions, functools.partial(moved_to, state, float(number)))
     merged = [one.reply for one in contributions]
     assert state.merged == merged
     assert state.last_merged == {reply.client: reply.fence for reply in merged}

@@ -10,8 +10,12 @@ import torch
 
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
+from pilot.run.changes import ConfigChange
 from pilot.run.events import read_events
-from pilot.run.state import ConfigChange, RoundRecord, RunState
+from pilot.run.state import (
+    RoundRecord,
+    RunState,
+)
 from pilot.segment import Segment
 from pilot.server.bars import speeds
 from pilot.server.report import Report

@@ -21,7 +21,8 @@ from pilot.server.roster import (
     natural,
 )
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import HelloOrder, HelloReply, code_hashes, to_header
+from pilot.wire.code_hashes import code_hashes
+from pilot.wire.messages import HelloOrder, HelloReply, to_header
 
 from ..grid_fixture import ManualClock, ManualGrid
 

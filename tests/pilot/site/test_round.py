@@ -32,9 +32,10 @@ from pilot.site.data import SiteData, hello, open_data
 from pilot.site.handle import ERROR_NAME
 from pilot.site.ranks import Ranks
 from pilot.site.round import Round
+from pilot.wire.code_hashes import code_hashes
 from pilot.wire.codec import decode
 from pilot.wire.jsonable import header_text
-from pilot.wire.messages import HelloOrder, TrainReply, code_hashes, from_header, to_header
+from pilot.wire.messages import HelloOrder, TrainReply, from_header, to_header
 
 from ..worker_kit import (
     BATCH_ROWS,

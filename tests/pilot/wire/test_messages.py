@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pilot.config import DEFAULTS
 from pilot.segment import Segment
+from pilot.wire.code_hashes import code_hashes, package_hash
 from pilot.wire.jsonable import header_text
 from pilot.wire.messages import (
     MAX_NAME_CHARS,
@@ -26,9 +27,7 @@ from pilot.wire.messages import (
     HelloReply,
     TrainOrder,
     TrainReply,
-    code_hashes,
     from_header,
-    package_hash,
     to_header,
 )
 
