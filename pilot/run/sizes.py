@@ -14,7 +14,8 @@ from nanochat.memory import DeviceBytes, device_bytes
 from nanochat.rows.packing import row_dtype
 from pilot import plan
 from pilot.config import RunConfig
-from pilot.wire.codec import message_bytes
+from pilot.wire.codec import DECAY, form_of, message_bytes
+from pilot.wire.steps import FULL
 
 _FP32 = 4
 _OUTER_STATES = {"fedavg": 0, "nesterov": 1, "adam": 2}  # of the model's size, in fp32
@@ -35,7 +36,8 @@ class Sizes:
 
     parameters: int
     gpu: DeviceBytes
-    order: int  # the model, as a site gets it
+    order: int  # the model, as a site gets it that holds none
+    step: int  # what it gets else
     reply: int  # a pseudo-gradient, as it travels
     spilled: int  # the same on the server's disk
     snapshot: int
@@ -83,7 +85,13 @@ def sizes(
     order = spilled = _FP32 * parameters
     reply = message_bytes(shapes, wire=config.wire_up)
     outer = _OUTER_STATES[config.outer_optimizer] * spilled
-    snapshot = spilled + outer
+    step, mirror, residual = order, 0, 0
+    if config.wire_down != FULL:
+        step, mirror = message_bytes(shapes, wire=config.wire_down), order
+        lossy = [shape for shape in shapes if form_of(config.wire_down, shape) in DECAY]
+        residual = _FP32 * sum(map(math.prod, lossy))
+    history = config.mirror_history * step if mirror else 0
+    snapshot = spilled + outer + residual + history
     per_rank = optimizer.state_bytes(gpus)
     tokens = plan.total_tokens(config)
     row_bytes = (config.sequence_len + 1) * row_dtype(config.vocab_size).itemsize
@@ -92,13 +100,15 @@ def sizes(
     # that are stuck on their way; or the version before, when a merge is taken back
     pulled = min(clients, 1 + _STUCK_AT_ONCE) * reply + 2 * largest
     server_app = spilled + max(spilled, pulled)
-    server_app += spilled // 2  # the outer step before, in bf16
-    # rank 0: model and update in fp32, and the update as it is sent if that is another form
-    rank_0 = order + spilled + (reply if reply != spilled else 0)
+    # the outer step before, in bf16, and the last step as clients get it
+    server_app += spilled // 2 + (step if mirror else 0)
+    # rank 0: model and update in fp32, the update as it is sent if that is another form, and the mirror
+    rank_0 = order + spilled + (reply if reply != spilled else 0) + mirror
     return Sizes(
         parameters=parameters,
         gpu=device_bytes(model, optimizer, rows=rows, world_size=gpus),
         order=order,
+        step=step,
         reply=reply,
         spilled=spilled,
         snapshot=snapshot,
@@ -107,14 +117,16 @@ def sizes(
         superlink_memory=order + clients * reply + _PYTHON,
         # the snapshots that are kept and the next one, replies (with `quarantine` those of the last merge,
         # too), and at the end model and checkpoint
-        server_disk=(config.snapshot_keep + 1) * snapshot
+        server_disk=(config.snapshot_keep + 1) * (snapshot - history)
+        + history
         + (1 + config.quarantine) * clients * spilled
         + 2 * spilled,
         supernode_memory=2 * order + _PYTHON,
         # below a bare SuperNode, where Flower puts the order together
         client_app_memory=max(2 * order, reply) + largest + _PYTHON,
         ranks_memory=rank_0 + gpus * _TORCH,
-        site_disk=2 * gpus * per_rank if config.inner_state == "keep" else 0,
+        # the inner state of the round and the one that it began with; the mirror, and the next one
+        site_disk=(2 * gpus * per_rank if config.inner_state == "keep" else 0) + 2 * mirror,
         rows_disk=-(-tokens // config.sequence_len) * row_bytes,
         shm=_NCCL if gpus > 1 else 0,
         simulation_shm=clients * (order + reply),

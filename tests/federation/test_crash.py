@@ -266,6 +266,23 @@ def test_merged_replies_prove_that_every_row_was_merged_once(
     check_rows(replies, rows_in(state), tokens=state["tokens"], row_tokens=ROW_TOKENS)
 
 
+def test_a_merge_is_taken_back_to_the_model_that_clients_held(servers: Servers) -> None:
+    """With its residual, which clients never had; killed there or not."""
+    config = SPOILT | {"wire_up": "int4", "wire_down": "int4"}
+    found = []
+    for run, fault in (("mirrors-back", ""), ("mirrors-back-killed", "snapshot.renamed:3")):
+        status, log = servers.lead(run, spoilt=2, fault=fault, **config)
+        if fault:
+            assert status == -signal.SIGKILL, log
+            status, log = servers.lead(run, spoilt=2, **config)
+        assert status == 0, log
+        found.append(digests(servers.directory(run)))
+        first, back = (snapshots(servers, run)[number] for number in (0, 2))
+        for name in ("model.safetensors", "outer.safetensors"):
+            assert (first / name).read_bytes() == (back / name).read_bytes()
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
 # -- a merge is taken back ---------------------------------------------------------------------------
 
 SPOILT = {"num_rounds": 4}

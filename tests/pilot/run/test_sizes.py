@@ -13,9 +13,11 @@ from torch import Tensor
 from nanochat.errors import UserError
 from pilot import plan
 from pilot.config import RunConfig
+from pilot.rules.ledger import Ledger
 from pilot.rules.outer import outer_step
 from pilot.run.sizes import Sizes, sizes
 from pilot.run.snapshot import Snapshot, write_snapshot
+from pilot.run.state import RoundRecord, RunState
 from pilot.site.inner_state import InnerState
 from pilot.site.ranks import Ranks
 from pilot.wire.codec import decode, encode
@@ -63,6 +65,28 @@ def test_snapshots_are_what_is_on_disk(tmp_path: Path, outer: str) -> None:
     found = sum(_payload(file) for file in path.glob("*.safetensors"))
     step = 4 if outer == "adam" else 0  # a count
     assert found == sizes(config, rows=1).snapshot + step
+
+
+def test_steps_and_their_residual_are_what_is_on_disk(tmp_path: Path) -> None:
+    config = _config(2, **{"wire-down": "int4", "mirror-history": 2})
+    weights = plan.initial_weights(config)
+    state = RunState(
+        config, weights, Ledger(num_shards=1, epochs=1, shard_order=range), total_tokens=10**9
+    )
+    for number in range(1, 4):
+        wanted = {name: tensor + 1 for name, tensor in state.weights.items()}
+        wanted, outer = outer_step(config, state.weights, wanted, state.outer)
+        record = RoundRecord(number, "x", 1, 1, 1.0, None)
+        state.absorb(record, [], (wanted, outer))
+    path = write_snapshot(tmp_path, state.to_snapshot(term=1), keep=1)
+    found = sum(_payload(file) for file in path.glob("*.safetensors"))
+    said = sizes(config, rows=1)
+    assert found == said.snapshot and said.step == found_step(path)
+    assert said.site_disk - sizes(_config(2), rows=1).site_disk == 2 * said.order
+
+
+def found_step(snapshot: Path) -> int:
+    return _payload(next(snapshot.glob("step-*")))
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -26,6 +26,7 @@ from .round_kit import CONFIG, ROW_TOKENS, Round, said
     ("changes", "reason"),
     [
         ({"error": "no GPU here"}, "no GPU here"),
+        ({"needs_model": True}, "the whole model, which it was sent"),
         ({"fence": Fence("r", 1, 2, 1)}, "its fence is"),
         ({"fence": Fence("r", 2, 3, 1)}, "its fence is"),
         ({"tokens": 5 * ROW_TOKENS}, "reports 40 tokens for 4 rows"),

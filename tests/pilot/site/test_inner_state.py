@@ -4,7 +4,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from nanochat.trainer import Trainer
 from pilot.config import RunConfig
 from pilot.site import round as round_module
 from pilot.site.inner_state import InnerState, inner_state_dir
+from pilot.site.mirror import Mirror, digest_on_disk, mirror_path
 from pilot.site.ranks import Ranks
 from pilot.site.resident import Resident
 from pilot.site.round import Round
 from pilot.site.update import rest_dir
-from pilot.wire.codec import DECAY, decode
-from pilot.wire.messages import Fence
+from pilot.wire.codec import DECAY, decode, encode
+from pilot.wire.messages import Fence, Part
+from pilot.wire.steps import FULL, digest_of, encode_step, numbered
 
 from ..worker_kit import BATCH_ROWS, first_weights, site_config, train_order
 
@@ -44,7 +46,10 @@ def _as_before() -> Iterator[None]:
 
 @dataclass
 class Federation:
-    """A server of one client: fedavg at rate 1, rows in order; `lease` is its next free row."""
+    """A server of one client: fedavg at rate 1, rows in order; `lease` is its next free row.
+
+    It knows of the client's mirror what the last reply said that it has not lost.
+    """
 
     config: RunConfig
     client: str
@@ -53,30 +58,59 @@ class Federation:
     row: int = 0
     rounds: int = 0
     kept: Resident | None = None  # of a resident group
+    mirror: Mirror = field(default_factory=Mirror)
+    said: str = ""
+    residual: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[tuple[str, list[Part]]] = field(default_factory=list)  # (digest before, parts)
+
+    def load(self) -> tuple[dict[str, Any], list[Part]]:
+        """What the next order says of the model, and its parts."""
+        befores = [before for before, _ in self.steps]
+        digest = digest_of(self.weights)
+        if self.said == digest or self.said in befores:
+            missing = self.steps[befores.index(self.said) :] if self.said in befores else []
+            parts = [part for i, step in enumerate(missing) for part in numbered(i, step[1])]
+            steps = [before for before, _ in missing]
+            return {"digest": digest, "whole": False, "steps": steps}, parts
+        copied = {name: weight.clone() for name, weight in self.weights.items()}
+        return {"digest": digest}, encode(copied)
 
     def round(self, fate: str) -> None:
         """One round whose reply meets `fate`: merged, or lost, refused, or trained twice over."""
         self.rounds += 1
         fence = Fence(self.config.run_name, 1, self.rounds, 10 * self.rounds)
-        order = train_order(
-            self.config,
-            segments(self.row, BATCH_ROWS * self.config.round_steps),
-            fence=fence,
-            client=self.client,
-            committed_tokens=self.row * self.config.sequence_len,
-            last_merged_fence=self.merged,
-        )
         for _ in range(2 if fate == "repeated" else 1):
-            weights = {name: weight.clone() for name, weight in self.weights.items()}
+            model, carried = self.load()
+            order = train_order(
+                self.config,
+                segments(self.row, BATCH_ROWS * self.config.round_steps),
+                fence=fence,
+                client=self.client,
+                committed_tokens=self.row * self.config.sequence_len,
+                last_merged_fence=self.merged,
+                **model,
+            )
+            weights = self.mirror.take(order, carried)
+            assert weights is not None
             resident = self.kept is not None
             task = Round(order, ALONE, time.monotonic(), resident=resident, kept=self.kept)
             reply, parts = task.run(weights)
             task.keep_state()
+            self.mirror.keep(order)
         if fate in ("lost", "refused"):
             return
         assert reply.tokens
         update = decode(parts, shapes={n: w.shape for n, w in self.weights.items()})
-        self.weights = {name: weight - update[name] for name, weight in self.weights.items()}
+        self.said = reply.mirror or ""
+        wanted = {name: weight - update[name] for name, weight in self.weights.items()}
+        if self.config.wire_down == FULL:
+            self.weights = wanted
+        else:
+            before = digest_of(self.weights)
+            self.weights, self.residual, step = encode_step(
+                self.weights, wanted, self.residual.get, wire=self.config.wire_down
+            )
+            self.steps.append((before, step))
         self.merged = fence
         self.row += reply.tokens // self.config.sequence_len
 
@@ -107,28 +141,44 @@ def federation(site: Path, client: str, **values: Any) -> Federation:
     return Federation(config, client, first_weights(config))
 
 
-@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8", "int4", "sparse"])
+@pytest.mark.parametrize(
+    ("wire", "down"),
+    [
+        ("float32", "full"),
+        ("bfloat16", "int8"),
+        ("int8", "sparse"),
+        ("int4", "int4"),
+        ("sparse", "int4"),
+    ],
+)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("resident", [False, True])
-def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_optimizer_or_rest(
-    site: Path, seed: int, wire: str, resident: bool
+def test_refused_lost_and_repeated_rounds_leave_no_trace_in_weights_optimizer_rest_or_mirror(
+    site: Path, seed: int, wire: str, down: str, resident: bool
 ) -> None:
-    name = f"{wire}-{resident}-{seed}"  # the site's disk is that of all cases
+    case = f"{wire}-{resident}-{seed}"  # the site's disk is that of all cases
     fates = ["merged", "lost", "refused", "repeated", "merged"]
     random.Random(seed).shuffle(fates)
-    troubled = federation(site, f"troubled-{name}", wire_up=wire)
+    troubled = federation(site, f"troubled-{case}", wire_up=wire, wire_down=down)
     troubled.kept = Resident() if resident else None
     for fate in fates:
         troubled.round(fate)
-    calm = federation(site, f"calm-{name}", wire_up=wire)
+    calm = federation(site, f"calm-{case}", wire_up=wire, wire_down=down)
     for fate in fates:
         if fate in ("merged", "repeated"):
             calm.round("merged")
     assert troubled.state() and troubled.state() == calm.state()
     assert bool(calm.state(rest_dir)) == (wire in DECAY)
     assert troubled.state(rest_dir) == calm.state(rest_dir)
-    for key, weight in calm.weights.items():
-        assert torch.equal(weight, troubled.weights[key]), key
+    assert troubled.residual.keys() == calm.residual.keys()
+    for mine, other in ((calm.weights, troubled.weights), (calm.residual, troubled.residual)):
+        for name, weight in mine.items():
+            assert torch.equal(weight, other[name]), name
+    held = []
+    for one in (troubled, calm):
+        one.round("merged")
+        held.append(digest_on_disk(mirror_path("inner", one.client)))
+    assert held[0] == held[1] and bool(held[0]) == (down != FULL)
 
 
 def test_keeping_the_state_makes_rounds_of_one_step_equal_to_one_round_of_many(site: Path) -> None:

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pilot.config import RunConfig
+from pilot.site.handle import WorkerHandle
 from pilot.site.mirror import Mirror, MirrorError, digest_on_disk, mirror_path
 from pilot.wire.codec import CodecError, encode
-from pilot.wire.messages import Fence, Part, TrainOrder
+from pilot.wire.messages import Fence, Part, TrainOrder, TrainReply, from_header, to_header
 from pilot.wire.steps import apply_step, digest_of, encode_step, numbered
 
-from ..worker_kit import train_order
+from ..worker_kit import first_weights, site_config, train_order
 
 CONFIG = RunConfig(run_name="r", wire_down="int4")
 
@@ -73,7 +74,7 @@ def test_steps_lead_to_the_model_of_the_order_in_memory_and_from_disk() -> None:
         assert mirror.held(order) == server.digests[version]
     assert digest_on_disk(mirror_path("r", "c")) == server.digests[0], "two rounds were not kept"
     mirror.keep(order)
-    later = Mirror()  # of a group that was started anew
+    later = Mirror()  # of the next group
     order, parts = server.towards(4, 1)  # of these it has missed two, and knows one
     taken = later.take(order, parts)
     assert taken is not None and digest_of(taken) == server.digests[4]
@@ -189,3 +190,30 @@ def test_with_full_models_nothing_is_held() -> None:
     step = {n: t.clone() for n, t in server.models[0].items()}
     apply_step(step, server.steps[0])
     assert digest_of(step) == server.digests[1]
+
+
+def test_clients_with_other_numbers_of_ranks_hold_the_same_bits(site: Path) -> None:
+    config = site_config(site, wire_down="int4", worker_idle=0.0, round_steps=1)
+    weights = first_weights(config)
+    wanted = {name: t + 0.01 * torch.randn(t.shape) for name, t in weights.items()}
+    moved, _, step = encode_step(weights, wanted, {}.get, wire="int4")
+    whole = {"digest": digest_of(weights)}
+    steps = {"digest": digest_of(moved), "whole": False, "steps": [digest_of(weights)]}
+    loads: list[tuple[dict[str, Any], list[Part]]] = [
+        (whole, encode(weights)),
+        (steps, list(numbered(0, step))),
+    ]
+    for client, processes in (("one", 1), ("two", 2)):
+        for number, (model, parts) in enumerate(loads, start=1):
+            fence = Fence("r", 1, number, number)
+            order = train_order(
+                config, [[0, 0, 0, 7]], fence=fence, client=client, processes=processes, **model
+            )
+            with WorkerHandle(processes=processes, device="cpu") as worker:
+                reply = from_header(worker.ask(to_header(order), parts)[0])
+            assert isinstance(reply, TrainReply) and (reply.steps, reply.error) == (1, "")
+            assert reply.mirror == model["digest"] == digest_on_disk(mirror_path("r", client))
+    files = [mirror_path("r", client).read_bytes() for client in ("one", "two")]
+    assert files[0] == files[1]
+    apply_step(weights, step)
+    assert digest_of(weights) == digest_of(moved)

@@ -229,6 +229,24 @@ def test_hello_of_impossible_devices_is_refused(devices: int) -> None:
         from_header(to_header(HelloReply()) | {"devices": devices})
 
 
+@pytest.mark.parametrize(
+    "digest", ["x", "A" * 64, "0" * 63, "0" * 65, "../" * 21 + "a", "٠" * 64, "0" * 5_000_000, 7]
+)
+def test_what_is_no_digest_of_a_model_is_refused_with_a_sentence(digest: Any) -> None:
+    order = next(message for message in MESSAGES if isinstance(message, TrainOrder))
+    for message, name, value in (
+        (HelloReply(), "mirror", digest),
+        (REPLY, "mirror", digest),
+        (order, "digest", digest),
+        (order, "steps", ["0" * 64, digest]),
+    ):
+        with pytest.raises(ValueError, match=f"^not a Pilot message: {name} is ") as caught:
+            from_header(to_header(message) | {name: value})
+        assert len(str(caught.value)) < 100
+    with pytest.raises(ValueError, match="steps has 1001 items, more than 1000"):
+        from_header(to_header(order) | {"steps": ["0" * 64] * 1001})
+
+
 def test_hashes_and_their_names_are_cut_too() -> None:
     hello = from_header(to_header(HelloReply()) | {"fingerprints": {"k" * 900: "v" * 900}})
     ((key, value),) = hello.fingerprints.items()

@@ -72,7 +72,7 @@ def test_digest_is_of_names_shapes_and_every_bit() -> None:
         assert digest_of(other) != digest, name
 
 
-def test_steps_of_an_order_are_told_apart_by_number() -> None:
+def test_steps_of_an_order_are_known_by_their_numbers() -> None:
     parts = [Part(name, "float32", (1,), bytes(4)) for name in ("a", "b.c")]
     sent = [part for number in range(3) for part in numbered(number, parts)]
     assert by_number(sent, 3) == [parts] * 3 and by_number([], 0) == []
