@@ -4,7 +4,9 @@ Each is a file of its own in the snapshots that keep it, which share it by a har
 One that cannot be read costs clients that missed it the whole model, and nothing else.
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,8 @@ from nanochat.files import sha256_file
 from pilot.wire.messages import Part
 
 _NAME_CHARS = 16  # of a digest
+
+log = logging.getLogger("pilot")
 
 
 @dataclass
@@ -55,17 +59,18 @@ class Step:
             raise ValueError(f"{self.path} is damaged: {error}") from error
 
     def put(self, directory: Path) -> None:
-        """Have its file in `directory`, durable. Raises OSError where the disk does not take it."""
+        """Have its file in `directory`, durable. Raises OSError where the disk does not take it.
+
+        One that is gone from everywhere is left out, with a warning.
+        """
         path = directory / self.file_name
-        if self.path is not None:
-            try:
-                os.link(self.path, path)
-            except OSError:  # a disk without links, or the file is gone
-                shutil.copyfile(self.path, path)
-        else:
-            self._write(path)
-        if not self.sha256:
-            self.sha256 = sha256_file(path)
+        if self.path is not None and _share(self.path, path):
+            return
+        if self.parts is None:
+            log.warning("%s is gone: clients that missed this step get the whole model", self.path)
+            return
+        self._write(path)
+        self.sha256 = sha256_file(path)
 
     def _write(self, path: Path) -> None:
         parts = self.parts or ()
@@ -83,6 +88,20 @@ class Step:
         self.path = directory / self.file_name
         if not keep_parts:
             self.parts = None
+
+
+def _share(old: Path, new: Path) -> bool:
+    """Whether `new` is now the file `old`, which may be on a disk without links, or gone."""
+    with contextlib.suppress(OSError):
+        os.link(old, new)
+        return True
+    try:
+        shutil.copyfile(old, new)
+    except FileNotFoundError:
+        return False
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    return True
 
 
 def _bytes(part: Part) -> "np.ndarray[Any, Any]":

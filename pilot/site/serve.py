@@ -139,10 +139,10 @@ class _Server:
         """(reply, parts, whether this group may stay): after a run's last order, or when leaving, it ends."""
         weights = self._mirror.take(order, parts)
         parts.clear()  # what they were is in the mirror
+        if self._ranks is None:  # the others wait for that, whatever the order is
+            self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         if weights is None:
             return self._needs_model(order), [], True
-        if self._ranks is None:
-            self._ranks = Ranks.join(self._directory, device_type=os.environ["PILOT_DEVICE"])
         self._ranks.broadcast_json(to_header(order))
         resident = self._idle_s > 0
         self._task = task = Round(order, self._ranks, received, resident=resident, kept=self._kept)

@@ -68,3 +68,33 @@ def test_a_damaged_step_costs_those_before_it_and_never_the_snapshot(
     if damaged < 2:  # whose parts are not in memory any more
         with pytest.raises((OSError, ValueError)):
             steps[damaged].load()
+
+
+def test_a_step_whose_file_is_gone_costs_itself_and_not_the_next_commit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = [Step(DIGESTS[0], DIGESTS[1], PARTS), Step(DIGESTS[1], DIGESTS[2], PARTS)]
+    path = commit(tmp_path, 1, steps)
+    for step in steps:
+        (path / step.file_name).unlink()
+    steps = [*steps, Step(DIGESTS[2], DIGESTS[3], PARTS)]
+    commit(tmp_path, 2, steps)
+    assert caplog.text.count("is gone") == 1, "the other one is in memory"
+    found = latest_snapshot(tmp_path, report=pytest.fail)
+    assert found is not None and [step.before for step in found.steps] == DIGESTS[1:3]
+
+
+def test_disk_without_links_has_a_copy_in_each_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr("os.link", no_links)
+    steps = [Step(DIGESTS[0], DIGESTS[1], PARTS), Step(DIGESTS[1], DIGESTS[2], PARTS)]
+    for number in (1, 2):
+        commit(tmp_path, number, steps)
+    found = latest_snapshot(tmp_path, report=pytest.fail)
+    assert found is not None and len(found.steps) == 2
+    wanted = [(p.name, p.dtype, p.shape, bytes(p.data)) for p in PARTS]
+    assert all(plain(step) == wanted for step in found.steps)
