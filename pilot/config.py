@@ -321,9 +321,7 @@ class RunConfig:
         if self.run_name:
             check_name(self.run_name, "run-name")
         if self.outer_optimizer == "adam" and self.outer_lr == AUTO:
-            raise ConfigError(
-                'outer-lr "auto" is not known for adam: choose a number, such as 0.001'
-            )
+            raise ConfigError('outer-lr "auto" is not known for adam: choose one, such as 0.001')
         if self.outer_optimizer == "adam" and self.outer_momentum == 1:
             raise ConfigError("outer-momentum 1 has no bias correction in adam: choose less than 1")
         if self.wire_up == "sparse" and self.aggregation != "mean":
@@ -343,9 +341,7 @@ class RunConfig:
         if not self.fp8:
             return
         if self.device in ("cpu", "mps"):
-            raise ConfigError(
-                f'fp8 needs NVIDIA GPUs, and device is "{self.device}": leave one out'
-            )
+            raise ConfigError(f'fp8 needs NVIDIA GPUs, and device is "{self.device}": drop one')
         for key, size in (("vocab-size", self.vocab_size), ("sequence-len", self.sequence_len)):
             if size % 16:
                 raise ConfigError(

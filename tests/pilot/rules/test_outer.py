@@ -13,12 +13,14 @@ from pilot.config import RunConfig
 from pilot.rules.outer import (
     ADAM_BETA2,
     ADAM_EPSILON,
+    RESIDUAL,
     OuterRates,
     outer_step,
     outer_step_in_place,
     restores_lengths,
 )
 from pilot.tensor_file import TensorFile, write_tensors
+from pilot.wire.steps import StepEncoder, apply_step, encode_step
 
 STEPS = 7
 SHAPES = {"a": (3, 4), "b": (5,), "scalar": (), "empty": (0,)}
@@ -128,3 +130,35 @@ def test_step_in_place_and_on_disk_has_the_bits_of_the_step_in_memory(
         torch.testing.assert_close(weights, expected, rtol=0, atol=0)
         torch.testing.assert_close(dict(state), expected_state, rtol=0, atol=0)
     assert memory == [tensor.data_ptr() for tensor in weights.values()]
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4", "sparse"])
+@pytest.mark.parametrize("name", ["fedavg", "nesterov", "adam"])
+def test_coded_step_leads_where_its_parts_do_and_keeps_what_they_could_not_say(
+    name: str, wire: str, tmp_path: Path
+) -> None:
+    config = RunConfig(outer_optimizer=name, outer_lr=0.3, outer_momentum=0.9)
+    shapes = SHAPES | {"long": (1000, 3, 100), "wide": (4, 70_000), "table": (64, 80)}
+
+    def some(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+    weights, mirror, expected, state = some(0), some(0), some(0), dict[str, Tensor]()
+    momenta, residual = dict[str, Tensor](), dict[str, Tensor]()
+    for step in range(1, 4):
+        wanted, momenta = outer_step(config, expected, some(step), momenta)
+        expected, residual, _ = encode_step(expected, wanted, residual.get, wire=wire)
+        gradient, path = tmp_path / f"gradient-{step}", tmp_path / f"state-{step}"
+        write_tensors(gradient, some(step))
+        rests = {key.removeprefix(RESIDUAL): rest for key, rest in state.items()}
+        coded = StepEncoder(rests.get, wire=wire)
+        found = outer_step_in_place(config, weights, TensorFile(gradient), state, path, coded=coded)
+        assert found.sha256 == sha256_file(path)
+        state = dict(found)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+        assert residual.keys() == {"long", "wide", "table"}
+        rests = {RESIDUAL + key: rest for key, rest in residual.items()}
+        torch.testing.assert_close(state, momenta | rests, rtol=0, atol=0)
+        apply_step(mirror, coded.parts)
+        torch.testing.assert_close(mirror, weights, rtol=0, atol=0)

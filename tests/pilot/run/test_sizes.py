@@ -14,12 +14,13 @@ from nanochat.errors import UserError
 from pilot import plan
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
-from pilot.rules.outer import outer_step
+from pilot.rules.outer import Coded, outer_step, outer_step_in_place
 from pilot.run.sizes import Sizes, sizes
 from pilot.run.snapshot import Snapshot, write_snapshot
 from pilot.run.state import RoundRecord, RunState
 from pilot.site.inner_state import InnerState
 from pilot.site.ranks import Ranks
+from pilot.tensor_file import TensorFile, write_tensors
 from pilot.wire.codec import decode, encode
 from pilot.wire.messages import Fence
 from scripts.sizes import PAGE, main, with_table
@@ -71,14 +72,23 @@ def test_steps_and_their_residual_are_what_is_on_disk(tmp_path: Path) -> None:
     config = _config(2, **{"wire-down": "int4", "mirror-history": 2})
     weights = plan.initial_weights(config)
     state = RunState(
-        config, weights, Ledger(num_shards=1, epochs=1, shard_order=range), total_tokens=10**9
+        config,
+        weights,
+        Ledger(num_shards=1, epochs=1, shard_order=lambda _: range(1)),
+        total_tokens=10**9,
     )
     for number in range(1, 4):
-        wanted = {name: tensor + 1 for name, tensor in state.weights.items()}
-        wanted, outer = outer_step(config, state.weights, wanted, state.outer)
         record = RoundRecord(number, "x", 1, 1, 1.0, None)
-        state.absorb(record, [], (wanted, outer))
-    path = write_snapshot(tmp_path, state.to_snapshot(term=1), keep=1)
+        write_tensors(
+            tmp_path / "update", {name: torch.ones_like(t) for name, t in weights.items()}
+        )
+        update, spooled = TensorFile(tmp_path / "update"), tmp_path / f"outer-{number}"
+
+        def step(coded: Coded | None, update: TensorFile = update, to: Path = spooled) -> Any:
+            return outer_step_in_place(config, state.weights, update, state.outer, to, coded=coded)
+
+        state.absorb(record, [], step)
+    path = write_snapshot(tmp_path / "snapshots", state.to_snapshot(term=1), keep=1)
     found = sum(_payload(file) for file in path.glob("*.safetensors"))
     said = sizes(config, rows=1)
     assert found == said.snapshot and said.step == found_step(path)

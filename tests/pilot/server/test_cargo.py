@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from pilot.config import RunConfig
 from pilot.rules.ledger import Ledger
@@ -14,6 +15,7 @@ from pilot.wire.codec import decode, encode, message_bytes
 from pilot.wire.steps import digest_of
 
 from ..grid_fixture import ManualClock
+from ..step_kit import leads_to
 
 CONFIG = RunConfig(run_name="r", num_shards=3, wire_down="int4", mirror_history=3)
 SHAPE = (64, 80)
@@ -28,16 +30,21 @@ class Run:
         self.state = RunState(config, weights, ledger, total_tokens=10**6)
         self.clock = ManualClock()
         self.cargo = Cargo(self.state, self.clock)
-        self.models = [weights]
+        self.models = [_copy(weights)]
 
     def round(self) -> None:
         number = self.state.round_number + 1
         wanted = {n: t + 0.1 * torch.randn(t.shape) for n, t in self.state.weights.items()}
-        self.state.absorb(RoundRecord(number, "x", 1, 1, 1.0, None), [], (wanted, {}))
-        self.models.append(self.state.weights)
+        record = RoundRecord(number, "x", 1, 1, 1.0, None)
+        self.state.absorb(record, [], leads_to(self.state, wanted))
+        self.models.append(_copy(self.state.weights))
 
     def digest(self, round_number: int) -> str:
         return digest_of(self.models[round_number])
+
+
+def _copy(model: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.items()}
 
 
 def test_a_client_gets_the_steps_that_it_misses_and_else_the_model() -> None:
@@ -104,13 +111,14 @@ def test_the_last_merge_is_whole_and_leads_on_from_no_mirror(ends: str) -> None:
     config = replace(CONFIG, num_rounds=3 if ends == "rounds" else 0)
     run = Run(config)
     run.state.total_tokens = 10**6 if ends == "rounds" else 3
-    wanted_in_all = run.state.weights
+    wanted_in_all = _copy(run.state.weights)
     for number in range(1, 4):
         change = {n: 0.1 * torch.randn(t.shape) for n, t in wanted_in_all.items()}
         wanted_in_all = {n: t + change[n] for n, t in wanted_in_all.items()}
         wanted = {n: t + change[n] for n, t in run.state.weights.items()}
         record = RoundRecord(number, "x", 1, 1, 1.0, None)
-        run.state.absorb(record, [], (wanted, {"momentum.m": torch.ones(1)}))
+        momentum = {"momentum.m": torch.ones(1)}
+        run.state.absorb(record, [], leads_to(run.state, wanted, momentum))
         residual = [name for name in run.state.outer if name.startswith("residual.")]
         assert bool(residual) == bool(run.state.last_steps) == (number < 3)
     assert run.state.finished
@@ -122,6 +130,6 @@ def test_the_last_merge_is_whole_and_leads_on_from_no_mirror(ends: str) -> None:
 def test_a_run_that_ends_without_a_merge_has_all_that_was_wanted_too() -> None:
     run = Run(replace(CONFIG, num_rounds=2))
     run.round()
-    held, residual = run.state.weights["m"], run.state.outer["residual.m"]
+    held, residual = run.state.weights["m"].clone(), run.state.outer["residual.m"]
     run.state.absorb(RoundRecord(2, "nobody-left", 0, 0, 1.0, None), [], None)
     assert torch.equal(run.state.weights["m"], held + residual) and run.state.outer == {}
