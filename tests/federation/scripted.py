@@ -130,6 +130,7 @@ class MirrorSite(ScriptedSite):
 
     mirror: Mirror = field(default_factory=Mirror)
     trained_from: list[str] = field(default_factory=list)  # digests
+    kept: int = 0  # orders whose model lies on disk
     received: list[int] = field(
         default_factory=list
     )  # bytes of each order, those that did not fit, too
@@ -159,6 +160,7 @@ class MirrorSite(ScriptedSite):
             }
         own = self.react(order, reply, update)
         self.mirror.keep(order)
+        self.kept += 1
         answer = to_header(replace(own or reply, mirror="" if order.run_is_over else order.digest))
         return to_records(answer | {"node_name": self.name}, encode(update))
 

@@ -210,7 +210,7 @@ def test_clients_with_other_numbers_of_ranks_hold_the_same_bits(site: Path) -> N
                 config, [[0, 0, 0, 7]], fence=fence, client=client, processes=processes, **model
             )
             with WorkerHandle(processes=processes, device="cpu") as worker:
-                reply = from_header(worker.ask(to_header(order), parts)[0])
+                reply = from_header(worker.ask(to_header(order), list(parts))[0])
             assert isinstance(reply, TrainReply) and (reply.steps, reply.error) == (1, "")
             assert reply.mirror == model["digest"] == digest_on_disk(mirror_path("r", client))
     files = [mirror_path("r", client).read_bytes() for client in ("one", "two")]
