@@ -139,7 +139,7 @@ class RoundLoop:
             self.mailbox.abandon(lost)
 
     def _gather(self, wanted: int, *, to_train: bool) -> list[Client]:
-        """Wait until `wanted` clients can take work, and a little for those that may come back.
+        """Wait until `wanted` clients are there, one of them for work, and a little for those that may return.
 
         Raises RunFailed after `clients-timeout` seconds without them, or when they can't come; not while
         a client is there that is only left out for a while.
@@ -150,13 +150,15 @@ class RoundLoop:
             self._tick(_TICK_S if waited_s < _BRISK_S else _IDLE_TICK_S)
             self._raise_if_interrupted()
             clients = self._available(to_train=to_train)
-            if self._all_there(len(clients), wanted):
+            cooling = [c.name for c in self._present() if not self.cooling.ready(c.name)]
+            there = len({c.name for c in clients}.union(cooling)) if clients else 0
+            if self._all_there(there, wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return self._at_work(clients) if to_train else clients
-            asked = self.roster.questions_open
-            self.idle.because(gathering(len(clients), wanted, asked=asked), self.state.round_number)
+            cause = gathering(len(clients), wanted, asked=self.roster.questions_open)
+            self.idle.because(cause, self.state.round_number)
             why = self.roster.waiting_for(wanted)
-            if cooling := [c.name for c in self._present() if not self.cooling.ready(c.name)]:
+            if cooling:
                 why += f"; left out for a while: {', '.join(cooling)}"
             timed_out = waited_s >= self.config.clients_timeout and not cooling
             if self.roster.hopeless(wanted) or timed_out:
@@ -168,7 +170,7 @@ class RoundLoop:
     def _all_there(self, there: int, wanted: int) -> bool:
         """Whether a round may open with `there` clients, or those that are missing have been waited for, once.
 
-        A node that was asked what it is and does not answer counts as missing: it may hang.
+        One that does not answer what it is counts as missing: it may hang. One left out for a while does not.
         """
         now_s = self.clock.now_s()
         if there >= max(wanted, self.config.min_clients) and not self.roster.questions_open:
@@ -222,15 +224,13 @@ class RoundLoop:
 
     def _until_the_end(self) -> EndReason:
         """Watch the round until a rule ends it, and make the end known: durable key, then signal."""
-        left = self.state.total_tokens - self.state.tokens
+        left, reason = self.state.total_tokens - self.state.tokens, None
         rules = RoundRules.of(self.config, run_tokens_left=left)
-        reason = None
         while reason is None:
             self._tick(_TICK_S if self._monitor.awaited else _IDLE_TICK_S)
             self._join(rules)
-            reason = end_reason(rules, self._view())
-            if self.interrupted():
-                reason = EndReason.INTERRUPTED
+            stopped, view = self.interrupted(), self._view()
+            reason = EndReason.INTERRUPTED if stopped else end_reason(rules, view)
         self._monitor.ended_at_s = self.clock.now_s()
         self.coordinator.end_round(reason)
         self.report.round_ended(self._round.number, reason)

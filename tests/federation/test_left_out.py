@@ -1,5 +1,6 @@
 """Sites whose updates can't be used, in whole runs: counted, left out for a while, back again."""
 
+import json
 import logging
 from typing import Any
 
@@ -52,6 +53,15 @@ def test_run_whose_only_site_is_left_out_waits_for_it_and_says_so(
     assert clock.now_s() >= 20.0
     assert state.admission.in_a_row == {}
     assert "1 of 1 clients can take part; left out for a while: alone" in caplog.text
+
+
+def test_a_resumed_run_does_not_wait_for_a_site_that_is_left_out(server: Any) -> None:
+    sites = [ScriptedSite("a"), ScriptedSite("b")]
+    run = server(sites, num_rounds=2, min_clients=2, cooling_time=200.0)
+    run.state.admission.in_a_row["b"] = 3
+    state = run.run(FastClock(speed=20))
+    assert [json.loads(line)["client"] for line in state.merged_log] == ["a", "a"]
+    assert [order.run_is_over for order in sites[1].orders] == [True]
 
 
 def test_only_site_is_refused_three_times_and_the_run_goes_on_after_its_cooling_time(
