@@ -21,7 +21,16 @@ LOCAL_ADDRESSES = (":local:", ":local-in-memory:")
 CONNECT_TIMEOUT_S, _CONNECT_AGAIN_S = 5.0, 0.25
 
 _BASE_DIR = "NANOCHAT_BASE_DIR"
-_TASK_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
+# What Flower's processes are started with, unless the environment has other values; `flower.env` has the same
+# for those started by hand. A round waits for SuperExec's look for a task. Two objects of 5 MiB at a time,
+# Flower's default, fill a line of 80 ms of round trip to 70 MB/s, so there are more; of those that are sent,
+# fewer: all of them share a slow line, and each has 30 s for its answer (docs/flower.md, *Distance*).
+FLOWER_SETTINGS: Mapping[str, str] = {
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "4",
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "8",
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(5 << 20),
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ def check_reachable(connection: Connection, *, within_s: float = 0.0) -> None:
 def flower_environment() -> dict[str, str]:
     """This environment, with the programs of this Python's installation on the PATH.
 
-    Flower's SuperExec polls for tasks four times per second instead of once: every round waits for that.
+    `FLOWER_SETTINGS` hold where it says nothing else.
     A relative base directory is made absolute: some of Flower's processes have another working directory.
     """
     programs = sysconfig.get_path("scripts")
@@ -154,12 +163,12 @@ def flower_environment() -> dict[str, str]:
     if configured := os.environ.get(_BASE_DIR):
         base[_BASE_DIR] = str(Path(configured).expanduser().absolute())
     return {
+        **FLOWER_SETTINGS,
         **os.environ,
         **base,
         "PATH": os.pathsep.join((programs, path)),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        _TASK_POLL: os.environ.get(_TASK_POLL, "0.25"),
     }
 
 
