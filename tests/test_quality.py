@@ -208,10 +208,33 @@ def test_a_step_down_in_few_bits_costs_little_and_the_last_one_is_whole(rows: Co
     assert outcomes["full"].received == 4.0 and 0.4 < outcomes["int4"].received < 0.6
     assert outcomes["int4"].bpb != outcomes["full"].bpb
     assert outcomes["int4"].bpb == pytest.approx(outcomes["full"].bpb, rel=0.02)
-    held = laboratory._held(laboratory.weights, {n: t + 1 for n, t in laboratory.weights.items()})
-    for name, residual in laboratory.residual.items():
-        assert torch.equal(held[name], laboratory.weights[name] + 1 + residual), name
-    assert any(bool(t.any()) for t in laboratory.residual.values())
+    assert not laboratory.residual, "the last model has all of it"
+    laboratory.tokens = 0
+    before = laboratory.weights
+    change = {name: 0.01 * torch.randn(tensor.shape) for name, tensor in before.items()}
+    wanted = {name: tensor + change[name] for name, tensor in before.items()}
+    held = laboratory._received(before, {name: tensor.clone() for name, tensor in wanted.items()})
+    residual = dict(laboratory.residual)
+    assert residual and all(bool(tensor.any()) for tensor in residual.values())
+    for name, tensor in residual.items():
+        torch.testing.assert_close(held[name] + tensor, wanted[name], rtol=0, atol=2e-6)
+    laboratory.tokens = SMOKE.total_tokens
+    last = laboratory._received(held, {name: tensor + 1 for name, tensor in held.items()})
+    for name, tensor in last.items():
+        assert torch.equal(tensor, held[name] + 1 + residual.get(name, torch.zeros(()))), name
+
+
+def test_the_wire_is_tried_with_each_code_up_down_and_both_ways() -> None:
+    def pair(case: Case) -> tuple[object, object]:
+        config = dict(case.config)
+        return config.get("wire-up", "float32"), config.get("wire-down", "full")
+
+    for steps in (10, 3):
+        tried = {
+            pair(case) for case in EXPERIMENTS["wire"] if case.clients == 4 and case.steps == steps
+        }
+        for code in ("int8", "int4", "sparse"):
+            assert tried >= {("float32", "full"), (code, "full"), ("float32", code), (code, code)}
 
 
 def test_every_experiment_names_its_cases_once_and_can_be_configured(rows: Corpus) -> None:

@@ -105,15 +105,14 @@ BLOCKS: dict[str, Any] = {"trace": SUN, "away_rounds": 8}
 # Speeds 1 : 2 : 4, with a mean of 1
 UNEVEN = FOUR.but("3 clients, 1:2:4", clients=3, speeds=(3 / 7, 6 / 7, 12 / 7))
 RETURN = EIGHT.but("8 clients, 2 at a time", trace=((0, 1), (2, 3), (4, 5), (6, 7)), away_rounds=4)
+_CODES = ("int8", "int4", "sparse")
 PAIRS = (
     ("float32", "full"),
-    ("int8", "int8"),
-    ("int4", "full"),
-    ("float32", "int4"),
-    ("int4", "int4"),
+    *((code, "full") for code in _CODES),
+    *(("float32", code) for code in _CODES),
+    *((code, code) for code in _CODES),
     ("sparse", "int4"),
     ("int4", "sparse"),
-    ("sparse", "sparse"),
 )
 
 EXPERIMENTS: dict[str, list[Case]] = {
@@ -131,7 +130,11 @@ EXPERIMENTS: dict[str, list[Case]] = {
         *_by_wire(FOUR, 0.9, 0.8),
         *_by_wire(ONE, 1.0, 0.0, wires=("sparse",)),
         *_by_wire(FOUR, 1.0, 0.0, wires=("sparse",)),
-        *(case for base in (ONE, FOUR, EIGHT) for case in _by_pair(base, PAIRS)),
+        *(
+            case
+            for base in (ONE, FOUR, *_by_steps(FOUR, 3), EIGHT)
+            for case in _by_pair(base, PAIRS)
+        ),
     ],
     "annealed": [
         PLAIN,
