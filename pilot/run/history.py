@@ -5,18 +5,18 @@ One that cannot be read costs clients that missed it the whole model, and nothin
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from nanochat.files import sha256_file
 from pilot.wire.messages import Part
@@ -69,19 +69,27 @@ class Step:
         if self.parts is None:
             log.warning("%s is gone: clients that missed this step get the whole model", self.path)
             return
-        self._write(path)
-        self.sha256 = sha256_file(path)
+        self.sha256 = self._write(path)
 
-    def _write(self, path: Path) -> None:
-        parts = self.parts or ()
-        tensors = {part.name: _bytes(part) for part in parts}
-        listed = [[part.name, part.dtype, list(part.shape)] for part in parts]
-        try:
-            save_file(tensors, path, metadata={"parts": json.dumps(listed)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        with path.open("rb") as file:
+    def _write(self, path: Path) -> str:
+        """Write its parts as safetensors, hashed on the way, without a second copy of them: the SHA-256."""
+        parts, end = self.parts or (), 0
+        names = [[part.name, part.dtype, list(part.shape)] for part in parts]
+        header: dict[str, Any] = {"__metadata__": {"parts": json.dumps(names)}}
+        for part in parts:
+            first, end = end, end + len(part.data)
+            place = {"dtype": "U8", "shape": [end - first], "data_offsets": [first, end]}
+            header[part.name] = place
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        digest = hashlib.sha256()
+        with path.open("wb") as file:
+            for piece in (struct.pack("<Q", len(text)), text, *(part.data for part in parts)):
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
             os.fsync(file.fileno())
+        return digest.hexdigest()
 
     def moved(self, directory: Path, *, keep_parts: bool) -> None:
         """Its file is in `directory` now; its parts may be forgotten."""
@@ -102,10 +110,6 @@ def _share(old: Path, new: Path) -> bool:
     with new.open("rb") as file:
         os.fsync(file.fileno())
     return True
-
-
-def _bytes(part: Part) -> "np.ndarray[Any, Any]":
-    return np.frombuffer(part.data, np.uint8) if len(part.data) else np.empty(0, np.uint8)
 
 
 def read_steps(
