@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--clients", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--wire", default=RunConfig.wire_up, help="wire-up, the form of replies")
+    parser.add_argument("--down", default=RunConfig.wire_down, help="wire-down, the form of orders")
     parser.add_argument("--child", type=Path, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -105,6 +106,7 @@ def _config(arguments: Namespace, clients: int) -> RunConfig:
             "round-steps": 1,
             "round-min-duration": 1.0,
             "wire-up": arguments.wire,
+            "wire-down": arguments.down,
             "snapshot-keep": 1,
             "max-update-norm-ratio": 0.0,  # random numbers that are longer than 1 step moves
             "wandb-mode": "disabled",
@@ -140,7 +142,7 @@ def _write_reply(config: RunConfig, directory: Path) -> None:
 def _measure(arguments: Namespace, clients: int, directory: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.server_memory", "--child", str(directory)]
     command += ["--depth", str(arguments.depth), "--vocab-size", str(arguments.vocab_size)]
-    command += ["--clients", str(clients), "--wire", arguments.wire]
+    command += ["--clients", str(clients), "--wire", arguments.wire, "--down", arguments.down]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(directory / f"base-{clients}")}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, check=True, timeout=_LIMIT_S
@@ -254,6 +256,7 @@ def _trained(order: TrainOrder) -> TrainReply:
         eval_rows=rows,
         consumed=consumed,
         row_counts={segment.shard: _SHARD_ROWS for segment in consumed},
+        mirror=order.digest,
     )
 
 
@@ -302,6 +305,7 @@ def _lead(arguments: Namespace) -> None:
                 "clients": clients,
                 "parameters": parameters,
                 "wire_up": config.wire_up,
+                "wire_down": config.wire_down,
                 "peak_bytes": peak,
                 "base_bytes": peaks.base,
                 "bytes_per_parameter": round(peak / parameters, 2),

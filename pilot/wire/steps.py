@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 from pilot.wire.codec import DECAY, CodecError, decode, encode, form_of
@@ -62,14 +61,17 @@ class StepEncoder:
     def say(self, name: str, before: Tensor, weight: Tensor) -> Tensor:
         """`weight` is what the outer step wants and becomes what clients get who hold `before`; all fp32.
 
-        Returns the new residual, in the memory of one of them or of neither.
+        Returns the new residual. The memory of both is used: beside them there is one more tensor.
         """
-        left = weight - before
+        # the part of an exact form is a view of what it says
+        left = weight.sub_(before) if self.leaves_residual(weight.shape) else weight - before
         (part,) = encode({name: left}, wire=self._wire, rest=self._residual, decay=1.0)
         change = decode([part], shapes={name: before.shape})[name]
-        torch.add(before, change, out=weight)
+        before.add_(change)
+        rest = change.copy_(left)
+        weight.copy_(before)
         self._said[name] = part
-        return left
+        return rest
 
 
 def encode_step(
@@ -85,7 +87,7 @@ def encode_step(
     """
     encoder, left = StepEncoder(residual, wire=wire), {}
     for name, tensor in wanted.items():
-        rest = encoder.say(name, weights[name], tensor)
+        rest = encoder.say(name, weights[name].clone(), tensor)
         if encoder.leaves_residual(tensor.shape):
             left[name] = rest
     return dict(wanted), left, encoder.parts
