@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanochat.gpt import GPT
+from pilot import plan
 from pilot.config import RunConfig
-from pilot.site.update import Encoder
+from pilot.site.update import Encoder, pseudo_gradient
 from pilot.wire.codec import DECAY, decode
+from pilot.wire.codes import CODES
 from pilot.wire.messages import Fence
 
 from ..worker_kit import train_order
@@ -144,3 +147,24 @@ def test_an_update_that_is_no_number_has_lost_no_share_of_itself(tmp_path: Path)
     order = train_order(RunConfig(), [], fence=fence(1))
     encoder.encode({"matrix": torch.full((64, 80), float("inf"))}, order, CPU)
     assert encoder.lost is None
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", *DECAY])
+def test_embedding_rows_that_saw_no_token_cost_a_bit(wire: str, tmp_path: Path) -> None:
+    """In all codes, as the optimizer leaves them: AdamW's decay is none of the default architecture's."""
+    config = RunConfig(depth=1, vocab_size=640, sequence_len=16)
+    model = GPT(plan.model_config(config), compute_dtype=torch.float32)
+    model.init_weights()
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    optimizer = plan.make_optimizer(config, model)
+    tokens = torch.arange(64).view(4, 16) % 40
+    for _ in range(2):
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    update = pseudo_gradient(model, weights)
+    order = train_order(config, [], fence=fence(1))
+    parts = Encoder(tmp_path / "rest", wire).encode(update, order, CPU)
+    (table,) = [part for part in parts if part.name == "transformer.wte.weight"]
+    head, sent = 2 * 640 // 16, 40 * table.shape[1]
+    assert len(table.data) == head + sum(CODES[wire].sections(sent))
