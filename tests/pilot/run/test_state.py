@@ -230,7 +230,9 @@ def test_a_run_from_before_there_was_a_key_continues_as_it_was() -> None:
     snapshot = through_json(trained(own))
     del snapshot.state["config"]["batch-of"]
     resumed = RunState.from_snapshot(snapshot, CONFIG, shard_order=order)
-    assert CONFIG.batch_of == "federation" and resumed.config == own, "nobody has asked for the default"
+    assert CONFIG.batch_of == "federation" and resumed.config == own, (
+        "nobody has asked for the default"
+    )
     assert [change.key for change in resumed.config_changes] == ["lr"], "of before"
 
 
