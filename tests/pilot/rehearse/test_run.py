@@ -23,6 +23,7 @@ def run(tmp_path: Path, trace: list[Happening], *, clients: int = 2, **values: A
             "vocab-size": 300,
             "sequence-len": ROW,
             "total-batch-size": BATCH,
+            "batch-of": "client",
             "device-batch-size": 1,
             "num-shards": 100,
             "total-tokens": 64_000,
