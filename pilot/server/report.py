@@ -14,7 +14,7 @@ from typing import Any
 from nanochat.schedule import Schedule
 from pilot.rules.accounts import ClientAccount, run_account, totals
 from pilot.rules.rounds import EndReason
-from pilot.run.events import read_events
+from pilot.run.events import EVENTS_VERSION, read_events
 from pilot.run.state import RoundRecord, RunState
 from pilot.server.bars import Speed, bar, bar_end
 from pilot.server.tables import round_line, round_table, time_table
@@ -35,13 +35,8 @@ class Report:
 
     def run_started(self, state: RunState, term: int) -> None:
         """A server has begun, with a new run or where the last one stopped."""
-        self.telemetry.event(
-            "run_started",
-            run=state.config.run_name,
-            term=term,
-            tokens=state.tokens,
-            round=state.round_number,
-        )
+        who = {"events_version": EVENTS_VERSION, "run": state.config.run_name, "term": term}
+        self.telemetry.event("run_started", **who, tokens=state.tokens, round=state.round_number)
         for change in state.config_changes:
             if change.round_number == state.round_number:  # earlier ones were reported then
                 self.telemetry.event(
