@@ -1,13 +1,15 @@
 """`pilot report RUN …`: reads the runs' directories and writes the page."""
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pilot.errors import PilotError
 from pilot.page.page import page
 from pilot.page.script import vega_script
-from pilot.page.story import read_story
+from pilot.page.story import Story, read_story, summary
 
 
 def add_report(commands: Any) -> None:
@@ -21,7 +23,8 @@ def add_report(commands: Any) -> None:
             "configuration. It is one file, and opens without a network. Also of a run that is not over."
         ),
         epilog=(
-            "examples:\n  pilot report d20\n  pilot report d20 d20-one-site -o comparison.html"
+            "examples:\n  pilot report d20\n  pilot report d20 --json\n"
+            "  pilot report d20 d20-one-site -o comparison.html"
         ),
     )
     command.add_argument(
@@ -37,6 +40,11 @@ def add_report(commands: Any) -> None:
         metavar="FILE",
         help="where to write the page (default: RUN.html in the current directory)",
     )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="the page's figures as JSON, an object per run, instead of the page; without -o: printed",
+    )
     command.set_defaults(function=report)
 
 
@@ -46,16 +54,23 @@ def report(arguments: argparse.Namespace) -> int:
     from nanochat.files import atomic_write_text
 
     stories = [read_story(run_directory(run)) for run in arguments.runs]
+    if arguments.json and arguments.output is None:
+        print(_figures(stories))
+        return 0
     output = arguments.output or Path(f"{stories[0].directory.name}.html")
     if output.is_dir():
         raise PilotError(f"{output} is a directory: name a file")
-    html = page(stories, vega_script())
+    html = _figures(stories) + "\n" if arguments.json else page(stories, vega_script())
     try:
         atomic_write_text(output, html)
     except OSError as error:
         raise PilotError(f"cannot write {output}: {error.strerror}") from error
     print(f"{output} ({len(html.encode()) / 1e6:.1f} MB)")
     return 0
+
+
+def _figures(stories: Sequence[Story]) -> str:
+    return json.dumps([summary(story) for story in stories], indent=2, allow_nan=False)
 
 
 def run_directory(run: str) -> Path:

@@ -1,7 +1,7 @@
 """Bars, dots and cells of the page: where time went, who took part, which rows the model has seen. Pure."""
 
-from pilot.page.chart import Figure, Spec, seconds_text, spec_of, tips
-from pilot.page.measures import TRAINING, Measures
+from pilot.page.chart import Figure, Spec, seconds_text, short, spec_of, thinned, tips
+from pilot.page.measures import TRAINING, Energy, Measures
 
 _LABELLED_CELLS = 30
 _LEAST_S = 0.05  # of a cause that has a bar
@@ -47,19 +47,27 @@ def presence(name: str, found: Measures) -> Figure | None:
     if not found.presences:
         return None
     values: list[Spec] = []
+    numbers = [one.round_number for one in found.presences]
+    shown = thinned(numbers)
+    half = 0.42 * max(1.0, (max(numbers) - min(numbers)) / len(shown))
     for one in found.presences:
+        if one.round_number not in shown:
+            continue
         merged = len(one.merged)
         asked = max(len(one.asked), merged)
         for what, low, high in (("merged", 0, merged), ("not merged", merged, asked)):
             if high > low:
                 values.append(
                     {"round": one.round_number, "what": what, "low": low, "high": high}
-                    | {"from": one.round_number - 0.42, "to": one.round_number + 0.42}
+                    | {"from": one.round_number - half, "to": one.round_number + half}
                     | {"clients": high - low, "of": asked}
                 )
-    numbers = [one.round_number for one in found.presences]
     x: Spec = {"field": "from", "type": "quantitative"}
-    x["scale"] = {"domain": [min(numbers) - 0.5, max(numbers) + 0.5], "nice": False, "zero": False}
+    x["scale"] = {
+        "domain": [min(numbers) - half - 0.08, max(numbers) + half + 0.08],
+        "nice": False,
+        "zero": False,
+    }
     x["axis"] = {"title": "round", "grid": False, "format": "d", "tickMinStep": 1}
     most = max(value["high"] for value in values) if values else 1
     y: Spec = {
@@ -79,7 +87,11 @@ def presence(name: str, found: Measures) -> Figure | None:
     title = "Clients by round: with an order, and merged"
     layers: list[Spec] = [{"mark": {"type": "rect"}, "encoding": encoding}]
     spec = spec_of(title, layers, height=120, data=values)
-    rows = [[one.round_number, len(one.asked), len(one.merged)] for one in found.presences]
+    rows = [
+        [one.round_number, len(one.asked), len(one.merged)]
+        for one in found.presences
+        if one.round_number in shown
+    ]
     return Figure(name, title, spec, ["round", "with an order", "merged"], rows)
 
 
@@ -161,6 +173,7 @@ def shards(name: str, found: Measures) -> Figure | None:
             )
     x: Spec = {"field": "shard", "type": "ordinal"}
     x["axis"] = {"labelAngle": 0, "labelOverlap": "greedy", "domain": False, "ticks": False}
+    x["axis"] |= {"labelSeparation": 6}
     y: Spec = {"field": "epoch", "type": "ordinal"}
     y["axis"] = {"labelAngle": 0, "labelOverlap": "greedy", "domain": False, "ticks": False}
     opacity: Spec = {"field": "share", "type": "quantitative", "legend": None}
@@ -183,3 +196,41 @@ def shards(name: str, found: Measures) -> Figure | None:
     spec = spec_of(title, layers, height=height, data=values)
     table = [[v["epoch"], v["shard"], v["rows"], v["size"]] for v in values if v["rows"]]
     return Figure(name, title, spec, ["epoch", "shard", "rows seen", "rows of the shard"], table)
+
+
+def energy(name: str, found: Measures) -> Figure | None:
+    """What each client's training took, in kWh. None where no event says it."""
+    known = {client: used for client, used in found.energy.items() if used.kwh is not None}
+    if not known:
+        return None
+    values: list[Spec] = [
+        {
+            "client": client or "unknown",
+            "kwh": round(used.kwh or 0.0, 4),
+            "text": _energy_text(used),
+        }
+        for client, used in known.items()
+    ]
+    y: Spec = {"field": "client", "type": "nominal", "sort": None, "scale": {"paddingInner": 0.35}}
+    y["axis"] = {"title": None, "domain": False, "ticks": False, "labelPadding": 6}
+    y["axis"] |= {"labelLimit": 130}
+    most = max(value["kwh"] for value in values) or 1.0
+    x: Spec = {"field": "kwh", "type": "quantitative", "axis": None}
+    x["scale"] = {"domain": [0, most * 1.9], "nice": False}
+    text: Spec = {"type": "text", "align": "left", "dx": 6, "fontSize": 11, "fill": "var(--ink)"}
+    bar = {"type": "bar", "cornerRadiusEnd": 2, "fill": "var(--s-training)"}
+    layers: list[Spec] = [
+        {"mark": bar, "encoding": {"x": x, "y": y, "tooltip": tips("client", "text")}},
+        {"mark": text, "encoding": {"x": x, "y": y, "text": {"field": "text"}}},
+    ]
+    title = "Energy of each client's training"
+    spec = spec_of(title, layers, height=28 * len(values), data=values)
+    rows = [[client or "unknown", one.kwh, one.grams, one.money] for client, one in known.items()]
+    return Figure(name, title, spec, ["client", "kWh", "g of CO2", "money"], rows)
+
+
+def _energy_text(used: Energy) -> str:
+    said = [f"{short(used.kwh or 0.0)} kWh"]
+    said += [f"{short(used.grams)} g CO2"] if used.grams is not None else []
+    said += [f"{short(used.money)} money"] if used.money is not None else []
+    return "  ·  ".join(said)

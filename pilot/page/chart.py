@@ -4,7 +4,7 @@ Colours are CSS variables, which the SVG takes from page.css: one picture serves
 stands in `values` only, never in an expression or a field's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from pilot.page.timeline import State
 
 Spec = dict[str, Any]
 
+MOST_PLACES = 600  # along an axis: a chart of more rounds shows some of them
 COLOURS = 8  # of clients and of runs: --c0 .. --c7
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 STATE_COLOURS = {state: f"var(--s-{state.value.replace(' ', '-')})" for state in State}
@@ -41,6 +42,15 @@ class Unit:
     @property
     def axis(self) -> str:
         return f"{self.name} since the start"
+
+
+def thinned(values: Iterable[int], most: int = MOST_PLACES) -> set[int]:
+    """The different `values`, or of more than `most` evenly spaced ones and the last."""
+    known = sorted(set(values))
+    if len(known) <= most:
+        return set(known)
+    step = len(known) / most
+    return {known[len(known) - 1 - int(i * step)] for i in range(most)}
 
 
 def unit_for(span_s: float) -> Unit:

@@ -12,6 +12,7 @@ from pilot.page.chart import (
     short,
     shortened,
     spec_of,
+    thinned,
     tips,
     unit_for,
 )
@@ -19,6 +20,8 @@ from pilot.page.measures import Measures, Pace, Point
 
 _LINE_HEIGHT = 200
 _LABELLED_LINES = 8
+_DOTS = 150  # that have room on a line
+_THIN_PLACES = 200  # of charts with a line per client
 _MEGA = 1e6
 
 
@@ -40,7 +43,10 @@ def curve(
     unit, scale = unit_for(span_s), scale_of(tokens)
     values = []
     for run, points in runs.items():
+        shown = thinned(point.round_number for point in points)
         for order, point in enumerate(points):
+            if point.round_number not in shown:
+                continue
             height = point.train_loss if quantity == "train_loss" else point.bpb
             if height is None:
                 continue
@@ -76,7 +82,9 @@ def _thin(
     over: str,
 ) -> list[Spec]:
     """The clients' losses at the places of the rounds in which they were merged."""
+    shown = thinned((p.round_number for series in runs.values() for p in series), _THIN_PLACES)
     points = {p.round_number: p for series in runs.values() for p in series}
+    points = {number: points[number] for number in shown}
     clients = list(dict.fromkeys(pace.client for pace in paces))
     return [
         {
@@ -96,7 +104,10 @@ def pace(name: str, paces: Sequence[Pace], clients: Sequence[str], what: str) ->
     """`what` ("tokens_per_s" or "mfu") of each client over the rounds. None without any value."""
     label = {"tokens_per_s": "tokens per second while training", "mfu": "MFU, %"}[what]
     values = []
+    shown = thinned((one.round_number for one in paces), _THIN_PLACES)
     for one in sorted(paces, key=lambda p: p.round_number):
+        if one.round_number not in shown:
+            continue
         height = one.tokens_per_s if what == "tokens_per_s" else one.mfu
         if height is not None:
             height = round(height * 100, 2) if what == "mfu" else round(height, 1)
@@ -124,16 +135,18 @@ def traffic(name: str, found: Measures) -> Figure | None:
     """Bytes up and down by round. None where the events hold none."""
     if not found.traffic:
         return None
+    shown = thinned(one.round_number for one in found.traffic)
+    drawn = [one for one in found.traffic if one.round_number in shown]
     values = [
         {"series": series, "x": one.round_number, "y": round(amount / _MEGA, 3)}
         | {"order": one.round_number, "round": one.round_number, "tokens": "", "time": ""}
-        for one in found.traffic
+        for one in drawn
         for series, amount in (("down", one.down), ("up", one.up))
     ]
     title = "Bytes of tensors by round: down to clients, up to the server"
     colours = {"down": "var(--down)", "up": "var(--up)"}
     spec = _lines(title, values, "round", "MB per round", colours, zero=True)
-    rows = [[one.round_number, one.down, one.up] for one in found.traffic]
+    rows = [[one.round_number, one.down, one.up] for one in drawn]
     return Figure(name, title, spec, ["round", "bytes down", "bytes up"], rows)
 
 
@@ -156,7 +169,7 @@ def _lines(
     places = [v["x"] for v in values]
     x_scale = {"domain": [min(places), max(places) or 1], "nice": False, "zero": False}
     x: Spec = {"field": "x", "type": "quantitative", "scale": x_scale}
-    x["axis"] = {"title": x_title, "grid": False, "tickCount": 6, "format": "~g"}
+    x["axis"] = {"title": x_title, "grid": False, "tickCount": 6, "format": ",~r"}
     y: Spec = {"field": "y", "type": "quantitative", "scale": y_scale}
     y["axis"] = {"title": y_title, "tickCount": 5, "domain": False, "ticks": False}
     shade: Spec = {"value": "var(--ink)"}
@@ -176,7 +189,8 @@ def _lines(
     layers.append(
         {"data": {"values": list(values)}, "mark": line, "encoding": {**encoding, "stroke": shade}}
     )
-    dot: Spec = {"type": "point", "filled": True, "size": 22, "opacity": 1}
+    size = 22 if len(values) <= _DOTS else 5
+    dot: Spec = {"type": "point", "filled": True, "size": size, "opacity": 1}
     encoding = {"x": x, "y": y, "fill": shade, "tooltip": tips(*shown)}
     layers.append({"data": {"values": list(values)}, "mark": dot, "encoding": encoding})
     layers.append(_end_labels(values, domain, shade, x, y, named=bool(colours)))

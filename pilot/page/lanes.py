@@ -18,6 +18,7 @@ from pilot.page.timeline import Interval, State, Timeline, coarse
 
 MAX_INTERVALS = 6000  # drawn one by one; a picture of more is made coarser
 _PIECES = 1200  # of a coarse lane
+_MOST_MARKS = 1000  # of refusals: the latest
 
 
 def lanes(name: str, timeline: Timeline) -> Figure:
@@ -25,7 +26,8 @@ def lanes(name: str, timeline: Timeline) -> Figure:
     unit = unit_for(timeline.end_s)
     drawn = timeline.intervals
     if len(drawn) > MAX_INTERVALS:
-        drawn = coarse(drawn, timeline.end_s / _PIECES)
+        pieces = max(60, min(_PIECES, MAX_INTERVALS // max(1, len(timeline.clients))))
+        drawn = coarse(drawn, timeline.end_s / pieces)
     clients = timeline.clients
     step = max(5, min(38, 1400 // max(1, len(clients))))
     y: Spec = {
@@ -91,6 +93,7 @@ def _outages(timeline: Timeline, unit: Unit) -> Spec:
 
 
 def _refusal_marks(timeline: Timeline, unit: Unit, y: Spec) -> Spec:
+    clients = set(timeline.clients)
     values = [
         {
             "at": unit.of(one.at_s),
@@ -100,8 +103,8 @@ def _refusal_marks(timeline: Timeline, unit: Unit, y: Spec) -> Spec:
             "reason": one.reason,
             "time": seconds_text(one.at_s),
         }
-        for one in timeline.refusals
-        if one.client in timeline.clients
+        for one in timeline.refusals[-_MOST_MARKS:]
+        if one.client in clients
     ]
     return {
         "data": {"values": values},

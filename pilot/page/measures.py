@@ -1,12 +1,15 @@
-"""A run in numbers, from its events: what the curves, bars and tables of the page show. Pure."""
+"""A run in numbers, from its events: what the curves, bars and tables of the page show. Pure.
+
+Events are read one by one and not kept, so that a page can follow a long run.
+"""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from pilot.page.timeline import Event, State, Timeline
-from pilot.rules.accounts import ClientAccount, RunAccount, run_account
+from pilot.rules.accounts import ClientAccount, RunAccounting
 
 TRAINING = "training"
 
@@ -55,6 +58,26 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """What a client's training took; None where nothing says. `money` in the unit of the run's prices."""
+
+    kwh: float | None = None
+    grams: float | None = None  # of CO2
+    money: float | None = None
+
+    def __add__(self, other: "Energy") -> "Energy":
+        return Energy(
+            _either(self.kwh, other.kwh),
+            _either(self.grams, other.grams),
+            _either(self.money, other.money),
+        )
+
+
+def _either(one: float | None, other: float | None) -> float | None:
+    return (one or 0.0) + (other or 0.0) if one is not None or other is not None else None
+
+
+@dataclass(frozen=True)
 class ClientSummary:
     """One line of the table of clients; shares of 1, None where nothing says."""
 
@@ -84,8 +107,11 @@ class Measures:
     spent: dict[str, float] = field(default_factory=dict)  # seconds by what the federation did
     goodput: float | None = None
     traffic: list[Traffic] = field(default_factory=list)
+    energy: dict[str, Energy] = field(default_factory=dict)  # by client; empty where nothing says
     clients: list[ClientSummary] = field(default_factory=list)
     finished: bool = False
+    events: int = 0
+    replies: int = 0  # accepted
 
     @property
     def whole_s(self) -> float:
@@ -96,149 +122,208 @@ class Measures:
         return self.spent.get(TRAINING, 0.0) / self.whole_s if self.whole_s else None
 
 
-def measure(events: Sequence[Event], lanes: Timeline) -> Measures:
-    """`events` of one run, oldest first, and the timeline made of them."""
-    found = Measures(finished=any(event.get("event") == "run_finished" for event in events))
-    _curves(events, lanes.began, found)
-    found.paces = _paces(events, lanes.began)
-    found.presences = _presences(events)
-    _shards(events, found)
-    account = run_account(events)
-    _spent(events, account, found)
-    found.clients = [
-        _summary(name, lanes, found, account.clients.get(name)) for name in lanes.clients
-    ]
-    return found
+@dataclass
+class _Work:
+    """What a client did in a round, of all its replies."""
+
+    at_s: float
+    tokens: int = 0
+    train_s: float = 0.0
+    nats: float | None = 0.0
+    used_s: float | None = 0.0  # seconds times MFU
+
+    def add(self, at_s: float, reply: Event) -> None:
+        seconds = reply.get("train_s") or 0.0
+        nats, mfu = reply.get("loss_nats"), reply.get("mfu")
+        self.at_s = at_s
+        self.tokens += reply["tokens"]
+        self.train_s += seconds
+        self.nats = None if nats is None or self.nats is None else self.nats + nats
+        self.used_s = None if mfu is None or self.used_s is None else self.used_s + mfu * seconds
 
 
-def _curves(events: Sequence[Event], began: float, found: Measures) -> None:
-    scores = {
-        event["round"]: (event["val_bpb"], bool(event.get("complete", True)))
-        for event in events
-        if event.get("event") == "validation" and event.get("val_bpb") is not None
-    }
-    opened = [event["time"] for event in events if event.get("event") == "round_opened"]
-    if 0 in scores and opened:
-        found.points.append(Point(0, 0, opened[0] - began, None, *scores[0]))
-    for event in _of_kind(events, "round_committed"):
-        number, at_s = event["round_number"], event["time"] - began
-        bpb, whole = scores.get(number, (None, True))
-        loss = event.get("train_loss")
-        tokens = event.get("total_tokens", 0)
-        found.points.append(Point(number, tokens, at_s, loss, bpb, whole))
+class Measuring:
+    """Follows the events of a run, oldest first; `measures` may be asked for at any time."""
 
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._events = self._replies = 0
+        self._finished = False
+        self._scores: dict[int, tuple[float, bool]] = {}
+        self._opened_s: float | None = None
+        self._commits: list[tuple[int, float, int, float | None]] = []
+        self._work: dict[tuple[int, str], _Work] = {}
+        self._asked: dict[int, list[str]] = {}
+        self._presences: list[Presence] = []
+        self._rows: dict[tuple[int, int], int] = {}
+        self._rows_of: dict[int, list[tuple[tuple[int, int], int]]] = {}  # by round
+        self._shard_rows: dict[int, int] = {}
+        self._accounting = RunAccounting()
+        self._idle: list[tuple[str, float]] = []  # since the last commit
+        self._idle_s: dict[str, float] = {}
+        self._traffic: list[Traffic] = []
+        self._energy: dict[str, Energy] = {}
 
-def _paces(events: Sequence[Event], began: float) -> list[Pace]:
-    by_round: dict[tuple[int, str], list[Event]] = {}
-    for event in _of_kind(events, "reply"):
-        if event.get("tokens") and event.get("client"):
-            by_round.setdefault((event["round"], event["client"]), []).append(event)
-    paces = []
-    for (number, client), replies in by_round.items():
-        tokens = sum(reply["tokens"] for reply in replies)
-        train_s = sum(reply.get("train_s") or 0.0 for reply in replies)
-        nats = [reply.get("loss_nats") for reply in replies]
-        used = [(reply.get("mfu"), reply.get("train_s") or 0.0) for reply in replies]
-        known = train_s > 0 and all(mfu is not None for mfu, _ in used)
-        mfu = sum(mfu * seconds for mfu, seconds in used if mfu is not None) if known else None
-        paces.append(
-            Pace(
-                client,
-                number,
-                replies[-1]["time"] - began,
-                tokens,
-                None if None in nats else sum(n for n in nats if n is not None) / tokens,
-                tokens / train_s if train_s else None,
-                None if mfu is None else mfu / train_s,
-            )
-        )
-    return paces
-
-
-def _presences(events: Sequence[Event]) -> list[Presence]:
-    asked: dict[int, list[str]] = {}
-    presences = []
-    for event in events:
-        kind, number = event.get("event"), event.get("round")
-        if kind == "round_opened" and isinstance(number, int):
-            asked[number] = list(
-                event.get("clients", [])
-            )  # a round that is opened again begins again
+    def read(self, event: Event) -> None:
+        """Raises KeyError, TypeError, ValueError or AttributeError for one that no version of pilot writes."""
+        if self._began is None:
+            self._began = event["time"]
+        self._events += 1
+        at_s = event["time"] - self._began
+        kind, number = event["event"], event.get("round")
+        if kind == "reply":
+            self._reply(event, at_s)
+        elif kind == "validation" and event.get("val_bpb") is not None:
+            self._scores[event["round"]] = (event["val_bpb"], bool(event.get("complete", True)))
+        elif kind == "round_opened" and isinstance(number, int):
+            if self._opened_s is None:
+                self._opened_s = at_s
+            # a round that is opened again begins again
+            self._asked[number] = list(event.get("clients", []))
         elif kind == "client_joined" and isinstance(number, int):
-            names = asked.setdefault(number, [])
+            names = self._asked.setdefault(number, [])
             if event["client"] not in names:
                 names.append(event["client"])
         elif kind == "round_committed":
-            number = event["round_number"]
-            merged = list(dict.fromkeys(reply["client"] for reply in event.get("merged", [])))
-            names = asked.pop(number, merged)
-            presences.append(Presence(number, names, merged))
-    return presences
+            self._committed(event, at_s)
+        elif kind == "merge_taken_back":
+            first, last = event["taken_back"]
+            for undone in range(first, last + 1):
+                for where, rows in self._rows_of.pop(undone, []):
+                    self._rows[where] -= rows
+        elif kind == "round_time":
+            self._accounting.read(event)
+            if event.get("bytes_down") or event.get("bytes_up"):
+                self._traffic.append(
+                    Traffic(event["round"], event["bytes_down"], event["bytes_up"])
+                )
+        elif kind == "idle" and self._opened_s is not None and at_s > self._opened_s:
+            self._idle.append((event["cause"], min(event["seconds"], at_s - self._opened_s)))
+        elif kind == "energy":
+            used = Energy(*(event.get(name) for name in ("kwh", "grams", "money")))
+            client = str(event.get("client") or "")
+            self._energy[client] = self._energy.get(client, Energy()) + used
+        elif kind == "run_finished":
+            self._finished = True
 
-
-def _shards(events: Sequence[Event], found: Measures) -> None:
-    """Rows that the model holds: what a merge was taken back is not among them."""
-    undone: set[int] = set()
-    for event in _of_kind(events, "merge_taken_back"):
-        first, last = event["taken_back"]
-        undone |= set(range(first, last + 1))
-    for event in _of_kind(events, "round_committed"):
-        if event["round_number"] in undone:
-            continue
-        for reply in event.get("merged", []):
-            for epoch, shard, first_row, end_row in reply["consumed"]:
-                where = (epoch, shard)
-                found.shards[where] = found.shards.get(where, 0) + max(0, end_row - first_row)
-    for event in _of_kind(events, "reply"):
+    def _reply(self, event: Event, at_s: float) -> None:
+        self._replies += 1
+        if event.get("tokens") and event.get("client"):
+            where = (event["round"], event["client"])
+            self._work.setdefault(where, _Work(at_s)).add(at_s, event)
         counts = event.get("row_counts", [])
         pairs = counts.items() if isinstance(counts, Mapping) else counts
-        found.shard_rows |= {int(shard): int(rows) for shard, rows in pairs}
+        self._shard_rows |= {int(shard): int(rows) for shard, rows in pairs}
+
+    def _committed(self, event: Event, at_s: float) -> None:
+        number, merged = event["round_number"], event.get("merged", [])
+        tokens, loss = event.get("total_tokens", 0), event.get("train_loss")
+        self._commits.append((number, at_s, tokens, loss))
+        names = list(dict.fromkeys(reply["client"] for reply in merged))
+        self._presences.append(Presence(number, self._asked.pop(number, names), names))
+        parts = self._rows_of[number] = []
+        for reply in merged:
+            for epoch, shard, first_row, end_row in reply["consumed"]:
+                where, rows = (epoch, shard), max(0, end_row - first_row)
+                parts.append((where, rows))
+                self._rows[where] = self._rows.get(where, 0) + rows
+        for cause, seconds in self._idle:
+            self._idle_s[cause] = self._idle_s.get(cause, 0.0) + seconds
+        self._idle.clear()
+
+    def measures(self, lanes: Timeline) -> Measures:
+        """The run so far; `lanes` of the same events."""
+        account = self._accounting.account()
+        found = Measures(
+            points=self._points(),
+            paces=self._paces(),
+            presences=list(self._presences),
+            shards={where: rows for where, rows in self._rows.items() if rows},
+            shard_rows=dict(self._shard_rows),
+            spent=self._spent(account.phases),
+            goodput=account.goodput if account.phases else None,
+            traffic=list(self._traffic),
+            energy=dict(self._energy),
+            finished=self._finished,
+            events=self._events,
+            replies=self._replies,
+        )
+        found.clients = _summaries(lanes, found, account.clients)
+        return found
+
+    def _points(self) -> list[Point]:
+        points = []
+        if 0 in self._scores and self._opened_s is not None:
+            points.append(Point(0, 0, self._opened_s, None, *self._scores[0]))
+        for number, at_s, tokens, loss in self._commits:
+            bpb, whole = self._scores.get(number, (None, True))
+            points.append(Point(number, tokens, at_s, loss, bpb, whole))
+        return points
+
+    def _paces(self) -> list[Pace]:
+        return [
+            Pace(
+                client,
+                number,
+                work.at_s,
+                work.tokens,
+                None if work.nats is None else work.nats / work.tokens,
+                work.tokens / work.train_s if work.train_s else None,
+                work.used_s / work.train_s if work.used_s is not None and work.train_s else None,
+            )
+            for (number, client), work in self._work.items()
+        ]
+
+    def _spent(self, phases: Mapping[str, float]) -> dict[str, float]:
+        """What became of the time: of `round_time` events, or for older files of the spans named `idle`."""
+        if phases:
+            return dict(phases)
+        if self._opened_s is None or not self._commits:
+            return {}
+        rest_s = self._commits[-1][1] - self._opened_s - sum(self._idle_s.values())
+        return self._idle_s | {TRAINING: max(0.0, rest_s)}
 
 
-def _spent(events: Sequence[Event], account: RunAccount, found: Measures) -> None:
-    """What became of the time: of `round_time` events, or for older files of the spans named `idle`."""
-    for event in _of_kind(events, "round_time"):
-        if event.get("bytes_down") or event.get("bytes_up"):
-            number, down, up = event["round"], event["bytes_down"], event["bytes_up"]
-            found.traffic.append(Traffic(number, down, up))
-    if account.phases:
-        found.spent, found.goodput = dict(account.phases), account.goodput
-        return
-    opened = [event["time"] for event in events if event.get("event") == "round_opened"]
-    committed = [event["time"] for event in events if event.get("event") == "round_committed"]
-    if not opened or not committed:
-        return
-    began, ended = opened[0], committed[-1]
-    for event in _of_kind(events, "idle"):
-        if began < event["time"] <= ended:
-            seconds = min(event["seconds"], event["time"] - began)
-            found.spent[event["cause"]] = found.spent.get(event["cause"], 0.0) + seconds
-    found.spent[TRAINING] = max(0.0, ended - began - found.whole_s)
+def measure(events: Iterable[Event], lanes: Timeline) -> Measures:
+    """`events` of one run, oldest first, and the timeline made of them."""
+    measuring = Measuring()
+    for event in events:
+        measuring.read(event)
+    return measuring.measures(lanes)
 
 
-def _summary(
-    name: str, lanes: Timeline, found: Measures, account: ClientAccount | None
-) -> ClientSummary:
-    paces = [pace for pace in found.paces if pace.client == name]
-    rates = [pace.tokens_per_s for pace in paces if pace.tokens_per_s is not None]
-    used = [pace.mfu for pace in paces if pace.mfu is not None]
-    there_s = lanes.there_s(name)
-    trained_s = lanes.seconds(name).get(State.TRAINING, 0.0)
-    return ClientSummary(
-        name,
-        asked=sum(name in presence.asked for presence in found.presences),
-        merged=sum(name in presence.merged for presence in found.presences),
-        tokens=sum(pace.tokens for pace in paces),
-        tokens_per_s=statistics.median(rates) if rates else None,
-        mfu=statistics.median(used) if used else None,
-        training_share=trained_s / there_s if there_s else None,
-        alive_share=lanes.alive_share(name),
-        refused=sum(refusal.client == name for refusal in lanes.refusals),
-        goodput=account.goodput if account and account.period_s else None,
-        bytes_down=account.bytes_down if account else None,
-        bytes_up=account.bytes_up if account else None,
-    )
+def _summaries(
+    lanes: Timeline, found: Measures, accounts: Mapping[str, ClientAccount]
+) -> list[ClientSummary]:
+    asked = Counter(name for presence in found.presences for name in presence.asked)
+    merged = Counter(name for presence in found.presences for name in presence.merged)
+    refused = Counter(refusal.client for refusal in lanes.refusals)
+    paces: dict[str, list[Pace]] = {}
+    for pace in found.paces:
+        paces.setdefault(pace.client, []).append(pace)
+    summaries = []
+    for name in lanes.clients:
+        own, account, there_s = paces.get(name, []), accounts.get(name), lanes.there_s(name)
+        trained_s = lanes.seconds(name).get(State.TRAINING, 0.0)
+        summaries.append(
+            ClientSummary(
+                name,
+                asked=asked[name],
+                merged=merged[name],
+                tokens=sum(pace.tokens for pace in own),
+                tokens_per_s=_median(pace.tokens_per_s for pace in own),
+                mfu=_median(pace.mfu for pace in own),
+                training_share=trained_s / there_s if there_s else None,
+                alive_share=lanes.alive_share(name),
+                refused=refused[name],
+                goodput=account.goodput if account and account.period_s else None,
+                bytes_down=account.bytes_down if account else None,
+                bytes_up=account.bytes_up if account else None,
+            )
+        )
+    return summaries
 
 
-def _of_kind(events: Iterable[Event], kind: str) -> Iterable[Any]:
-    return (event for event in events if event.get("event") == kind)
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

@@ -2,13 +2,16 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pilot.page import curves, sections
-from pilot.page.chart import colour, seconds_text
+from pilot.page.chart import MOST_PLACES, colour, seconds_text
 from pilot.page.markup import Markup, element, join, json_text, table, text
 from pilot.page.sections import Figures
 from pilot.page.story import Story
@@ -16,8 +19,25 @@ from pilot.page.story import Story
 _HERE = Path(__file__).parent
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a page says, without the frame around it: its title, its body, and the charts' specifications."""
+
+    title: str
+    body: Markup
+    figures: Mapping[str, Any]
+
+
 def page(stories: Sequence[Story], script: str) -> str:
     """The HTML of `stories`, the first of which gives the page its name; `script` draws the charts."""
+    shown = content(stories)
+    scripts = [_unbroken(script), _unbroken(part_of_page("page.js"))]
+    allowed = " ".join(f"'sha256-{_digest(one)}'" for one in scripts)
+    return document(shown, policy(allowed), [Markup(f"<script>{one}</script>") for one in scripts])
+
+
+def content(stories: Sequence[Story], above: str = "") -> Content:
+    """What the page of `stories` says; `above`: markup at its top."""
     figures = Figures()
     names = _distinct(stories)
     several = len(stories) > 1
@@ -25,7 +45,7 @@ def page(stories: Sequence[Story], script: str) -> str:
     for i, story in enumerate(stories):
         parts.append(_run(story, names[i], figures, f"run{i}-", heading=several))
     title = " and ".join(names) if len(names) < 4 else f"{len(names)} runs"
-    top = [element("p", "Pilot report", class_="kicker"), element("h1", title)]
+    top = [above, element("p", "Pilot report", class_="kicker"), element("h1", title)]
     if several:
         links = (element("li", element("a", name, href=f"#run{i}")) for i, name in enumerate(names))
         top.append(element("nav", element("ul", join(links)), aria_label="Runs"))
@@ -38,34 +58,45 @@ def page(stories: Sequence[Story], script: str) -> str:
         element("main", join(parts)),
         _footer(stories),
     ]
-    return _document(title, join(body), figures, script)
+    return Content(title, join(body), figures.specs)
 
 
-def _document(title: str, body: str, figures: Figures, script: str) -> str:
-    scripts = [_unbroken(script), _unbroken((_HERE / "page.js").read_text(encoding="utf-8"))]
-    allowed = " ".join(f"'sha256-{_digest(one)}'" for one in scripts)
-    policy = (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+def policy(scripts: str, more: str = "") -> str:
+    """The Content-Security-Policy of a page that runs `scripts` only and loads nothing; `more` allows more."""
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
+        f"base-uri 'none'; form-action 'none'{more}"
     )
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
-    specs = json_text(figures.specs)
+
+
+def part_of_page(name: str) -> str:
+    """The text of a file beside this one."""
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def document(
+    shown: Content,
+    allowed: str,
+    scripts: Sequence[Markup],
+    attributes: Mapping[str, str] | None = None,
+) -> str:
+    """The whole HTML; `allowed`: its policy; `attributes` of its root."""
+    more = "".join(f' {name}="{escape(value)}"' for name, value in (attributes or {}).items())
     return f"""<!doctype html>
-<html lang="en">
+<html lang="en"{more}>
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta http-equiv="Content-Security-Policy" content="{allowed}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>{text(title)} · Pilot report</title>
-<style>{style}</style>
+<title>{text(shown.title)} · Pilot report</title>
+<style>{part_of_page("page.css")}</style>
 </head>
 <body>
-{body}
-<script type="application/json" id="figures">{specs}</script>
-<script>{scripts[0]}</script>
-<script>{scripts[1]}</script>
+{shown.body}
+<script type="application/json" id="figures">{json_text(shown.figures)}</script>
+{join(scripts)}
 </body>
 </html>
 """
@@ -79,6 +110,7 @@ def _run(story: Story, name: str, figures: Figures, prefix: str, *, heading: boo
         sections.taking_part(story, figures, prefix),
         sections.the_clients(story),
         sections.speed_and_bytes(story, figures, prefix),
+        sections.energy(story, figures, prefix),
         sections.seen_rows(story, figures, prefix),
         sections.refused(story),
         sections.configuration(story),
@@ -133,7 +165,7 @@ def _line(index: int, name: str, story: Story) -> list[object]:
 
 
 def _footer(stories: Sequence[Story]) -> Markup:
-    events = sum(len(story.events) for story in stories)
+    events = sum(story.measures.events for story in stories)
     made = (
         f"Made by pilot {version('pilot')} from {events:,} events; it loads nothing from a network."
     )
@@ -141,7 +173,10 @@ def _footer(stories: Sequence[Story]) -> Markup:
         " When an order was sent and answered is the server's clock; what lies between them is laid out by "
         "the client's own seconds."
     )
-    return element("footer", made + borders)
+    some = ""
+    if max(len(story.measures.presences) for story in stories) > MOST_PLACES:
+        some = " Charts of many rounds show some of them, evenly spaced, and the last."
+    return element("footer", made + borders + some)
 
 
 def _distinct(stories: Sequence[Story]) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 from pilot.config import DEFAULTS
 from pilot.page import bars, curves
 from pilot.page import lanes as lane_charts
-from pilot.page.chart import STATE_COLOURS, Figure, colour, seconds_text
+from pilot.page.chart import STATE_COLOURS, Figure, colour, seconds_text, short
 from pilot.page.markup import Markup, element, join, table, text, tiles
+from pilot.page.measures import Energy
 from pilot.page.story import Story
 from pilot.page.timeline import State, is_death
 from pilot.wire.jsonable import jsonable
@@ -80,8 +81,7 @@ def head(story: Story) -> Markup:
 
 
 def _of_replies(story: Story) -> str:
-    accepted = sum(event["event"] == "reply" for event in story.events)
-    return f"of {accepted + len(story.timeline.refusals)}"
+    return f"of {story.measures.replies + len(story.timeline.refusals)}"
 
 
 def _model(story: Story) -> str:
@@ -221,6 +221,22 @@ def speed_and_bytes(story: Story, figures: Figures, prefix: str) -> Markup:
     if missing:
         shown.append(part("Not known", " ".join(missing)))
     return element("div", join(shown), class_="pair")
+
+
+def energy(story: Story, figures: Figures, prefix: str) -> Markup:
+    """Energy, carbon and price, where events have them."""
+    figure = bars.energy(f"{prefix}energy", story.measures)
+    if figure is None:
+        return Markup("")
+    whole = sum(story.measures.energy.values(), Energy())
+    said = [f"{short(whole.kwh or 0.0)} kWh"]
+    said += [f"{short(whole.grams)} g of CO2"] if whole.grams is not None else []
+    said += [f"{short(whole.money)} of money"] if whole.money is not None else []
+    lede = f"{', '.join(said)} in all, as far as clients say it"
+    tokens = story.measures.points[-1].tokens if story.measures.points else 0
+    if tokens and whole.kwh:
+        lede += f"; {short(whole.kwh / tokens * 1e6)} kWh per million tokens of the model"
+    return part("Energy and price", f"{lede}.", figures.show(figure))
 
 
 def megabytes(count: float) -> str:

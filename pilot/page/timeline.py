@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from pilot.rules.rounds import EndReason
@@ -84,18 +85,29 @@ class Timeline:
     outages: list[tuple[float, float]]  # spans without a server
     commits: list[tuple[int, float]]  # (round, when it was on disk)
 
-    def seconds(self, client: str) -> dict[State, float]:
+    def seconds(self, client: str) -> Mapping[State, float]:
         """How long `client` was in each state."""
-        found: dict[State, float] = {}
-        for interval in self.intervals:
-            if interval.client == client:
-                found[interval.state] = found.get(interval.state, 0.0) + interval.length_s
-        return found
+        return self._seconds.get(client, {})
 
     def there_s(self, client: str) -> float:
         """From its first interval to the end of the run."""
-        starts = [i.start_s for i in self.intervals if i.client == client]
-        return self.end_s - min(starts) if starts else 0.0
+        came_s = self._came_s.get(client)
+        return 0.0 if came_s is None else self.end_s - came_s
+
+    @cached_property
+    def _seconds(self) -> dict[str, dict[State, float]]:
+        found: dict[str, dict[State, float]] = {}
+        for one in self.intervals:
+            states = found.setdefault(one.client, {})
+            states[one.state] = states.get(one.state, 0.0) + one.length_s
+        return found
+
+    @cached_property
+    def _came_s(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for one in self.intervals:
+            found[one.client] = min(one.start_s, found.get(one.client, one.start_s))
+        return found
 
     def alive_share(self, client: str) -> float | None:
         """The share of that time in which it was neither silent, killed nor drained. None: it never came."""
@@ -180,6 +192,14 @@ class _Lane:
         if goodbye not in _GOODBYE_EXCEPTIONS:
             self.away = (State.DRAINED, at_s, goodbye)
 
+    def until(self, end_s: float) -> tuple[list[Interval], list[Interval]]:
+        """Its intervals and its silences, those that last until `end_s` among them."""
+        lane = replace(self, intervals=list(self.intervals), silences=list(self.silences))
+        for order in self.orders:  # a run that is not over, or was stopped
+            lane._add(State.STARTING, order.sent_s, end_s, order.round_number)
+        lane.heard(end_s)
+        return lane.intervals, lane.silences
+
     def _add(
         self, state: State, start_s: float, end_s: float, number: int | None, detail: str = ""
     ) -> None:
@@ -187,11 +207,11 @@ class _Lane:
             self.intervals.append(Interval(self.name, state, start_s, end_s, number, detail))
 
 
-class _Reader:
-    """Follows the events, oldest first."""
+class TimelineReader:
+    """Follows the events of a run, oldest first; `timeline` may be asked for at any time."""
 
-    def __init__(self, began: float) -> None:
-        self.began = began
+    def __init__(self) -> None:
+        self.began: float | None = None
         self.lanes: dict[str, _Lane] = {}
         self.ended: dict[int, float] = {}
         self.refusals: list[Refusal] = []
@@ -200,6 +220,8 @@ class _Reader:
         self.last_s = 0.0
 
     def read(self, event: Event) -> None:
+        if self.began is None:
+            self.began = float(event["time"])
         at_s = max(self.last_s, float(event["time"]) - self.began)  # clocks may be set back
         number = event.get("round")
         number = number if isinstance(number, int) else None
@@ -263,34 +285,30 @@ class _Reader:
                 lane.lose(lane.orders.pop(0), gone_s, "the server ended before the reply came")
         self.ended.clear()
 
-    def close(self) -> None:
+    def timeline(self) -> Timeline:
+        """The run so far. Raises ValueError before the first event."""
+        if self.began is None:
+            raise ValueError("there are no events")
+        intervals = []
         for lane in self.lanes.values():
-            for order in lane.orders:  # a run that is not over, or was stopped
-                lane._add(State.STARTING, order.sent_s, self.last_s, order.round_number)
-            lane.heard(self.last_s)
+            intervals += _with_silences(*lane.until(self.last_s))
+        return Timeline(
+            self.began,
+            self.last_s,
+            list(self.lanes),
+            intervals,
+            list(self.refusals),
+            list(self.outages),
+            list(self.commits),
+        )
 
 
 def timeline(events: Iterable[Event]) -> Timeline:
     """The run as intervals. `events` oldest first, each with its `time`; raises ValueError without any."""
-    reader: _Reader | None = None
+    reader = TimelineReader()
     for event in events:
-        reader = reader or _Reader(float(event["time"]))
         reader.read(event)
-    if reader is None:
-        raise ValueError("there are no events")
-    reader.close()
-    intervals = []
-    for lane in reader.lanes.values():
-        intervals += _with_silences(lane.intervals, lane.silences)
-    return Timeline(
-        reader.began,
-        reader.last_s,
-        list(reader.lanes),
-        intervals,
-        reader.refusals,
-        reader.outages,
-        reader.commits,
-    )
+    return reader.timeline()
 
 
 def is_death(reason: str) -> bool:
@@ -325,18 +343,22 @@ def coarse(intervals: Sequence[Interval], width_s: float) -> list[Interval]:
 
 def _with_silences(intervals: list[Interval], silences: list[Interval]) -> list[Interval]:
     """`intervals` with the `silences` cut out of them and put in their place, in order of time."""
-    for silence in silences:
-        kept = []
-        for one in intervals:
-            if one.end_s <= silence.start_s or one.start_s >= silence.end_s:
-                kept.append(one)
-                continue
-            if one.start_s < silence.start_s:
-                kept.append(replace(one, end_s=silence.start_s))
-            if one.end_s > silence.end_s:
-                kept.append(replace(one, start_s=silence.end_s))
-        intervals = [*kept, silence] if silence.length_s else kept
-    return sorted(intervals, key=lambda one: one.start_s)
+    silences = [one for one in silences if one.length_s > 0]  # one after the other
+    kept, first = list(silences), 0
+    for one in sorted(intervals, key=lambda one: one.start_s):
+        while first < len(silences) and silences[first].end_s <= one.start_s:
+            first += 1
+        start_s = one.start_s
+        for i in range(first, len(silences)):
+            silence = silences[i]
+            if silence.start_s >= one.end_s:
+                break
+            if silence.start_s > start_s:
+                kept.append(replace(one, start_s=start_s, end_s=silence.start_s))
+            start_s = silence.end_s
+        if start_s < one.end_s:
+            kept.append(one if start_s == one.start_s else replace(one, start_s=start_s))
+    return sorted(kept, key=lambda one: one.start_s)
 
 
 def _trained(reply: Event) -> str:

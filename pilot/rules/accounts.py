@@ -152,19 +152,33 @@ class RunAccount:
         return goodput(self.clients.values())
 
 
+class RunAccounting:
+    """Adds up the events `round_time` of a run, as they are read."""
+
+    def __init__(self) -> None:
+        self._rounds, self._phases = 0, dict[str, float]()
+        self._clients: dict[str, ClientAccount] = {}
+
+    def read(self, event: Mapping[str, Any]) -> None:
+        """`event` of any kind."""
+        if event.get("event") != "round_time":
+            return
+        self._rounds += bool(event["clients"])
+        for name, seconds in event["phases"].items():
+            self._phases[name] = self._phases.get(name, 0.0) + seconds
+        for name, values in event["clients"].items():
+            self._clients[name] = _sum(self._clients.get(name), _account(values))
+
+    def account(self) -> RunAccount:
+        return RunAccount(self._rounds, dict(self._phases), dict(self._clients))
+
+
 def run_account(events: Iterable[Mapping[str, Any]]) -> RunAccount:
     """The sum of the events `round_time` among `events`, which are any of a run."""
-    rounds, phases = 0, dict[str, float]()
-    clients: dict[str, ClientAccount] = {}
+    accounting = RunAccounting()
     for event in events:
-        if event.get("event") != "round_time":
-            continue
-        rounds += bool(event["clients"])
-        for name, seconds in event["phases"].items():
-            phases[name] = phases.get(name, 0.0) + seconds
-        for name, values in event["clients"].items():
-            clients[name] = _sum(clients.get(name), _account(values))
-    return RunAccount(rounds, phases, clients)
+        accounting.read(event)
+    return accounting.account()
 
 
 def _account(values: Mapping[str, Any]) -> ClientAccount:

@@ -1,6 +1,6 @@
 """Events and runs for the tests of the page.
 
-`runs/` holds two real ones, made by `benchmarks.chaos`: processes were killed, drained, frozen and cut off
+`runs/` holds three real ones, made by `benchmarks.chaos`: processes were killed, drained, frozen and cut off
 while three clients trained. Only the paths of their directories are changed.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 
 RUNS = Path(__file__).parent / "runs"
 SPOT, SHORT = RUNS / "spot", RUNS / "short"
+BOOKS = RUNS / "books"  # of a version that keeps the books of time and bytes
 BEGAN = 1_700_000_000.0
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from pilot.page.measures import Measures, measure
-from pilot.page.timeline import timeline
+from pilot.page.measures import Energy, Measures, measure
+from pilot.page.timeline import State, timeline
 from pilot.run.events import read_events
 
-from .story_kit import SPOT, committed, event, refusal, reply
+from .story_kit import BOOKS, SPOT, committed, event, refusal, reply
 
 
 def measured(*events: dict[str, Any]) -> Measures:
@@ -122,3 +122,29 @@ def test_the_figures_of_the_real_run_are_those_of_its_server() -> None:
     assert found.finished
     assert sum(found.shards.values()) * 64 == 1_709_056  # rows of 64 tokens
     assert sum(one.refused for one in found.clients) == 16
+
+
+def test_goodput_and_bytes_of_a_real_run_are_those_of_its_own_tables() -> None:
+    events = list(read_events(BOOKS / "events.jsonl"))
+    found = measure(events, timeline(events))
+    books = [one for one in events if one["event"] == "round_time"]
+    assert len(books) == 24
+    assert sum(t.down for t in found.traffic) == sum(one["bytes_down"] for one in books)
+    assert found.whole_s == pytest.approx(sum(one["round_s"] for one in books), abs=0.05)
+    parts = [client for one in books for client in one["clients"].values()]
+    whole = sum(part["goodput_s"] for part in parts) / sum(part["period_s"] for part in parts)
+    assert found.goodput == pytest.approx(whole)
+    assert 0.2 < whole < 0.6
+    assert all(one.goodput is not None and one.bytes_up for one in found.clients)
+    drained = [one for one in timeline(events).intervals if one.state is State.DRAINED]
+    assert drained  # a site left in order
+
+
+def test_energy_adds_up_by_client_and_what_nobody_says_stays_unknown() -> None:
+    found = measured(
+        event(1, "energy", client="a", kwh=0.5, grams=None),
+        event(2, "energy", client="a", kwh=0.25, grams=100.0),
+        event(3, "energy", client="b", kwh=None, money=2.0),
+    )
+    assert found.energy == {"a": Energy(0.75, 100.0, None), "b": Energy(None, None, 2.0)}
+    assert measured(event(1, "x")).energy == {}

@@ -12,7 +12,7 @@ from pilot import cli
 from pilot.commands import report
 from pilot.page.script import NoScript, vega_script
 
-from .story_kit import SHORT, SPOT, committed, event, write_run
+from .story_kit import BOOKS, SHORT, SPOT, committed, event, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +122,27 @@ def test_the_command_imports_neither_torch_nor_the_plotting_package_before_it_mu
     code = "import sys, pilot.cli; print([m for m in ('torch', 'vl_convert') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_figures_are_there_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(BOOKS), str(SHORT), "--json"]) == 0
+    books, short = json.loads(capsys.readouterr().out)
+    assert (books["run"], books["state"]) == ("disturbed-6b0af6ac-15281", "finished")
+    assert (books["rounds"], len(books["points"]), books["energy"]) == (23, 24, {})
+    assert books["tokens"] == books["points"][-1]["tokens"] == 1_106_240
+    assert sum(books["refused"].values()) == 7
+    assert books["clients"][0]["seconds_by_state"]["training"] > 0
+    assert (short["goodput"], short["bytes_up"]) == (None, None)
+    output = tmp_path / "figures.json"
+    assert cli.main(["report", str(BOOKS), "--json", "-o", str(output)]) == 0
+    assert json.loads(output.read_text()) == [books]
+
+
+def test_energy_is_drawn_where_events_have_it(tmp_path: Path) -> None:
+    used = event(6, "energy", client="a", kwh=1.5, grams=600.0)
+    run = write_run(tmp_path / "run", [event(0, "x"), committed(5, 1, 3_000_000), used])
+    output = tmp_path / "page.html"
+    assert cli.main(["report", str(run), "-o", str(output)]) == 0
+    html = output.read_text()
+    assert "1.5 kWh, 600 g of CO2 in all" in html and "0.5 kWh per million tokens" in html
+    assert 'id="run0-energy"' in html
