@@ -1,5 +1,6 @@
 """The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` is flower-supernode and
-`pilot superlink` is flower-superlink, with what Flower leaves out; `pilot report` shows a run.
+`pilot superlink` is flower-superlink, with what Flower leaves out; `pilot report` and
+`pilot dashboard` show a run.
 
 Exit codes to rely on: 0 completed, 1 failed or stopped, 2 a mistake that one sentence names, 130 and 143
 interrupted. Each command is a file of pilot/commands.
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from types import FrameType
 
+from pilot.commands.dashboard import add_dashboard
 from pilot.commands.node import add_node, node
 from pilot.commands.report import add_report
 from pilot.commands.run import add_run
@@ -20,7 +22,7 @@ from pilot.commands.superlink import add_superlink, superlink
 from pilot.errors import PilotError
 from pilot.processes.signals import end_signals_handled_by
 
-COMMANDS = (add_run, add_node, add_superlink, add_report)
+COMMANDS = (add_run, add_node, add_superlink, add_report, add_dashboard)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The readers of `events.jsonl`, the record of all that happened in a run. docs/events.md says what it holds."""
+"""The readers of `events.jsonl`, the record of all that happened in a run; docs/events.md is its format."""
 
 import json
 from collections.abc import Iterator

@@ -36,9 +36,7 @@ class RunFacts:
 
 def read_facts(directory: Path, now: Callable[[], float] = time.time) -> RunFacts:
     """The facts of the run in `directory`; nothing that is missing or broken is an error."""
-    alive = False
-    with contextlib.suppress(OSError):
-        alive = now() - (directory / _ALIVE_FILE).stat().st_mtime < _ALIVE_S
+    alive = is_led(directory, now)
     for snapshot in _newest_first(directory / "snapshots"):
         try:
             state = json.loads((snapshot / "state.json").read_bytes())
@@ -53,6 +51,13 @@ def read_facts(directory: Path, now: Callable[[], float] = time.time) -> RunFact
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the one before it is as good
     return RunFacts(alive=alive)
+
+
+def is_led(directory: Path, now: Callable[[], float] = time.time) -> bool:
+    """Whether a server leads the run in `directory` now."""
+    with contextlib.suppress(OSError):
+        return now() - (directory / _ALIVE_FILE).stat().st_mtime < _ALIVE_S
+    return False
 
 
 def _newest_first(snapshots: Path) -> list[Path]:

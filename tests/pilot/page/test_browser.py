@@ -3,15 +3,22 @@
 One Chromium, Debian's, serves all of these tests.
 """
 
+import json
+import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from pilot import cli
+from pilot.page.dashboard import dashboard
+from pilot.page.live import Runs
 from pilot.page.script import vega_script
 from pilot.page.timeline import timeline
 from pilot.run.events import read_events
@@ -232,3 +239,100 @@ def test_hostile_names_are_text_and_run_nothing(browser: Browser, tmp_path: Path
 def test_the_script_is_whole_and_the_page_small(tmp_path: Path) -> None:
     size = write_page(tmp_path, SPOT).stat().st_size
     assert len(vega_script()) < size < 1_500_000
+
+
+class Served:
+    """`pilot dashboard`'s application on a free port, in a thread, over the runs of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        app = dashboard(Runs(directory), vega_script(), token=None)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
+
+    def __enter__(self) -> "Served":
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def test_a_live_page_follows_the_run_and_leaves_what_people_have_opened(
+    browser: Browser, tmp_path: Path
+) -> None:
+    lines = (SPOT / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    half = len(lines) // 2
+    events = tmp_path / "runs" / "spot" / "events.jsonl"
+    events.parent.mkdir(parents=True)
+    events.write_text("".join(lines[:half]), encoding="utf-8")
+    write_run(tmp_path / "runs" / "other", [event(0, "run_started", run="other", term=1)])
+    os.utime(tmp_path / "runs" / "other" / "events.jsonl", (1, 1))
+    with Served(tmp_path / "runs") as served:
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page.set_default_timeout(300_000)  # a busy machine
+        said: list[str] = []
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url))
+        page.goto(served.address)
+        page.get_by_text("Live: this page follows the run.").wait_for()
+        shown = timeline(read_events(events))
+        assert marks(page, "run0-lanes", "bar") == len(shown.intervals)
+        assert page.get_by_role("navigation", name="Runs").get_by_role("link").count() == 2
+        page.locator("#run0-lanes + details summary").click()
+        page.locator("#run0-lanes").focus()
+        page.keyboard.press("+")
+        settled(page)
+
+        hostile = [
+            event(0, "round_opened", round=99, clients=[HOSTILE]),
+            refusal(0, HOSTILE, 99, HOSTILE),
+        ]
+        more = lines[half:] + [json.dumps(one) + "\n" for one in hostile]
+        with events.open("a", encoding="utf-8") as file:
+            file.writelines(more)
+        page.wait_for_selector("html[data-updates]", state="attached")
+        whole = timeline(read_events(events))
+        assert len(whole.intervals) > len(shown.intervals)
+        assert marks(page, "run0-lanes", "bar") == len(whole.intervals)
+        committed = [json.loads(line) for line in lines if '"round_committed"' in line]
+        assert f"{committed[-1]['total_tokens']:,}" in page.locator(".tiles").inner_text()
+        assert page.locator("#run0-lanes + details").get_attribute("open") is not None
+        assert page.evaluate("document.activeElement.id") == "run0-lanes"
+        low, _ = page.evaluate("Array.from(pilotReport.views['run0-lanes'].scale('x').domain())")
+        assert low > 0  # still the part that was chosen
+        page.keyboard.press("Escape")
+        settled(page)
+        assert page.evaluate("pilotReport.views['run0-lanes'].scale('x').domain()[0]") == 0
+
+        assert "<img" in page.locator("main").inner_text()
+        assert page.title() == "disturbed-6b0a72d1-12770 · Pilot"
+        assert page.locator("img").count() == 0
+        assert page.evaluate("pilotReport.errors") == []
+        charts = page.locator(".chart").count()
+        assert (
+            charts
+            == page.locator(".chart svg").count()
+            == len(page.evaluate("Object.keys(pilotReport.views)"))
+        )
+        page.set_viewport_size({"width": 400, "height": 900})
+        settled(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        elsewhere = [line for line in said if not line.startswith((served.address, "data:,"))]
+        assert elsewhere == []
+
+        served.stop()
+        page.wait_for_selector("#live[data-state='lost']")
+        assert "does not answer" in page.locator("#live").inner_text()
+        assert page.locator(".chart svg").count() == charts
+        page.close()
