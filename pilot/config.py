@@ -7,19 +7,18 @@ ClientApps and the command line import this without torch.
 """
 
 import dataclasses
-import difflib
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pilot.config_values import AUTO as AUTO  # these five are also found here
+from pilot.config_values import AutoFloat as AutoFloat
+from pilot.config_values import Scalar as Scalar
+from pilot.config_values import check_alert_url as check_alert_url
+from pilot.config_values import check_name as check_name
+from pilot.config_values import check_value, dashed, unknown_key
 from pilot.errors import ConfigError
 from pilot.redis_url import check_redis_url, has_credentials
-
-Scalar = bool | int | float | str
-AUTO: Literal["auto"] = "auto"
-AutoFloat = float | Literal["auto"]  # "auto": the program chooses the number
 
 
 def _key(
@@ -30,8 +29,10 @@ def _key(
     high: float | None = None,
     choices: Sequence[str] = (),
     shapes_training: bool = True,
+    secret: bool = False,
 ) -> Any:
-    """Declare a run-config key; `shapes_training`: another value gives another model."""
+    """Declare a run-config key; `shapes_training`: another value gives another model; `secret`: it is kept from
+    logs, orders, snapshots and W&B."""
     return field(
         default=default,
         metadata={
@@ -40,6 +41,7 @@ def _key(
             "high": high,
             "choices": tuple(choices),
             "shapes_training": shapes_training,
+            "secret": secret,
         },
     )
 
@@ -267,6 +269,27 @@ class RunConfig:
         shapes_training=False,
     )
     wandb_project: str = _key("pilot", "Weights & Biases project", shapes_training=False)
+    tensorboard: bool = _key(
+        False,
+        "write the run's metrics for TensorBoard, to tensorboard/ in its directory",
+        shapes_training=False,
+    )
+    prometheus_port: int = _key(
+        0,
+        "port on the server at which Prometheus finds the metrics; 0: none",
+        low=0,
+        high=65535,
+        shapes_training=False,
+    )
+    prometheus_host: str = _key(
+        "127.0.0.1", "address of that port; 0.0.0.0: any", shapes_training=False
+    )
+    alert_url: str = _key(
+        "",
+        "webhook that alerts are posted to, used where PILOT_ALERT_URL is unset",
+        shapes_training=False,
+        secret=True,
+    )
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> "RunConfig":
@@ -274,23 +297,27 @@ class RunConfig:
 
         Raises ConfigError with one sentence that names the key and what it may be.
         """
-        fields = {_dashed(f.name): f for f in dataclasses.fields(RunConfig)}
+        fields = {dashed(f.name): f for f in dataclasses.fields(RunConfig)}
         checked: dict[str, Any] = {}
         for key, value in values.items():
             if key not in fields:
-                raise ConfigError(_unknown_key(key, list(fields)))
-            checked[fields[key].name] = _check(key, value, fields[key])
+                raise ConfigError(unknown_key(key, list(fields)))
+            checked[fields[key].name] = check_value(key, value, fields[key])
         config = RunConfig(**checked)
         config._check_together()
         return config
 
     def to_mapping(self) -> dict[str, Scalar]:
-        return {_dashed(name): value for name, value in dataclasses.asdict(self).items()}
+        """All keys but secrets, which are empty."""
+        return {
+            dashed(f.name): "" if f.metadata["secret"] else getattr(self, f.name)
+            for f in dataclasses.fields(self)
+        }
 
     def training_keys(self) -> dict[str, Scalar]:
         """The keys with which another value would train another model: resuming compares them."""
         return {
-            _dashed(f.name): getattr(self, f.name)
+            dashed(f.name): getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.metadata["shapes_training"]
         }
@@ -329,6 +356,8 @@ class RunConfig:
                 f'aggregation "{self.aggregation}" finds next to nothing in sparse updates, whose clients send '
                 'other values: set aggregation="mean", or wire-up="int4"'
             )
+        if self.alert_url:
+            check_alert_url(self.alert_url, "alert-url")
         if self.redis_url:
             check_redis_url(self.redis_url, "redis-url")
             if has_credentials(self.redis_url):
@@ -347,53 +376,6 @@ class RunConfig:
                 raise ConfigError(
                     f"fp8 needs a {key} that 16 divides, not {size}: {size - size % 16}?"
                 )
-
-
-def check_name(name: str, what: str) -> None:
-    """Raise ConfigError unless `name` can name a run or a client, and so a directory and a Redis key."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ConfigError(
-            f'{what} "{name}" must start with a letter or digit, followed by at most 99 letters, digits, '
-            '".", "_" or "-"'
-        )
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f'did you mean "{close[0]}"? ' if close else ""
-    return f'unknown run-config key "{key}": {hint}valid keys are {", ".join(sorted(known))}'
-
-
-def _check(key: str, value: Any, declared: Any) -> Scalar:
-    kind: Any = declared.type
-    if kind == AutoFloat:
-        if value == AUTO:
-            return AUTO
-        kind, auto = float, f' or "{AUTO}"'
-    else:
-        auto = ""
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 1 << 1000 else math.inf  # beyond: OverflowError
-    if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"run-config key {key}={value!r} must be {names[kind]}{auto}")
-    low, high = declared.metadata["low"], declared.metadata["high"]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"run-config key {key}={value} must be finite")
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise ConfigError(f"run-config key {key}={value} must fit into 64 bits")
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise ConfigError(f"run-config key {key}={value} must be {bounds}")
-    choices = declared.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f'run-config key {key}="{value}" must be one of {", ".join(choices)}')
-    checked: Scalar = value
-    return checked
 
 
 DEFAULTS: Mapping[str, Scalar] = RunConfig().to_mapping()

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -30,11 +31,14 @@ from pilot.run.results import write_checkpoint, write_results
 from pilot.run.snapshot import latest_snapshot, read_snapshot
 from pilot.run.state import RunState
 from pilot.run_name import generated_name
+from pilot.server.alerts import Alerts, alert_url
 from pilot.server.console import configure_logging
 from pilot.server.failures import RunInterrupted
 from pilot.server.mailbox import Mailbox
+from pilot.server.prometheus import Prometheus
 from pilot.server.report import Report
 from pilot.server.round_loop import RoundLoop
+from pilot.server.sinks import check_tensorboard
 from pilot.server.telemetry import Telemetry
 from pilot.wire import transfer
 
@@ -76,6 +80,9 @@ def _configuration(context: Context) -> RunConfig:
     values["run-name"] = values.get("run-name") or generated_name()
     config = RunConfig.from_mapping(values)
     plan.model_config(config)  # an impossible shape is reported now
+    alert_url(config.alert_url)
+    if config.tensorboard:
+        check_tensorboard()
     log.info("Run %s", config.run_name)
     changed = {k: v for k, v in config.to_mapping().items() if v != DEFAULTS[k]}
     log.info("Configuration: %s", " ".join(f"{key}={value}" for key, value in changed.items()))
@@ -132,6 +139,8 @@ def _lead(
             wandb_project=config.wandb_project,
             run_name=config.run_name,
             wandb_id=state.wandb_id,
+            tensorboard=config.tensorboard,
+            **_followers(config, run_dir),
         )
         with coordinator.lock_renewed(), telemetry_of_run as telemetry:
             report = Report(telemetry)
@@ -154,6 +163,18 @@ def _lead(
             finished = True
     finally:
         coordinator.finish(run_finished=finished)
+
+
+def _followers(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Who follows the run's events besides its files. Raises PilotError for what is not installed."""
+    followers: dict[str, Any] = {}
+    if config.prometheus_port:
+        followers["prometheus"] = Prometheus(
+            config.run_name, config.prometheus_host, config.prometheus_port
+        )
+    if url := alert_url(config.alert_url):
+        followers["alerts"] = Alerts(url, config.run_name, run_dir)
+    return followers
 
 
 def _resume_or_start(config: RunConfig, run_dir: Path) -> RunState:

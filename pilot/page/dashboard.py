@@ -22,6 +22,7 @@ from pilot.page.markup import Markup, element
 from pilot.page.page import Content, document, part_of_page, policy
 from pilot.page.story import NoStory
 
+_BEGINNING = element("header", element("h1", "The events are being read."), class_="top")
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -158,7 +159,7 @@ def _view(runs: Runs, name: str) -> View:
 
 
 def _document(view: View, name: str) -> str:
-    shown = view.shown or Content(name, element("p", "The events are being read."), {})
+    shown = view.shown or Content(name, _BEGINNING, {})
     status = element("p", "Live.", class_="live", id="live", role="status", data_state="live")
     body = Markup(status + element("div", shown.body, id="page"))
     scripts = [

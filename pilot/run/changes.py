@@ -51,7 +51,8 @@ def keeping_its_values(before: Mapping[str, Scalar], config: RunConfig) -> RunCo
         for key, old in _OLD_DEFAULTS.items()
         if asked[key] == DEFAULTS[key] != old and before.get(key, old) == old
     }
-    return RunConfig.from_mapping(asked | kept) if kept else config
+    secrets = {"alert-url": config.alert_url}  # which `to_mapping` leaves out
+    return RunConfig.from_mapping(asked | kept | secrets) if kept else config
 
 
 def changes_of(before: dict[str, Scalar], config: RunConfig, *, after: int) -> list[ConfigChange]:

@@ -1,8 +1,8 @@
-"""One stream of events -> the console, a JSONL file of the run, and W&B.
+"""One stream of events -> the console, a JSONL file of the run, W&B, TensorBoard, Prometheus, and alerts.
 
 What happens in a run is said once, as an event; `events.jsonl` is the record that tests, tables and
-plots read. Telemetry never ends a run: values of any type are written in some form, a full disk or a
-W&B that fails costs one warning.
+plots read. Telemetry never ends a run and never delays a round: values of any type are written in some form,
+a full disk or a W&B that fails costs one warning, and whoever is slow or away is served by a thread.
 """
 
 import io
@@ -20,6 +20,9 @@ from nanochat.files import write_all
 from nanochat.wandb_run import FINISH_TIMEOUT_S, WandbRun
 from pilot.faults import fault_point
 from pilot.run.events import EVENTS_FILE
+from pilot.server.alerts import Alerts
+from pilot.server.prometheus import Prometheus
+from pilot.server.sinks import Sink, Sinks, TensorBoard
 from pilot.wire.jsonable import jsonable, redact
 
 logger = logging.getLogger("pilot")
@@ -32,7 +35,8 @@ class Telemetry:
 
     `wandb_mode`: "auto" (online with WANDB_API_KEY in the environment, else offline), "online",
     "offline" or "disabled". `wandb_id` continues that W&B run; `.wandb_id` is the one in use, to be
-    kept for a resume. Credentials in URLs are cut out of everything that is written.
+    kept for a resume. `tensorboard`: write scalars to `run_dir`/tensorboard. Credentials in URLs are cut
+    out of everything that is written.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class Telemetry:
         wandb_project: str,
         run_name: str,
         wandb_id: str | None = None,
+        tensorboard: bool = False,
+        prometheus: Prometheus | None = None,
+        alerts: Alerts | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.events_path = run_dir / EVENTS_FILE
@@ -52,16 +59,25 @@ class Telemetry:
         self._lock = threading.Lock()
         self._file_works = True
         self._close_torn_line()
-        self._wandb = WandbRun(
-            mode=wandb_mode,
-            project=wandb_project,
-            name=run_name,
-            run_id=self.wandb_id,
-            directory=run_dir,
-            config=jsonable(config_dict),
-            warn=lambda text: logger.warning("%s", redact(text)),
-            quiet=True,  # Flower's log stream already wraps the output
-        )
+        self._prometheus, self._alerts = prometheus, alerts
+        config = jsonable(config_dict)
+        opening: list[Callable[[], Sink]] = []
+        if wandb_mode != "disabled":
+            opening.append(
+                lambda: WandbRun(
+                    mode=wandb_mode,
+                    project=wandb_project,
+                    name=run_name,
+                    run_id=self.wandb_id,
+                    directory=run_dir,
+                    config=config,
+                    warn=lambda text: logger.warning("%s", redact(text)),
+                    quiet=True,  # Flower's log stream already wraps the output
+                )
+            )
+        if tensorboard:
+            opening.append(lambda: TensorBoard(run_dir / "tensorboard"))
+        self._sinks = Sinks(opening)
 
     def event(self, kind: str, message: str | None = None, **fields: Any) -> None:
         """Record that `kind` happened, with its fields; `message` is its line on the console."""
@@ -73,17 +89,34 @@ class Telemetry:
         for name, value in fields.items():
             record[f"{name}_" if name in record else name] = jsonable(value)
         self._append(record)
+        self._follow(record)
 
     def metrics(self, step: int, **numbers: Any) -> None:
-        """Record numbers of one global step, as an event and in W&B."""
+        """Record numbers of one global step, as an event and in all sinks."""
         self.event("metrics", step=step, **numbers)
         finite = {name: jsonable(value) for name, value in numbers.items()}
         finite = {name: value for name, value in finite.items() if value is not None}
-        self._wandb.log(finite, step=step)
+        self._sinks.log(finite, step=step)
+        if self._prometheus is not None:
+            self._prometheus.metrics(finite)
 
     def close(self, *, exit_code: int = 0) -> None:
-        """Finish the W&B run; events may still be recorded. Harmless when repeated."""
-        self._wandb.finish(exit_code=exit_code, timeout_s=WANDB_FINISH_TIMEOUT_S)
+        """Finish sinks and alerts; events may still be recorded. Harmless when repeated."""
+        if self._alerts is not None:
+            self._alerts.close(exit_code=exit_code, now=self._clock())
+            self._alerts = None
+        self._sinks.finish(exit_code=exit_code, timeout_s=WANDB_FINISH_TIMEOUT_S)
+        if self._prometheus is not None:
+            self._prometheus.close()
+            self._prometheus = None
+
+    def _follow(self, record: Mapping[str, Any]) -> None:
+        for follower in (self._prometheus, self._alerts):
+            try:
+                if follower is not None:
+                    follower.event(record)
+            except Exception as error:  # noqa: BLE001 - an odd event ends no run
+                logger.debug("%s: %s", type(follower).__name__, redact(str(error)))
 
     def __enter__(self) -> "Telemetry":
         return self

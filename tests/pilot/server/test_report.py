@@ -138,7 +138,7 @@ def test_figure_of_a_part_of_the_rows_is_marked_wherever_it_appears(
         def log(self, numbers: dict[str, Any], step: int) -> None:
             logged.append(numbers | {"step": step})
 
-    report.telemetry._wandb = Wandb()
+    report.telemetry._sinks = Wandb()  # type: ignore[assignment]
     caplog.set_level(logging.INFO, logger="pilot")
     report.validation(3, val_bpb=2.2377, eval_rows=8, wanted=16)
     report.validation(4, val_bpb=2.4488, eval_rows=16, wanted=16)
