@@ -1,7 +1,7 @@
 """Alerts: what somebody should know at once, posted as JSON to a webhook.
 
 They are posted by a thread, with time-outs, and never delay a round. The webhook's address is a secret, as
-whoever has it can post: no log line, event or snapshot holds more of it than the host.
+having it is enough to post: no log line, event or snapshot holds more of it than the host.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 What happens in a run is said once, as an event; `events.jsonl` is the record that tests, tables and
 plots read. Telemetry never ends a run and never delays a round: values of any type are written in some form,
-a full disk or a W&B that fails costs one warning, and whoever is slow or away is served by a thread.
+a full disk or a W&B that fails costs one warning, and what is slow or away is served by a thread.
 """
 
 import io

@@ -1,10 +1,14 @@
 """What people typed and sites sent, as HTML."""
 
+import itertools
+
 import pytest
 
-from pilot.page.chart import seconds_text, shortened, unit_for
+from pilot.page.bars import presence
+from pilot.page.chart import MOST_PLACES, seconds_text, shortened, thinned, unit_for
 from pilot.page.curves import spread
 from pilot.page.markup import Markup, element, join, json_text, table, text
+from pilot.page.measures import Measures, Presence
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</script>"
 
@@ -53,3 +57,19 @@ def test_labels_at_the_ends_of_lines_keep_a_distance_and_stay_inside() -> None:
 def test_long_names_keep_both_ends() -> None:
     assert shortened("site-a") == "site-a"
     assert shortened("disturbed-6b0a72d1-12770") == "distur…-12770"
+
+
+def test_a_chart_of_many_rounds_shows_some_of_them_and_the_last() -> None:
+    assert thinned([3, 1, 3, 2]) == {1, 2, 3}
+    shown = sorted(thinned(range(1, 10_001)))
+    assert len(shown) == MOST_PLACES and shown[-1] == 10_000
+    gaps = {after - before for before, after in itertools.pairwise(shown)}
+    assert gaps <= {16, 17}
+
+
+def test_bars_of_many_rounds_fill_the_room_between_those_that_are_shown() -> None:
+    found = Measures(presences=[Presence(i, ["a"], ["a"]) for i in range(1, 6001)])
+    figure = presence("p", found)
+    assert figure is not None and len(figure.rows) == MOST_PLACES
+    bars = figure.spec["data"]["values"]
+    assert all(8 < bar["to"] - bar["from"] < 10 for bar in bars)  # of every tenth round
