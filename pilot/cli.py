@@ -16,13 +16,21 @@ from types import FrameType
 
 from pilot.commands.dashboard import add_dashboard
 from pilot.commands.node import add_node, node
+from pilot.commands.provision import add_provision
 from pilot.commands.report import add_report
 from pilot.commands.run import add_run
 from pilot.commands.superlink import add_superlink, superlink
 from pilot.errors import PilotError
 from pilot.processes.signals import end_signals_handled_by
 
-COMMANDS = (add_run, add_node, add_superlink, add_report, add_dashboard)
+COMMANDS = (
+    add_run,
+    add_node,
+    add_superlink,
+    add_report,
+    add_dashboard,
+    add_provision,
+)
 
 
 class Interrupted(KeyboardInterrupt):
