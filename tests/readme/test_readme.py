@@ -76,6 +76,7 @@ ELSEWHERE = {
     "pilot superlink …": "pilot/launch/test_kept_superlink.py",
     "pilot report RUN": "pilot/page/test_report.py",
     "pilot dashboard": "pilot/page/test_dashboard.py",
+    "pilot provision CONFIG.toml": "federation/test_provisioning.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
 }
