@@ -146,7 +146,7 @@ def check_reachable(connection: Connection, *, within_s: float = 0.0) -> None:
     except OSError as error:
         raise PilotError(
             f"no SuperLink answers at {connection.address} ({error.strerror or error}): start one"
-            " with flower-superlink (docs/deployment.md), or correct the address of connection"
+            " with `pilot up` (docs/deployment.md), or correct the address of connection"
             f' "{connection.name}" in {connection.flwr_home / "config.toml"}'
         ) from error
 

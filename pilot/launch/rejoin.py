@@ -4,7 +4,7 @@ A SuperLink keeps its nodes in memory. One that was started again answers a Supe
 authorized", at which Flower's SuperNode ends, and with it the site's workers: seconds of imports on every site
 at once, just when the server starts, too. Here the node registers again, with the same key and under another
 id, which is all that the next SuperNode would do. A node whose key the operator has to register
-(docs/deployment.md) is left to end: it may not register itself.
+(docs/deployment-by-hand.md) is left to end: it may not register itself.
 
 While the SuperLink is away Flower asks for it after pauses that double up to 20 s. Here they end at 3 s, which
 is how often it asks for messages anyway.

@@ -1,4 +1,4 @@
-"""What a SuperLink with TLS and node authentication needs, as docs/deployment.md makes it."""
+"""What a SuperLink with TLS and node authentication needs, as docs/deployment-by-hand.md makes it."""
 
 import datetime
 import ipaddress

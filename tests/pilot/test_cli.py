@@ -173,7 +173,7 @@ def test_an_unreachable_superlink_is_one_sentence(
 ) -> None:
     sentence = refusal(capsys, "dep")
     assert "no SuperLink answers at 127.0.0.1:" in sentence
-    assert "flower-superlink" in sentence
+    assert "`pilot up`" in sentence
 
 
 def test_help_names_the_exit_codes_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
