@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from pilot.launch import owner_only
 from pilot.launch.kept_superlink import run_superlink
 from pilot.launch.node import speaker
 
@@ -14,10 +15,18 @@ def add_superlink(commands: Any) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Run flower-superlink, to which all options are passed on. When it dies it is started again at\n"
-            "once, without imports, and so are the servers of runs. Ctrl-C or SIGTERM ends it."
+            "Run flower-superlink, to which options that are not listed here are passed on. When it dies\n"
+            "it is started again at once, without imports, and so are the servers of runs. Ctrl-C or\n"
+            "SIGTERM ends it."
         ),
         epilog="example:\n  pilot superlink --insecure --disable-runtime-dependency-installation",
+    )
+    command.add_argument(
+        "--owner-only",
+        choices=(owner_only.COMMANDS, owner_only.ALL),
+        default="",
+        help="take commands (runs, registrations of nodes) only from this user on this machine; with "
+        "`all`, let only this user's nodes on this machine take part, too",
     )
     command.set_defaults(function=superlink)
 
@@ -25,4 +34,4 @@ def add_superlink(commands: Any) -> None:
 def superlink(arguments: argparse.Namespace) -> int:
     """`pilot superlink`."""
     options = [word for word in arguments.flower if word != "--"]
-    return run_superlink(options, say=speaker("superlink"))
+    return run_superlink(options, say=speaker("superlink"), owner_only=arguments.owner_only)

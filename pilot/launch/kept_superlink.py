@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from pilot.launch import owner_only as only_owner
 from pilot.launch import warm
 from pilot.launch.connection import flower_environment
 from pilot.processes.keeper import die_with_parent
@@ -36,10 +37,15 @@ _STEADY_S = (
 )
 _MAX_PAUSE_S = 10.0
 _KILLED = 128
+STARTING_AGAIN = "starting it again"  # how the line ends that says so, for those who read it
 
 
-def run_superlink(options: Sequence[str], *, say: Callable[[str], None]) -> int:
+def run_superlink(
+    options: Sequence[str], *, say: Callable[[str], None], owner_only: str = ""
+) -> int:
     """Run `flower-superlink` with its own `options` until a signal ends it; returns the exit code.
+
+    `owner_only`: what of it only its owner may use (`owner_only.py`); "": nothing.
 
     One that ends by itself is started again, unless it has only just been started: its options are wrong then,
     or its port is taken.
@@ -51,14 +57,14 @@ def run_superlink(options: Sequence[str], *, say: Callable[[str], None]) -> int:
     with end_signals_handled_by(lambda signum, _frame: signals.append(signum)):
         while True:
             began_s = time.monotonic()
-            code = _wait(_fork(options), signals)
+            code = _wait(_fork(options, owner_only), signals)
             lived_s = time.monotonic() - began_s
             if signals:  # uvicorn ends in good order, and then by the signal all the same
                 return 0 if code in (_KILLED + signal.SIGTERM, _KILLED + signal.SIGINT) else code
             if lived_s < _STEADY_S and code < _KILLED:
                 return code
             pause_s = 0.0 if lived_s >= _STEADY_S else min(_MAX_PAUSE_S, 2 * pause_s + 1)
-            say(f"it exited with code {code} after {lived_s:.0f} s; starting it again")
+            say(f"it exited with code {code} after {lived_s:.0f} s; {STARTING_AGAIN}")
             time.sleep(pause_s)  # a signal ends the next one
 
 
@@ -78,7 +84,7 @@ def _wait(pid: int, signals: Sequence[int]) -> int:
         time.sleep(_POLL_S)
 
 
-def _fork(options: Sequence[str]) -> int:
+def _fork(options: Sequence[str], owner_only: str) -> int:
     """The pid of a new SuperLink."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -91,7 +97,7 @@ def _fork(options: Sequence[str]) -> int:
         for signum in END_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _be_superlink(options)
+        _be_superlink(options, owner_only)
         code = 0
     except SystemExit as end:
         code = end.code
@@ -101,7 +107,7 @@ def _fork(options: Sequence[str]) -> int:
         _end(code)
 
 
-def _be_superlink(options: Sequence[str]) -> None:
+def _be_superlink(options: Sequence[str], owner_only: str) -> None:
     """Be the SuperLink; in forks of its template, a SuperExec; in forks of that one's, a ServerApp."""
     sys.argv = [PROGRAM, *options]
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -113,6 +119,8 @@ def _be_superlink(options: Sequence[str]) -> None:
             warm.be_superexec(template)
             return
         template.starts(warm.PROGRAM, of=module)
+    if owner_only:
+        only_owner.install(owner_only)
     module.flower_superlink()
 
 
