@@ -392,7 +392,7 @@ class ClientCoordinator:
     def clear_stop(self, reason: str) -> None:
         """Delete this client's `stop:` key if it begins with `reason`; a stop with another reason stays."""
         key = self._link.key(f"stop:{self._client}")
-        self._link.attempt("writing", lambda: self._link.redis.eval(scripts.CLEAR, 1, key, reason))
+        self._link.attempt("writing", lambda: self._link.delete_if_begins(key, reason))
 
     def close(self) -> None:
         if self._listener is not None:

@@ -5,10 +5,11 @@ write is dropped, and the next attempt is the caller's next tick. After a timeou
 attempted for a while: otherwise a loop of attempts would spend all of its time waiting.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -130,6 +131,19 @@ class RedisLink:
         away_s = at_s - self._outages.pop(kind)
         self._works_since_s.pop(kind, None)
         log.warning("Redis at %s is back%s after %.1f s", redact_url(self.url), for_what, away_s)
+
+    def delete_if_begins(self, key: str, prefix: str) -> None:
+        """Delete a string that begins with `prefix`, unless it changes just then: what was set stays.
+
+        No script: the clients of a fleet may run none (pilot/fleet/redis_users.py).
+        """
+        with self.redis.pipeline() as pipe, contextlib.suppress(redis.WatchError):
+            pipe.watch(key)
+            value: Any = pipe.get(key)
+            if value and str(value).startswith(prefix):
+                pipe.multi()
+                pipe.delete(key)
+                pipe.execute()
 
     def close(self) -> None:
         self.redis.close()
