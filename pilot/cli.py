@@ -1,9 +1,7 @@
-"""The `pilot` command: `pilot run CONNECTION` is `flwr run`, `pilot node` is flower-supernode and
-`pilot superlink` is flower-superlink, with what Flower leaves out; `pilot report` and
-`pilot dashboard` show a run.
+"""The `pilot` command; each of its commands is a file of pilot/commands.
 
 Exit codes to rely on: 0 completed, 1 failed or stopped, 2 a mistake that one sentence names, 130 and 143
-interrupted. Each command is a file of pilot/commands.
+interrupted.
 """
 
 import argparse
@@ -15,21 +13,29 @@ from importlib.metadata import version
 from types import FrameType
 
 from pilot.commands.dashboard import add_dashboard
+from pilot.commands.down import add_down
+from pilot.commands.join import add_join, join
 from pilot.commands.node import add_node, node
 from pilot.commands.provision import add_provision
 from pilot.commands.report import add_report
 from pilot.commands.run import add_run
 from pilot.commands.superlink import add_superlink, superlink
+from pilot.commands.token import add_token
+from pilot.commands.up import add_up
 from pilot.errors import PilotError
 from pilot.processes.signals import end_signals_handled_by
 
 COMMANDS = (
+    add_up,
+    add_join,
+    add_token,
+    add_down,
     add_run,
     add_node,
     add_superlink,
+    add_provision,
     add_report,
     add_dashboard,
-    add_provision,
 )
 
 
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.function in (node, superlink):
+    if arguments.function in (node, superlink, join):
         arguments.flower = rest  # options of Flower's own program
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

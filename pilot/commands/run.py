@@ -3,6 +3,7 @@ progress bar per client, and stops everything it started on Ctrl-C."""
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from pilot.config import RunConfig
 from pilot.coordination.coordinator import resolve_url
 from pilot.coordination.lock import ServerWatch
 from pilot.errors import PilotError
+from pilot.fleet.environment import of_running_fleet
+from pilot.fleet.places import CONNECTION
 from pilot.launch import connection as connections
 from pilot.launch.bundle import stage
 from pilot.launch.connection import Connection
@@ -52,7 +55,8 @@ def add_run(commands: Any) -> None:
             "  pilot run local-simulation --run-config configs/tiny.toml\n"
             "  pilot run local-simulation --run-config configs/tiny.toml 'num-rounds=3 lr=0.01'\n"
             "  pilot run local-deployment --run-config 'run-name=\"d20\"'\n\n"
-            "Connections are the [superlink.NAME] tables of $FLWR_HOME/config.toml, or of\n"
+            "local-deployment is the fleet that `pilot up` runs here. Connections are the\n"
+            "[superlink.NAME] tables of $FLWR_HOME/config.toml, or of\n"
             ".flwr/config.toml in the project; run-config keys and their defaults are those of\n"
             "[tool.flwr.app.config] in pyproject.toml."
         ),
@@ -96,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     if project.get("project", {}).get("name") == "pilot":
         defaults = project["tool"]["flwr"]["app"].get("config", {})
         config = RunConfig.from_mapping({**defaults, **overrides})
+    if arguments.connection == CONNECTION:
+        os.environ.update(of_running_fleet())
     connection = connections.read_connection(arguments.connection, connections.find_flwr_home(app))
     console = Console(sys.stdout)
     with contextlib.closing(console):

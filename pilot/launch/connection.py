@@ -65,6 +65,11 @@ class Connection:
         return float(backend.get("client-resources", {}).get(name, default))
 
 
+def base_directory() -> Path:
+    """That of `nanochat.common`, which the command line must not import (a test compares)."""
+    return Path(os.environ.get(_BASE_DIR) or "~/.cache/nanochat").expanduser().absolute()
+
+
 def find_flwr_home(app: Path) -> Path:
     """$FLWR_HOME, else the project's `.flwr`, else Flower's own default."""
     if home := os.environ.get("FLWR_HOME"):

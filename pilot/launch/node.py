@@ -25,7 +25,7 @@ from pilot.config import check_name
 from pilot.coordination.coordinator import ClientCoordinator, ping, resolve_url
 from pilot.errors import PilotError
 from pilot.launch import supernode, warm
-from pilot.launch.connection import flower_environment
+from pilot.launch.connection import base_directory, flower_environment
 from pilot.processes import keeper
 from pilot.processes.ancestry import alive
 from pilot.processes.scratch import free_port
@@ -74,12 +74,8 @@ class NodeOptions:
 
 
 def node_directory(name: str) -> Path:
-    """`$NANOCHAT_BASE_DIR/nodes/<name>`: the files through which a node and its ClientApps communicate.
-
-    The base directory is that of `nanochat.common`, which the command line must not import (a test compares).
-    """
-    base = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-    return Path(base).expanduser().absolute() / "nodes" / name
+    """`$NANOCHAT_BASE_DIR/nodes/<name>`: the files through which a node and its ClientApps communicate."""
+    return base_directory() / "nodes" / name
 
 
 def run_node(options: NodeOptions, *, say: Callable[[str], None]) -> int:

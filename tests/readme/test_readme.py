@@ -77,6 +77,8 @@ ELSEWHERE = {
     "pilot report RUN": "pilot/page/test_report.py",
     "pilot dashboard": "pilot/page/test_dashboard.py",
     "pilot provision CONFIG.toml": "federation/test_provisioning.py",
+    "pilot up": "pilot/fleet/test_fleet.py, with a head",
+    "pilot run local-deployment --run-config configs/tiny.toml": "federation/test_deployments.py",
     "pytest": "this is it",
     "python -m scripts.pin_versions": ".ci/run, with --check",
 }
