@@ -119,6 +119,7 @@ def _serve(
         "FLWR_HOME": str(places.flower_home),
         **flower_environment(),
     }
+    flower.pop(TOKEN_VARIABLE, None)
     supervisor = Supervisor(journal)
     node = supervisor.start(
         node_service(options.name, [*command, *options.node], {**flower, REDIS: url})

@@ -83,7 +83,7 @@ class Members:
     def follow(self) -> None:
         """From now on a thread looks for changes; SuperLink and Redis answer."""
         self._usable = True
-        self.sync()
+        self._try_to_sync()
         self._thread.start()
 
     def forget(self) -> None:

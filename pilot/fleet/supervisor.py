@@ -161,7 +161,8 @@ def _ask_again(kept: Kept) -> None:
         assert kept.process is not None
         # its keeper has adopted others since, but started this one first
         children = psutil.Process(kept.process.pid).children()
-        min(children, key=lambda child: child.create_time()).terminate() if children else None
+        for child in sorted(children, key=lambda child: child.create_time())[:1]:
+            child.terminate()
 
 
 def _kill(kept: Kept) -> None:

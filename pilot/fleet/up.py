@@ -5,6 +5,7 @@ and after they have joined (`door.py`).
 """
 
 import contextlib
+import functools
 import socket
 import sys
 import time
@@ -189,7 +190,12 @@ class _Fleet:
 
     def _certificate(self) -> tuple[Path, Path]:
         assert self._authority is not None
-        return self._authority.server([*self.options.addresses, self._local, *found_addresses()])
+        names = [*self.options.addresses, self._local, *self._found_addresses]
+        return self._authority.server(names)
+
+    @functools.cached_property
+    def _found_addresses(self) -> list[str]:
+        return found_addresses()  # which may wait for a name server
 
     def _superlink_said(self, line: str) -> None:
         if STARTING_AGAIN in line and self._members is not None:
@@ -237,7 +243,7 @@ class _Fleet:
 
     def _open(self, admin: redis_users.Admin) -> None:
         options, directory = self.options, private_directory(self.places.head)
-        address = (options.addresses or tuple(found_addresses()) or (socket.gethostname(),))[0]
+        address = (options.addresses or tuple(self._found_addresses) or (socket.gethostname(),))[0]
         head = Head(address, self._join_port, self._port, self._redis_outside, self._secure)
         write_head(directory, head)
         tls = server_context(*self._certificate()) if self._authority else None

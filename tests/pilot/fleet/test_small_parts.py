@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from pilot.fleet.presence import UP, find, present
 from pilot.fleet.secret_file import private_directory, read_secret, write_secret
 from pilot.launch.connection import read_connection
 from pilot.processes.scratch import free_port
+
+from ...waiting import until
 
 # -- files ---------------------------------------------------------------------------------------
 
@@ -75,8 +78,8 @@ def test_a_port_that_sites_know_is_kept_or_refused(tmp_path: Path) -> None:
         with pytest.raises(PilotError, match="which the sites know"):
             Ports(tmp_path / "ports", print).choose(wanted, keep=True)
         assert Ports(tmp_path / "ports", lambda said: None).choose(wanted) != port
-    with pytest.raises(PilotError, match=r"192\.0\.2\.255"):
-        Ports(tmp_path / "ports", print).choose(Wanted("x", "--port", port, host="192.0.2.255"))
+    with pytest.raises(PilotError, match=r"198\.51\.100\.7"):
+        Ports(tmp_path / "ports", print).choose(Wanted("x", "--port", port, host="198.51.100.7"))
 
 
 # -- devices -------------------------------------------------------------------------------------
@@ -219,15 +222,47 @@ def test_lines_are_on_the_console_and_in_a_file_each_without_secrets(tmp_path: P
     journal.say("join with t0ken")
     journal.line("superlink", '127.0.0.1 - "POST /v1/fleet/pull-messages HTTP/1.1" 200\n')
     journal.line("superlink", '127.0.0.1 - "POST /v1/fleet/pull-messages HTTP/1.1" 401\n')
+    assert journal.last("redis") == "ready, 100% ***"
+    journal.close()
     assert console.getvalue().splitlines() == [
         "redis        | ready, 100% ***",
         "pilot        | join with ***",
         'superlink    | 127.0.0.1 - "POST /v1/fleet/pull-messages HTTP/1.1" 401',
     ]
-    assert journal.last("redis") == "ready, 100% ***"
     assert len((tmp_path / "superlink.log").read_text().splitlines()) == 2
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
-    journal.close()
     as_json = io.StringIO()
-    Journal(tmp_path, as_json, as_json=True).line("redis", 'a "b"')
+    journal = Journal(tmp_path, as_json, as_json=True)
+    journal.line("redis", 'a "b"')
+    journal.close()
     assert json.loads(as_json.getvalue()) == {"from": "redis", "line": 'a "b"'}
+
+
+class Stopped(io.StringIO):
+    """A terminal that takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.go.wait()
+        return super().write(text)
+
+
+def test_a_console_that_takes_nothing_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilot.fleet.journal._WAITING_LINES", 3)
+    console = Stopped()
+    journal = Journal(tmp_path, console)
+    for i in range(10):
+        journal.line("redis", f"line {i}")
+    console.go.set()
+    until(lambda: "line 2" in console.getvalue())
+    journal.line("redis", "the last")
+    journal.close()
+    shown = console.getvalue()
+    assert "line 0" in shown and "line 9" not in shown and "the last" in shown
+    assert f"lines are in {tmp_path} only" in shown
+    assert len((tmp_path / "redis.log").read_text().splitlines()) == 11
