@@ -29,6 +29,9 @@ def test_snapshot_of_an_earlier_version_resumes_to_the_bits_that_version_would_h
         tmp_path / "kept" / "snapshots" / KEPT.name.removeprefix("snapshot_").replace("_", "-"),
     )
     values = {"run_name": "kept", "num_rounds": 4, "quarantine": True, "resume_anyway": True}
+    values["batch_of"] = (
+        "client"  # as there was no other then; with resume-anyway, defaults of today hold
+    )
     run = server([ScriptedSite("a"), ScriptedSite("b", rows=3)], **values)
     run.term = 2
     state = run.run()
