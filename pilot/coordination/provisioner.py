@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pilot.coordination import scripts
 from pilot.coordination.heartbeats import COUNTER
 from pilot.coordination.link import RedisLink
 from pilot.rules.rounds import Clock
@@ -107,10 +106,12 @@ class ProvisionerCoordinator:
     def undrain(self, client: str) -> bool:
         """Take our wish back; another's stays. False while Redis fails."""
         key = self._link.key(f"stop:{client}")
-        done = self._link.attempt(
-            "writing", lambda: [self._link.redis.eval(scripts.CLEAR, 1, key, OURS)]
-        )
-        return done is not None
+
+        def write() -> bool:
+            self._link.delete_if_begins(key, OURS)
+            return True
+
+        return self._link.attempt("writing", write) is not None
 
     def close(self) -> None:
         self._link.close()

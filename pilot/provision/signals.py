@@ -160,7 +160,8 @@ def _read_trace(path: Path, column: str, where: str) -> tuple[list[float], list[
     else:
         if column:
             raise ConfigError(f'{where}: {path} has no head that names the column "{column}"')
-    times, values = [], []
+    times: list[float] = []
+    values: list[float] = []
     for number_of, line in enumerate(lines, start=1):
         try:
             time_s, value = wall_s(line[0]), number(line[place])
