@@ -18,7 +18,10 @@ def add_node(commands: Any) -> None:
             "micro-step and replies. Once the server confirms through Redis (PILOT_REDIS_URL) that it\n"
             "has the reply on disk, the command exits with code 0. A second signal ends it at once."
         ),
-        epilog=("example:\n  pilot node --name site-a --insecure --superlink 127.0.0.1:8000"),
+        epilog=(
+            "examples:\n  pilot node --name site-a --insecure --superlink 127.0.0.1:8000\n"
+            "  pilot node --name site-b --watch aws --insecure --superlink 127.0.0.1:8000"
+        ),
     )
     command.add_argument(
         "--name",
@@ -30,6 +33,14 @@ def add_node(commands: Any) -> None:
         default="",
         metavar="FILE",
         help="leave when this file appears (default: PILOT_PREEMPT_FILE, or the run's preempt-file)",
+    )
+    command.add_argument(
+        "--watch",
+        action="append",
+        default=[],
+        metavar="aws|gcp|azure|slurm|FILE",
+        help="leave in time when the provider, the job's walltime or a file says that this machine will be "
+        "taken away; may be given more than once. A FILE (with a slash) may hold the time, ISO 8601 or Unix",
     )
     command.add_argument(
         "--leave-within",
@@ -54,6 +65,7 @@ def node(arguments: argparse.Namespace) -> int:
         supernode=[word for word in arguments.flower if word != "--"],
         preempt_file=arguments.preempt_file,
         leave_within_s=arguments.leave_within,
+        watch=arguments.watch,
         device_batch_size=arguments.device_batch_size,
     )
     return run_node(options, say=speaker(f"node {options.name}"))

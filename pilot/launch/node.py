@@ -3,8 +3,8 @@
 Flower uploads a reply only after our function has returned, and loses the reply of a node that goes offline
 just then (docs/flower.md). So on a signal or a preemption notice this process lets workers and server know that
 the client leaves, waits until the server confirms that it has the reply on disk, and only then ends the
-SuperNode. It waits no longer than `--leave-within`. Restarts are patient: after a kill -9 Flower refuses an
-authenticated node for about 53 s.
+SuperNode. It waits no longer than `--leave-within`, nor than a notice leaves time (`notices.py`). Restarts are
+patient: after a kill -9 Flower refuses an authenticated node for about 53 s.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from pilot.coordination.coordinator import ClientCoordinator, ping, resolve_url
 from pilot.errors import PilotError
 from pilot.launch import supernode, warm
 from pilot.launch.connection import base_directory, flower_environment
+from pilot.launch.notices import GOODBYE_S, Watch
 from pilot.processes import keeper
 from pilot.processes.ancestry import alive
 from pilot.processes.scratch import free_port
@@ -70,6 +71,7 @@ class NodeOptions:
     supernode: Sequence[str] = ()
     preempt_file: str = ""
     leave_within_s: float | None = None
+    watch: Sequence[str] = ()
     device_batch_size: int | None = None
 
 
@@ -85,6 +87,7 @@ def run_node(options: NodeOptions, *, say: Callable[[str], None]) -> int:
     """
     check_name(options.name, "--name")
     supernode_options(options.name, options.supernode, options.device_batch_size)
+    watch = Watch(options.watch, say)
     directory = node_directory(options.name)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = FileLock(directory / "lock")
@@ -97,7 +100,8 @@ def run_node(options: NodeOptions, *, say: Callable[[str], None]) -> int:
         ) from None
     signals: list[int] = []
     with lock, end_signals_handled_by(lambda signum, _frame: signals.append(signum)):
-        return _Node(options, directory, signals, say).run()
+        with watch.running():
+            return _Node(options, directory, signals, say, watch).run()
 
 
 @dataclass
@@ -106,6 +110,7 @@ class _Node:
     directory: Path
     signals: list[int]  # that have come so far; the handler appends to it
     say: Callable[[str], None]
+    watch: Watch = field(default_factory=Watch)
     _restarts: int = field(default=0, init=False)
     _lost_at_s: float | None = field(default=None, init=False)
     _awake_at_s: float = field(default_factory=lambda: _real_s(), init=False)
@@ -220,6 +225,9 @@ class _Node:
         if self.signals:
             return signal.Signals(self.signals[0]).name
         order = in_flight.read(self.directory)
+        needed_s = leave_within_s(order) + GOODBYE_S if order else 0.0
+        if reason := self.watch.reason(needed_s):
+            return reason
         configured = order.preempt_file if order else ""
         if self.options.preempt_file:
             return noticed([notice_path(self.options.preempt_file)])
@@ -236,12 +244,22 @@ class _Node:
             return
         limit_s = self.options.leave_within_s
         limit_s = leave_within_s(order) if limit_s is None else limit_s
+        left_s = max(0.0, self._last_moment_s() - time.monotonic())
+        if order.state == in_flight.WORKING and left_s < order.upload_s:
+            took = f"our last reply took {order.upload_s:.0f} s"
+            self.say(f"{reason}: {left_s:.0f} s are left, and {took}: leaving without this one")
+            return
+        limit_s = round(min(limit_s, left_s), 1)
         self.say(f"{reason}: waiting up to {limit_s:g} s for the server to confirm our last reply")
         until = time.monotonic() + limit_s
         done = ""
         while not done and order is not None:
             done, order = self._wait_for(order, reason, until)
         self.say(f"leaving: {done}")
+
+    def _last_moment_s(self) -> float:
+        """On `time.monotonic`: when the SuperNode must be ended, to end before its machine; or infinity."""
+        return self.watch.ends_at_s() - GOODBYE_S
 
     def _wait_for(self, order: InFlight, reason: str, until: float) -> tuple[str, InFlight | None]:
         """Wait for one order; (why to leave now, None), or ("", the order that came after it)."""
@@ -251,7 +269,8 @@ class _Node:
                 stack.callback(coordinator.close)
             while True:
                 done = self._why_done(order, coordinator, reason)
-                if not done and (len(self.signals) > 1 or time.monotonic() >= until):
+                over = time.monotonic() >= min(until, self._last_moment_s())
+                if not done and (over or len(self.signals) > 1):
                     done = "no confirmation from the server"
                 # read after Redis, whose keys may already be about the next order's round
                 latest = in_flight.read(self.directory) or order
