@@ -26,13 +26,13 @@ from pilot.run.state import RunState
 from pilot.segment import Score
 from pilot.server.admit import admit
 from pilot.server.mailbox import Answer
-from pilot.server.orders import AcceptedReply, ClientInRound, Last, SentOrder, Settled
+from pilot.server.orders import AcceptedReply, ClientInRound, Last, SentOrder, Settled, reply_to
 from pilot.server.report import Report
 from pilot.server.roster import Client
 from pilot.tensor_file import TensorFile
 from pilot.wire.codec import CodecError, decode
 from pilot.wire.incoming import sentence
-from pilot.wire.messages import MAX_INTEGER, Fence, Part, StopReason, TrainReply, plain
+from pilot.wire.messages import MAX_INTEGER, Part, StopReason, TrainReply, plain
 from pilot.wire.records import num_bytes
 
 # Orders to one client in one round of which none came to anything, before it has to wait for the next one.
@@ -151,7 +151,7 @@ class OpenRound:
             self._reject(order, None, dict, answer.error)
             return Settled(order, None, up)
         try:
-            reply = _reply(answer, order.fence)
+            reply = reply_to(order, answer)
         except ValueError as error:
             self._refuse(order, str(error))
             return Settled(order, None, up)
@@ -382,19 +382,3 @@ def _make_empty(spool: Path) -> None:
         fault_point("spool.created")
     except OSError as error:
         raise SnapshotError(f"cannot make {spool}: {error}") from error
-
-
-def _reply(answer: Answer, fence: Fence) -> TrainReply:
-    """The reply in an answer; raises ValueError if there is none, or it is not the one asked for."""
-    if answer.error:
-        raise ValueError(answer.error)
-    message = answer.message
-    if not isinstance(message, TrainReply):
-        raise ValueError(f"answered an order with {type(message).__name__}")
-    if message.fence != fence:
-        raise ValueError(f"its fence is {message.fence}, not {fence}")
-    if message.error:
-        raise ValueError(message.error)
-    if message.needs_model:
-        raise ValueError("it asks for the whole model, which it was sent")
-    return message

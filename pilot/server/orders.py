@@ -8,6 +8,7 @@ from pilot.rules.aggregation import Spilled
 from pilot.rules.ledger import Lease
 from pilot.rules.validation import NOTHING, Asked
 from pilot.run.state import Contribution, MergedReply
+from pilot.server.mailbox import Answer
 from pilot.server.roster import Client
 from pilot.wire.messages import Fence, TrainOrder, TrainReply
 
@@ -94,3 +95,21 @@ class ClientInRound:
     fruitless: int = 0  # its orders that came to nothing
     failure: str = ""  # the last thing it answered that cannot be used
     loss: str = ""  # why it has not answered
+
+
+def reply_to(order: SentOrder, answer: Answer) -> TrainReply:
+    """The reply in an answer; raises ValueError if there is none, or it is not the one asked for."""
+    if answer.error:
+        raise ValueError(answer.error)
+    message = answer.message
+    if not isinstance(message, TrainReply):
+        raise ValueError(f"answered an order with {type(message).__name__}")
+    if message.fence != order.fence:
+        raise ValueError(f"its fence is {message.fence}, not {order.fence}")
+    if message.client != order.client.name:
+        raise ValueError(f'it is in the name of "{message.client}", not of {order.client.name}')
+    if message.error:
+        raise ValueError(message.error)
+    if message.needs_model:
+        raise ValueError("it asks for the whole model, which it was sent")
+    return message

@@ -279,3 +279,14 @@ def test_who_is_still_out_at_the_end_of_the_grace_is_refused_and_its_rows_go_bac
     assert one.open.failures == {} and one.rows_open == {one.orders["a"].fence.lease_id}
     assert not one.accept("b"), "a late reply isn't this round's any more"
     assert len(one.refusals()) == 2
+
+
+def test_reply_in_the_name_of_another_client_is_refused_and_costs_that_one_nothing(
+    one: Round,
+) -> None:
+    assert one.accept("a", client="b")
+    assert one.refusals() == ['it is in the name of "b", not of a']
+    assert one.open.accepted == [] and one.state.admission.in_a_row == {}
+    assert one.accept("b")
+    assert [accepted.reply.client for accepted in one.open.accepted] == ["b"]
+    assert one.open.clients["b"].failure == "" and "not of a" in one.open.clients["a"].failure
