@@ -50,6 +50,8 @@ _FORMAT = f"{_FORMAT_NAME}1"
 _NUM_BYTES = 256
 MIN_VOCAB_SIZE = _NUM_BYTES + len(SPECIAL_TOKENS)
 _MAX_VOCAB_SIZE = 2**31 - 1  # rustbpe's limit
+_MAX_SPECIAL = 1000  # tiktoken makes one regular expression of them
+_PROBE = "".join(map(chr, range(256))) + " Two words,\n\n 12345   é 漢字 🙂\t"
 
 
 class RustBPETokenizer:
@@ -109,12 +111,13 @@ class RustBPETokenizer:
             if len(ranks) != len(tokens):
                 raise ValueError("it names a token twice")
             encoding = _encoding(entry["pattern"], ranks, entry["special"])
+            _check_whole(encoding)
             return cls(encoding, directory=directory)
         except FileNotFoundError as error:
             raise UserError(_missing(directory)) from error
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}): make it readable") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): delete {directory} and train the tokenizer again"
             ) from error
@@ -334,12 +337,26 @@ def check_vocab_size(vocab_size: int) -> None:
 
 def _encoding(pattern: str, ranks: dict[bytes, int], special: Sequence[str]) -> tiktoken.Encoding:
     ids = {name: len(ranks) + offset for offset, name in enumerate(special)}
+    if len(ids) != len(special) or len(ids) > _MAX_SPECIAL:
+        raise ValueError(f"its special tokens are not different ones, at most {_MAX_SPECIAL}")
     missing = [token for token in SPECIAL_TOKENS if token not in ids]
     if missing:
         raise ValueError(f"it has no special token {missing[0]}")
     return tiktoken.Encoding(
         name="rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids
     )
+
+
+def _check_whole(encoding: tiktoken.Encoding) -> None:
+    """Raise ValueError if a text does not come back: the pattern or the tokens of a file say how it is cut."""
+    try:
+        whole = encoding.decode(encoding.encode_ordinary(_PROBE)) == _PROBE
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a panic of tiktoken in Rust is no Exception
+        raise ValueError(f"text cannot be encoded by it: {error}") from None
+    if not whole:
+        raise ValueError("a text that it encodes does not come back")
 
 
 def _missing(directory: Path) -> str:

@@ -128,6 +128,17 @@ def test_a_pickle_is_never_loaded(base_dir):
     assert not (base_dir / "exploded").exists()
 
 
+def test_bytes_of_tokens_that_would_run_code_are_not_unpickled(trained, base_dir):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(base_dir / "exploded"),)
+
+    torch.save(Bomb(), base_dir / "tokenizer" / "token_bytes.pt")
+    with pytest.raises(UserError, match=r"token_bytes\.pt cannot be read"):
+        get_token_bytes()
+    assert not (base_dir / "exploded").exists()
+
+
 def test_token_bytes_count_raw_bytes_and_none_for_special_tokens(trained):
     token_bytes = get_token_bytes()
     assert token_bytes.dtype == torch.int32 and token_bytes.shape == (400,)
@@ -160,6 +171,31 @@ def test_a_damaged_file_is_a_sentence(trained, base_dir, damage):
     path.write_text(damage)
     with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
         get_tokenizer()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "[" * 200_000,
+        {"pattern": ""},  # tiktoken's Rust panics
+        {"pattern": "x*"},
+        {"pattern": "(a+)+$"},  # finds next to nothing, slowly
+        {"pattern": "("},
+        {"special": SPECIAL_TOKENS * 2},
+        {"special": SPECIAL_TOKENS + [f"<{i}>" for i in range(5000)]},
+        {"special": [*SPECIAL_TOKENS, {"__reduce__": "os.system"}]},
+        {"mergeable": ["YQ=="]},  # most bytes are missing
+        {"mergeable": None},
+    ],
+    ids=lambda changes: str(changes)[:30],
+)
+def test_a_poisoned_file_is_a_sentence_and_no_traceback(trained, base_dir, changes):
+    path = base_dir / "tokenizer" / "tokenizer.json"
+    entry = json.loads(path.read_text())
+    path.write_text(changes if isinstance(changes, str) else json.dumps(entry | changes))
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged") as raised:
+        get_tokenizer()
+    assert "\n" not in str(raised.value)
 
 
 def test_a_vocabulary_that_cannot_be_is_refused():
