@@ -35,9 +35,10 @@ class Report:
 
     def run_started(self, state: RunState, term: int) -> None:
         """A server has begun, with a new run or where the last one stopped."""
-        at: dict[str, Any] = {"term": term, "tokens": state.tokens, "round": state.round_number}
-        at |= {"events_version": EVENTS_VERSION, "run": state.config.run_name}
-        self.telemetry.event("run_started", **at)
+        who: dict[str, Any] = {"run": state.config.run_name, "term": term, "tokens": state.tokens}
+        self.telemetry.event(
+            "run_started", **who, events_version=EVENTS_VERSION, round=state.round_number
+        )
         for change in state.config_changes:
             if change.round_number == state.round_number:  # earlier ones were reported then
                 self.telemetry.event(
