@@ -44,6 +44,7 @@ _DEATHS = (
     "newer node has taken its name",
     "worker process",
 )
+_OF_CLIENT = ("client_silent", "client_back", "client_left_out", "client_cooling")
 _GOODBYE_EXCEPTIONS = {*StopReason, *EndReason, ""} - {StopReason.LEAVING}
 
 
@@ -241,7 +242,7 @@ class TimelineReader:
             self.commits.append((int(_number(event, "round_number")), at_s))
         elif kind in ("reply", "reply_refused"):
             self._reply(event, number, at_s)
-        elif event.get("client"):
+        elif kind in _OF_CLIENT and event.get("client"):
             self._of_client(str(kind), self._lane(str(event["client"])), number, at_s, event)
         self.last_s = at_s
 

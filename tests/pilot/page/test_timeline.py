@@ -213,3 +213,8 @@ def test_a_coarse_lane_keeps_what_fills_most_of_each_piece_and_all_of_its_length
 def test_no_events_are_no_run() -> None:
     with pytest.raises(ValueError):
         timeline([])
+
+
+def test_a_client_that_is_only_spoken_of_has_no_lane() -> None:
+    away = event(12, "energy", client="off", kwh=0.0)
+    assert timeline([STARTED, OPENED, away, ENDED]).clients == ["a"]

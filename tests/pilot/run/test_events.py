@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pilot.rules.energy import Footprint
 from pilot.run.changes import ConfigChange
 from pilot.run.events import EVENTS_VERSION, NewEvents, read_events
 from pilot.run.state import RoundRecord
@@ -77,7 +78,12 @@ def test_every_event_that_the_code_records_is_in_the_document() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "unfolded"),
-    [("reply", TrainReply), ("round_committed", RoundRecord), ("config_changed", ConfigChange)],
+    [
+        ("reply", TrainReply),
+        ("round_committed", RoundRecord),
+        ("config_changed", ConfigChange),
+        ("energy", Footprint),
+    ],
 )
 def test_every_field_of_a_dataclass_that_is_recorded_is_in_the_document(
     kind: str, unfolded: Any
