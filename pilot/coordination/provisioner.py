@@ -107,11 +107,11 @@ class ProvisionerCoordinator:
         """Take our wish back; another's stays. False while Redis fails."""
         key = self._link.key(f"stop:{client}")
 
-        def write() -> bool:
+        def clear() -> bool:
             self._link.delete_if_begins(key, OURS)
             return True
 
-        return self._link.attempt("writing", write) is not None
+        return bool(self._link.attempt("writing", clear))
 
     def close(self) -> None:
         self._link.close()

@@ -86,6 +86,15 @@ def hourly(client: ClientConfig, board: Board) -> tuple[float, float]:
     return hour.grams, hour.money
 
 
+def unknown(client: ClientConfig) -> set[str]:
+    """Which of its fields no signal of the client's configuration tells."""
+    return {
+        field
+        for field, signal in (("grams", client.options.carbon), ("money", client.options.price))
+        if not signal
+    }
+
+
 def totals(accounts: Mapping[str, Account]) -> tuple[Footprint, int]:
     """Of the run: what all clients took, and their tokens."""
     total, tokens = Footprint(), 0

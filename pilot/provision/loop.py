@@ -12,7 +12,7 @@ from pathlib import Path
 from pilot.coordination.provisioner import ProvisionerCoordinator, RunKeys
 from pilot.errors import PilotError
 from pilot.provision.board import Board
-from pilot.provision.books import Account, hourly, totals
+from pilot.provision.books import Account, hourly, totals, unknown
 from pilot.provision.config import ClientConfig, Config, open_source
 from pilot.provision.hooks import CommandHook, Commands, Hook, Place, SubprocessHook
 from pilot.provision.life import Life, Patience, Phase, Record
@@ -231,7 +231,10 @@ class Provisioner:
             return
         self.save()
         for name, values in new.items():
-            if values:
+            client = self.config.clients.get(name)
+            if values and client is not None:
+                # what nothing says is missing, not 0
+                values = {what: values[what] for what in values.keys() - unknown(client)}
                 self.log.event("energy", "", client=name, **values)
 
     def status(self) -> str:

@@ -108,7 +108,7 @@ def test_clients_start_and_drain_by_the_signal_and_nothing_is_lost(
     (tmp_path / "coal.csv").write_text("0,700\n86400,700\n")
     (tmp_path / "west").write_text("50")
     (tmp_path / "south").write_text("300")
-    values = MICRO | {"run-name": RUN, "num-rounds": 6, "target-tokens": 8192, "epochs": 4}
+    values = MICRO | {"run-name": RUN, "num-rounds": 5, "target-tokens": 8192, "epochs": 4}
     values |= {"min-clients": 1, "quorum": 1, "total-tokens": 10**7}
     values |= {"clients-timeout": RUN_S}
     config = tmp_path / "provision.toml"
@@ -119,6 +119,7 @@ def test_clients_start_and_drain_by_the_signal_and_nothing_is_lost(
             with provisioner(deployment, config) as first:
                 until(lambda: "up" in told(builtin, "west"), RUN_S, "west")
                 west = nodes(deployment)["west"]
+                until(lambda: events(builtin, RUN, "round_committed"), RUN_S, "a round of west's")
                 first.send_signal(signal.SIGKILL)
             (tmp_path / "west").write_text("300")
             (tmp_path / "south").write_text("50")
