@@ -19,6 +19,7 @@ import yaml
 
 from pilot import cli
 from pilot.config import RunConfig
+from pilot.fleet import up
 from pilot.launch.node import UPLOAD_FACTOR, UPLOAD_MIN_S
 from pilot.launch.notices import GOODBYE_S
 
