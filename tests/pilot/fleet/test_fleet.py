@@ -12,9 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -78,9 +80,9 @@ def machine(directory: Path) -> Any:
             process.wait()
 
 
-def activates(port: int, ca: bytes, *, registers: bool) -> str:
-    """What a SuperNode with a key of its own is answered; with `registers` it asks to be registered first."""
-    private, public = generate_key_pairs()
+def activates(port: int, ca: bytes, private: Any, *, registers: bool = False) -> str:
+    """What a SuperNode with this key is answered; with `registers` it asks to be registered first."""
+    public = private.public_key()
     key = public_key_to_bytes(public)
     interceptors = [
         RuntimeVersionHttpInterceptor("SuperNode"),
@@ -93,7 +95,7 @@ def activates(port: int, ca: bytes, *, registers: bool) -> str:
                 node.RegisterNode(RegisterNodeFleetRequest(public_key=key))
             node.ActivateNode(ActivateNodeRequest(public_key=key, heartbeat_interval=30.0))
         except Exception as error:  # noqa: BLE001 - what Flower raises is Flower's
-            return str(error)
+            return f"refused: {error}"
     return "let in"
 
 
@@ -103,7 +105,7 @@ def unsigned(port: int, path: str) -> int:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     connection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
     with contextlib.closing(connection):
-        connection.request("POST", path, b"", {"Content-Type": "application/x-protobuf"})
+        connection.request("POST", path, b"", {"Content-Type": PROTOBUF_MEDIA_TYPE})
         return connection.getresponse().status
 
 
@@ -158,8 +160,9 @@ def test_a_head_lets_in_who_has_joined_and_nobody_else_and_leaves_nothing(tmp_pa
         # nodes without a key, or with one that nobody registered
         ca = (server.places.head / "ca.pem").read_bytes()
         assert unsigned(ports[0], "/v1/fleet/pull-messages") == 401
+        strangers, _ = generate_key_pairs()
         for registers in (False, True):
-            assert activates(ports[0], ca, registers=registers) != "let in"
+            assert activates(ports[0], ca, strangers, registers=registers).startswith("refused")
         # a token that was used
         again = site.run(
             "pilot", "join", f"127.0.0.1:{ports[2]}", "--name", "b", PILOT_JOIN_TOKEN=token
@@ -179,6 +182,8 @@ def test_a_head_lets_in_who_has_joined_and_nobody_else_and_leaves_nothing(tmp_pa
 
         join.send_signal(signal.SIGTERM)
         assert join.wait(START_S) == 0
+        key = load_ssh_private_key((site.places.joined("site-a") / "node.key").read_bytes(), None)
+        assert activates(ports[0], ca, key) == "let in", "so what refused strangers is their key"
         assert "ending `pilot up`" in server.run("pilot", "down")
         assert up.wait(START_S) == 0
         assert gone(processes)

@@ -19,10 +19,6 @@ from ...waiting import gone, until
 PROGRAM = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-starts = Path(sys.argv[1])
-starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
-print("start", len(starts.read_text()), os.getpid(), flush=True)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 def end(*_):
     print("ending", flush=True)
     if sys.argv[2] == "deaf" and not Path(sys.argv[1] + ".again").exists():
@@ -30,6 +26,10 @@ def end(*_):
         return
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
+starts = Path(sys.argv[1])
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("start", len(starts.read_text()), os.getpid(), flush=True)
 if sys.argv[2].isdigit():
     sys.exit(int(sys.argv[2]))
 while True:
@@ -56,7 +56,7 @@ def kept(
 
 def service(directory: Path, name: str, does: str = "stay", **values: object) -> Service:
     command = [sys.executable, "-c", PROGRAM, str(directory / f"{name}.starts"), does]
-    options = {"final": frozenset({0}), "mistakes": frozenset({2}), "grace_s": 60.0} | values
+    options = {"final": frozenset({0}), "mistakes": frozenset({2}), "grace_s": 0.2} | values
     return Service(name=name, command=command, env=dict(os.environ), **options)  # type: ignore[arg-type]
 
 
@@ -121,7 +121,8 @@ def test_one_that_has_left_stays_away_and_a_mistake_is_an_error(
 def test_ending_waits_for_all_of_it_and_a_second_wish_hurries(
     kept: Supervisor, tmp_path: Path, console: io.StringIO
 ) -> None:
-    patient, deaf = kept.start(service(tmp_path, "a")), kept.start(service(tmp_path, "b", "deaf"))
+    patient = kept.start(service(tmp_path, "a", grace_s=600.0))
+    deaf = kept.start(service(tmp_path, "b", "deaf", grace_s=600.0))
     until(lambda: console.getvalue().count("start 1") == 2)
     until(lambda: len(processes(patient)) == len(processes(deaf)) == 2)
     below = [*processes(patient), *processes(deaf)]
