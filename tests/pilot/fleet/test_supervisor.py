@@ -126,7 +126,10 @@ def test_ending_waits_for_all_of_it_and_a_second_wish_hurries(
     until(lambda: console.getvalue().count("start 1") == 2)
     until(lambda: len(processes(patient)) == len(processes(deaf)) == 2)
     below = [*processes(patient), *processes(deaf)]
-    children = [process for process in below if "time.sleep(600)" in " ".join(process.cmdline())]
+    children = [
+        process for process in below if process.cmdline()[-1] == "import time; time.sleep(600)"
+    ]
+    assert len(children) == 2
     for child in children:
         child.kill()  # else the keeper waits for them
     kept.stop([patient, deaf], at_once=lambda: (tmp_path / "b.starts.again").exists())
