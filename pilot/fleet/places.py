@@ -7,6 +7,7 @@ from pilot.fleet.secret_file import private_directory
 from pilot.launch.connection import base_directory
 
 CONNECTION = "local-deployment"  # how Flower's configuration calls the fleet of this machine
+_JOINED = "joined"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Places:
 
     def make(self) -> "Places":
         """Make those that are missing. Raises PilotError if others have access to one of them."""
-        for directory in (self.fleet, self.keys, self.logs, self.running, self.flower_home):
+        fleet = (self.fleet, self.logs, self.running, self.flower_home)
+        for directory in (*fleet, self.keys, self.keys / _JOINED):
             private_directory(directory)
         return self
 
@@ -60,4 +62,4 @@ class Places:
 
     def joined(self, name: str) -> Path:
         """What the head gave to the site `name`, and the site's own key."""
-        return self.keys / "joined" / name
+        return self.keys / _JOINED / name
