@@ -1,4 +1,4 @@
-"""Every Redis key of a run: the server's half and the client's half.
+"""Every Redis key of a run: the server's half. A client's is client.py, an operator's operator.py.
 
 All keys are `pilot:<run>:…`, so runs on one Redis do not see each other, and nothing is ever flushed. Durable
 keys hold the truth; a publish only wakes those who wait for it:
@@ -6,6 +6,8 @@ keys hold the truth; a publish only wakes those who wait for it:
     server           string, expires   the server that leads the run: host, run directory, token
     round            hash              term, round, phase (open|ended), reason
     run              hash              term, state (running|finished|interrupted)
+    progress         string, expires   how far the run is, for people (server/public.py)
+    stop             string, expires   why the run is to end once its open round is merged
     client:<name>    hash, expires     a client's last heartbeat in a round
     stop:<name>      string, expires   why this client is to leave; it gets no new work meanwhile
     ack:<name>       string, expires   the fence of this client's last reply that the server has on disk
@@ -17,25 +19,24 @@ server then continues with what Flower reports and writes its keys again, and a 
 in its order are over.
 """
 
-import itertools
 import json
 import os
 import secrets
 import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from pilot.coordination import link, scripts
-from pilot.coordination.heartbeats import COUNTER, Ages, Heard
-from pilot.coordination.link import TIMEOUT_S, CoordinatorError, RedisLink, ping, resolve_url
+from pilot.coordination.client import ClientCoordinator, fence_text
+from pilot.coordination.heartbeats import Ages, Heard
+from pilot.coordination.link import CoordinatorError, RedisLink, ping, resolve_url, table
 from pilot.coordination.lock import LockRenewal
 from pilot.redis_url import redact_url
 from pilot.rules.rounds import Clock, MonotonicClock
-from pilot.wire.messages import Fence, Heartbeat, plain
+from pilot.wire.messages import Fence, plain
 
 __all__ = ["ClientCoordinator", "CoordinatorError", "ServerCoordinator", "ping", "resolve_url"]
 
@@ -43,21 +44,11 @@ SERVER_EXPIRY_S = 15.0
 FINISHED_EXPIRY_S = 24 * 3600
 STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
-_ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
-
-
-def _table(text: str) -> dict[str, Any]:
-    """A JSON table that Redis holds; an empty one if it is none."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def fence_text(fence: Fence) -> str:
-    """A fence as it stands in an `ack:` key."""
-    return json.dumps(asdict(fence), sort_keys=True)
+PROGRESS_EXPIRY_S = 3600.0  # with what is left of it, a reader knows how old it is
+DRAIN_EXPIRY_S = 30 * 24 * 3600.0  # nobody drains a client for longer; no key stays for ever
+DRAINED = (
+    "drained: "  # how the reason in the `stop:` key of a client begins that an operator drained
+)
 
 
 class ServerCoordinator:
@@ -98,7 +89,7 @@ class ServerCoordinator:
         holds the directory's file lock, which only one living process can."""
         key, expiry_ms = self._link.key("server"), int(SERVER_EXPIRY_S * 1000)
         holder = str(self._link.redis.get(key) or "")
-        other = _table(holder)
+        other = table(holder)
         ours = all(other.get(name) == value for name, value in self._where.items())
         if (holder and not ours) or not self._link.redis.eval(
             scripts.TAKE, 1, key, holder, self._identity, str(expiry_ms)
@@ -146,13 +137,26 @@ class ServerCoordinator:
         self._state = "finished" if run_finished else "interrupted"
         try:
             self.end_round(self._round["reason"] or self._state)
-            keys = ["server", "round", "run"]
+            keys = ["server", "stop", "round", "run"]  # a wish that the run may end is fulfilled
             self._leading(
                 scripts.RELEASE, keys, [self._identity, FINISHED_EXPIRY_S], must_lead=False
             )
         except CoordinatorError:
             pass  # another server leads the run: the keys are that server's now
         self._link.close()
+
+    # -- operators -------------------------------------------------------------------------------
+
+    def stop_wish(self) -> str:
+        """Why the run is to end once its open round is merged; "" if it is not, or while that is unknown."""
+        key = self._link.key("stop")
+        return plain(str(self._link.attempt("reading", lambda: self._link.redis.get(key)) or ""))
+
+    def publish(self, progress: Mapping[str, Any]) -> None:
+        """Let operators see how far the run is (`server/public.py`)."""
+        text = json.dumps(progress, separators=(",", ":"))
+        values = [self._identity, text, int(PROGRESS_EXPIRY_S * 1000)]
+        self._leading(scripts.NOTE, ["server", "progress"], values)
 
     # -- single clients --------------------------------------------------------------------------
 
@@ -209,10 +213,23 @@ class ServerCoordinator:
     def draining(self, clients: Iterable[str]) -> dict[str, str]:
         """Those of `clients` that are leaving, with the reason: they get no new work for now."""
         names = list(clients)
-        keys = [self._link.key(f"stop:{name}") for name in names]
-        reasons = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) if keys else []
-        pairs = zip(names, reasons or [], strict=False)
-        return {name: plain(str(reason)) for name, reason in pairs if reason}
+        keys = [self._link.key(name) for name in ("server", *(f"stop:{name}" for name in names))]
+        found: Any = self._link.attempt("reading", lambda: self._link.redis.mget(keys)) or [None]
+        pairs = zip(names, found[1:], strict=False)
+        reasons = {name: plain(str(reason)) for name, reason in pairs if reason}
+        if found[0]:  # else Redis has lost its keys, and `tick` will restore them
+            self._remember_drains(names, reasons)
+        return reasons
+
+    def _remember_drains(self, names: Iterable[str], reasons: Mapping[str, str]) -> None:
+        """What an operator wished of clients is written again, too, when Redis has lost it."""
+        until_s = self._clock.now_s() + DRAIN_EXPIRY_S
+        for name in names:
+            key, reason = f"stop:{name}", reasons.get(name, "")
+            if reason.startswith(DRAINED):
+                self._notes[key] = (reason, until_s)
+            elif self._notes.get(key, ("", 0.0))[0].startswith(DRAINED):
+                del self._notes[key]
 
     # -- writing as the leader -------------------------------------------------------------------
 
@@ -248,153 +265,3 @@ class ServerCoordinator:
     def _wake(self) -> None:
         channel, text = self._link.key("signals"), json.dumps(self._round)
         self._link.attempt("writing", lambda: self._link.redis.publish(channel, text))
-
-
-class ClientCoordinator:
-    """A client's half, for one round of one term. No method raises because Redis is away."""
-
-    def __init__(
-        self,
-        url: str,
-        run: str,
-        *,
-        client: str,
-        term: int,
-        round_number: int,
-        clock: Clock | None = None,
-    ) -> None:
-        self._clock = clock or MonotonicClock()
-        self._link = RedisLink(url, run, self._clock)
-        self._client, self._mine = client, (term, round_number)
-        self._listener: Any = None
-        self._nonce, self._sent = secrets.token_hex(4), itertools.count()
-
-    # -- what the keys say -----------------------------------------------------------------------
-
-    def round_over(self) -> str | None:
-        """Why this round is over, by its durable key; None while it runs, or while that is unknown."""
-        current, ended, run_over = self._look()
-        if current > self._mine:
-            return "a later round"
-        return (ended or run_over) if current == self._mine else None
-
-    def superseded(self) -> str | None:
-        """Why replies to this round are no longer accepted; None while they are, or while that is unknown."""
-        current, _, run_over = self._look()
-        if current > self._mine:
-            return "a later round"
-        return run_over if current == self._mine else None
-
-    def _look(self) -> tuple[tuple[int, int], str | None, str | None]:
-        """The server's (term, round), why that round is over, why the run is over (None: it is not).
-
-        (0, 0) while that is unknown.
-        """
-
-        def read() -> list[dict[str, str]]:
-            with self._link.redis.pipeline(transaction=False) as pipe:
-                pipe.hgetall(self._link.key("round"))
-                pipe.hgetall(self._link.key("run"))
-                return pipe.execute()
-
-        found, run = self._link.attempt("reading", read) or ({}, {})
-        if not found:
-            return (0, 0), None, None
-        try:
-            current = (int(found.get("term", "")), int(found.get("round", "")))
-        except ValueError:  # not what the server wrote, which writes it again within a second
-            return (0, 0), None, None
-        ended = (found.get("reason") or "ended") if found.get("phase") == "ended" else None
-        state = run.get("state", "running")
-        over = run.get("term") == found["term"] and state != "running"
-        return current, ended, state if over else None
-
-    def told_to_leave(self) -> str | None:
-        """Why this client is to leave, by its `stop:` key; None if it is not, or while that is unknown.
-
-        What the client itself announced does not count: its own reason may no longer hold.
-        """
-        key = self._link.key(f"stop:{self._client}")
-        reason: Any = self._link.attempt("reading", lambda: self._link.redis.get(key))
-        return None if not reason or reason.startswith(_ANNOUNCED) else reason
-
-    def acknowledged(self, fence: Fence) -> bool:
-        """Whether the server has the reply with `fence` on its disk."""
-        key = self._link.key(f"ack:{self._client}")
-        return self._link.attempt("reading", lambda: self._link.redis.get(key)) == fence_text(fence)
-
-    @property
-    def failing(self) -> bool:
-        """Whether the last attempt to use Redis failed: the answers of the other methods are then unknown."""
-        return self._link.failing
-
-    # -- listening -------------------------------------------------------------------------------
-
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until something is published, at most `timeout_s`."""
-        until_s = self._clock.now_s() + timeout_s
-        if not self._link.attempt("reading", lambda: self._receive(timeout_s)):  # don't spin
-            self._clock.sleep(max(0.0, until_s - self._clock.now_s()))
-
-    def _receive(self, timeout_s: float) -> bool:
-        if self._listener is None:
-            listener = self._link.redis.pubsub(ignore_subscribe_messages=True)
-            listener.subscribe(self._link.key("signals"))
-            listener.get_message(timeout=TIMEOUT_S)  # the confirmation
-            self._listener = listener
-            return (
-                True  # what was published before is in the keys only: the caller reads them again
-            )
-        try:
-            self._listener.get_message(timeout=timeout_s)
-        except redis.RedisError:
-            self._listener.close()
-            self._listener = None
-            raise
-        return True
-
-    # -- what this client announces --------------------------------------------------------------
-
-    def send_heartbeat(self, heartbeat: Heartbeat, *, expiry_s: float) -> None:
-        """Tell the server how far this client is; Redis forgets it after `expiry_s`."""
-        self._send(asdict(heartbeat), expiry_s)
-
-    def send_state(self, state: str, *, expiry_s: float) -> None:
-        """A heartbeat of a process that knows only the state: how far the client is stays as it was said."""
-        self._send({"state": state}, expiry_s)
-
-    def _send(self, values: dict[Any, Any], expiry_s: float) -> None:
-        term, round_number = self._mine
-        own: dict[Any, Any] = {"client": self._client, "term": term, "round": round_number}
-
-        def write() -> None:
-            key = self._link.key(f"client:{self._client}")
-            # never the same twice, not even from another process or after Redis lost its keys
-            own[COUNTER] = f"{self._nonce}-{next(self._sent)}"
-            with self._link.redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping=own | values)
-                pipe.pexpire(key, int(expiry_s * 1000))
-                pipe.execute()
-
-        self._link.attempt("writing", write)
-
-    def announce_leave(self, reason: str, *, expiry_s: float) -> None:
-        """Announce that this client leaves of its own accord: it gets no new work for `expiry_s`."""
-        self.stop(_ANNOUNCED + reason, expiry_s=expiry_s)
-
-    def stop(self, reason: str, *, expiry_s: float) -> None:
-        """Set this client's `stop:` key unless it is set."""
-        key, expiry_ms = self._link.key(f"stop:{self._client}"), int(expiry_s * 1000)
-        self._link.attempt(
-            "writing", lambda: self._link.redis.set(key, reason, px=expiry_ms, nx=True)
-        )
-
-    def clear_stop(self, reason: str) -> None:
-        """Delete this client's `stop:` key if it begins with `reason`; a stop with another reason stays."""
-        key = self._link.key(f"stop:{self._client}")
-        self._link.attempt("writing", lambda: self._link.delete_if_begins(key, reason))
-
-    def close(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-        self._link.close()

@@ -6,6 +6,7 @@ attempted for a while: otherwise a loop of attempts would spend all of its time 
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -60,6 +61,15 @@ def connect(url: str) -> redis.Redis:
 def run_key(run: str, name: str) -> str:
     """The key of `name` among those of a run."""
     return f"pilot:{run}:{name}"
+
+
+def table(text: Any) -> dict[str, Any]:
+    """A JSON table that Redis holds; an empty one if it is none."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class RedisLink:

@@ -14,16 +14,17 @@ redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 1
 """
 # KEYS: server, round, run. ARGV: our identity, expiry in ms, term, round, phase, reason, state. Returns 0 if
-# another server leads, 2 if none did (the keys are lost, or never existed), else 1.
+# another server leads, 2 if the keys are lost (or never existed), else 1: also where only the lock has expired.
 TICK = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
+local lost = redis.call('EXISTS', KEYS[2]) == 0
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('HSET', KEYS[2], 'term', ARGV[3], 'round', ARGV[4], 'phase', ARGV[5], 'reason', ARGV[6])
 redis.call('HSET', KEYS[3], 'term', ARGV[3], 'state', ARGV[7])
 redis.call('PERSIST', KEYS[2])
 redis.call('PERSIST', KEYS[3])
-return holder and 1 or 2
+return lost and 2 or 1
 """
 # KEYS: server. ARGV: our identity, expiry in ms.
 RENEW = """
@@ -39,16 +40,17 @@ for i = 2, #KEYS do
 end
 return 1
 """
-# KEYS: server, round, run. ARGV: our identity, seconds until the other keys expire.
+# KEYS: server, a key to delete with it, round, run. ARGV: our identity, seconds until the others expire.
 RELEASE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[1])
-redis.call('EXPIRE', KEYS[2], ARGV[2])
+redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('EXPIRE', KEYS[3], ARGV[2])
+redis.call('EXPIRE', KEYS[4], ARGV[2])
 return 1
 """
-# KEYS: a string, which is deleted if it begins with ARGV.
+# KEYS: a string, which is deleted if it begins with ARGV. Returns what it was ("": there was none).
 CLEAR = """
 local value = redis.call('GET', KEYS[1])
 if value and string.sub(value, 1, #ARGV[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return value or ''
 """
