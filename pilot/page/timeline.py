@@ -44,7 +44,7 @@ _DEATHS = (
     "newer node has taken its name",
     "worker process",
 )
-_OF_CLIENT = ("client_silent", "client_back", "client_left_out", "client_cooling")
+_OF_CLIENT = ("client_silent", "client_back", "client_drained", "client_left_out", "client_cooling")
 _GOODBYE_EXCEPTIONS = {*StopReason, *EndReason, ""} - {StopReason.LEAVING}
 
 
@@ -275,6 +275,8 @@ class TimelineReader:
             lane.silent_since = (at_s, number)
         elif kind == "client_back":
             lane.back(at_s)
+        elif kind == "client_drained" and lane.away is None and not lane.orders:
+            lane.away = (State.DRAINED, at_s, str(event.get("reason", "")))
         elif kind in ("client_left_out", "client_cooling") and lane.away is None:
             lane.away = (State.LEFT_OUT, at_s, str(event.get("reason") or event.get("message", "")))
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,3 +270,9 @@ class RehearsedCoordinator:
     def draining(self, clients: Iterable[str]) -> dict[str, str]:
         stops = self._world.stops if not self.failing else {}
         return {name: plain(stops[name]) for name in clients if name in stops}
+
+    def stop_wish(self) -> str:
+        return ""
+
+    def publish(self, progress: Mapping[str, Any]) -> None:
+        """Nobody looks."""

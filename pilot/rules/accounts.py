@@ -167,7 +167,7 @@ class RunAccounting:
         for name, seconds in event["phases"].items():
             self._phases[name] = self._phases.get(name, 0.0) + seconds
         for name, values in event["clients"].items():
-            self._clients[name] = _sum(self._clients.get(name), _account(values))
+            self._clients[name] = added(self._clients.get(name), _account(values))
 
     def account(self) -> RunAccount:
         return RunAccount(self._rounds, dict(self._phases), dict(self._clients))
@@ -192,7 +192,8 @@ def _account(values: Mapping[str, Any]) -> ClientAccount:
     )
 
 
-def _sum(one: ClientAccount | None, other: ClientAccount) -> ClientAccount:
+def added(one: ClientAccount | None, other: ClientAccount) -> ClientAccount:
+    """The account of two rounds of one client, or of all before (None: there is none) and another one."""
     if one is None:
         return other
     return ClientAccount(

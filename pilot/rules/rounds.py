@@ -67,7 +67,8 @@ class EndReason(StrEnum):
     NOBODY_LEFT = "nobody-left"  # nobody trains any more, and nobody has replied
     MIN_DURATION = "min-duration"  # long enough, and a quorum took part
     MAX_DURATION = "max-duration"  # the hard limit
-    INTERRUPTED = "interrupted"  # the run is being stopped
+    STOPPED = "stopped"  # an operator wishes the run to end: what its clients have is merged first
+    INTERRUPTED = "interrupted"  # the run is being stopped, and nothing is waited for
 
 
 @dataclass(frozen=True)

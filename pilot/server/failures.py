@@ -1,4 +1,4 @@
-"""When a run gets nowhere: rounds in a row that brought nothing but errors, or nothing but refused updates."""
+"""When a run ends too soon: it was stopped, or brought nothing but errors or refused updates for rounds."""
 
 from pilot.errors import PilotError
 from pilot.rules.admission import REFUSALS_IN_A_ROW
@@ -9,12 +9,16 @@ MAX_FAILED_ROUNDS = 3  # with nothing but errors
 MAX_REFUSED_ROUNDS = 2 * REFUSALS_IN_A_ROW  # a client that was left out for a while was tried again
 
 
-class RunInterrupted(PilotError):
-    """The run was stopped; the same command resumes it."""
-
-
 class RunFailed(PilotError):
     """The run cannot continue; what it has is on disk, and the same command resumes it."""
+
+
+class RunInterrupted(PilotError):
+    """The run was stopped, by a signal or by the `wish` of an operator; the same command resumes it."""
+
+    def __init__(self, wish: str = "") -> None:
+        why = f" ({wish})" if wish else ""
+        super().__init__(f"the run was stopped{why}; the same command resumes it")
 
 
 class Failures:

@@ -85,6 +85,11 @@ class IdleTime:
             self.trained_until_s = now_s
         self._cause, self._since_s, self._follows = cause, now_s, True
 
+    @property
+    def now(self) -> str:
+        """What the federation does now: a cause, or TRAINING; "" at the start."""
+        return str(self._cause or TRAINING) if self._follows else ""
+
     def take(self) -> dict[str, float]:
         """Seconds by cause since the last call, TRAINING among them: all the time that has passed."""
         self._count(self._clock.now_s())

@@ -118,7 +118,7 @@ class RoundMonitor:
         since_s = max(order.sent_at_s, self._blind_at_s, self._heard_at_s.get(client.name, 0.0))
         return now_s - since_s > max(_START_MIN_S, _START_FACTOR * longest_s)
 
-    def view(self, now_s: float, *, waiting: int, rows_left: bool) -> RoundView:
+    def view(self, now_s: float, *, waiting: int = 0, rows_left: bool = True) -> RoundView:
         """The round as the rules see it; `waiting` clients could take work, `rows_left` to lease."""
         beats = {name: last.heartbeat for name, last in self.heard.items()}
         training = {n: b for n, b in beats.items() if n not in self.silent and b.step > 0}

@@ -6,6 +6,7 @@ themselves. Arguments are plain values, so this module knows none of the rooms t
 
 import contextlib
 import logging
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
@@ -17,18 +18,21 @@ from pilot.rules.rounds import EndReason
 from pilot.run.events import EVENTS_VERSION, read_events
 from pilot.run.state import RoundRecord, RunState
 from pilot.server.bars import Speed, bar, bar_end
+from pilot.server.report_wishes import WishReport
 from pilot.server.tables import round_line, round_table, time_table
 from pilot.server.telemetry import Telemetry
-from pilot.wire.messages import Fence, Heartbeat, HelloReply, TrainReply, to_json
+from pilot.wire.messages import Fence, Heartbeat, TrainReply, to_json
 
 log = logging.getLogger("pilot")
 
 
-class Report:
+class Report(WishReport):
     """The run's voice: one method per thing that can happen."""
 
     def __init__(self, telemetry: Telemetry) -> None:
-        self.telemetry = telemetry
+        super().__init__(telemetry)
+        self.refused = Counter[str]()  # client → its replies ("": nobody knows whose)
+        self.refusals = deque[tuple[str, int | None, str]](maxlen=5)  # client, round, reason
         self._shown: dict[str, object] = {}  # client → what its last progress line said
 
     # -- the run ---------------------------------------------------------------------------------
@@ -66,16 +70,6 @@ class Report:
 
     def waiting_for_clients(self, why: str) -> None:
         log.info("Waiting for clients: %s", why)
-
-    def client_accepted(self, name: str, hello: HelloReply) -> None:
-        log.info(
-            "Client %s joined: %s, %d × %s, %d shards",
-            name,
-            hello.host,
-            hello.devices,
-            hello.device_name,
-            len(hello.shards),
-        )
 
     def client_warned(self, name: str, warning: str) -> None:
         log.warning("Client %s: %s", name, warning)
@@ -226,6 +220,8 @@ class Report:
 
     def reply_refused(self, name: str, fence: Fence, reason: str) -> None:
         number = fence.round_number
+        self.refused[name] += 1
+        self.refusals.append((name, number, reason))
         self.telemetry.event(
             "reply_refused",
             f"Reply of {name} in round {number} is refused: {reason}",
@@ -238,11 +234,14 @@ class Report:
     def reply_too_late(self, reply: TrainReply | None) -> None:
         """An answer to no order that is open: its rows have gone back long ago."""
         reason = "it answers a round that is over"
+        client = reply.client if reply else ""
+        self.refused[""] += 1
+        self.refusals.append((client, reply.fence.round_number if reply else None, reason))
         self.telemetry.event(
             "reply_refused",
             f"A reply is refused: {reason}",
             reason=reason,
-            client=reply.client if reply else None,
+            client=client or None,
             fence=asdict(reply.fence) if reply else None,
         )
 

@@ -33,13 +33,14 @@ from pilot.server.idle import Cause, IdleTime, gathering
 from pilot.server.mailbox import Answer, Mailbox
 from pilot.server.monitor import RoundMonitor, uploads_s
 from pilot.server.open_round import OpenRound
+from pilot.server.public import Public
 from pilot.server.report import Report
 from pilot.server.roster import Client, Roster
 from pilot.server.time_books import TimeBooks
+from pilot.server.wishes import Wishes
 from pilot.wire.messages import TrainReply
 
 _TICK_S = 0.25
-_REDIS_EVERY_S = 1.0
 _PROGRESS_EVERY_S = 2.0
 _REPORT_WAITING_EVERY_S = 5.0
 _IDLE_TICK_S = 1.0  # while no client works
@@ -107,16 +108,17 @@ class RoundLoop:
         self.committer = Committer(config, state, term, run_dir, report, clock, version)
         self.committer.writing = lambda: self.idle.because(Cause.SNAPSHOT, state.round_number)
         self._current: RoundMonitor | None = None  # the open round, and what is known of it
-        self._leaving: dict[str, str] = {}  # clients that are to get no new work, and why
+        self.wishes = Wishes(coordinator, report)
+        self.public = Public(config, state, self.roster, self.cooling, self.wishes, self.times)
         self._incomplete_since_s: float | None = None
-        self._redis_at_s = self._progress_at_s = float("-inf")
+        self._progress_at_s = float("-inf")
 
     def run(self) -> None:
         """Rounds until the run is finished, then the last evaluation. Resumable at any moment."""
         try:
             self._rounds()
         finally:
-            self.idle.stop(on_purpose=self.state.finished or self.interrupted())
+            self.idle.stop(on_purpose=self.state.finished or self.interrupted() or self.wishes.end)
 
     def _rounds(self) -> None:
         wanted = self.config.min_clients
@@ -148,19 +150,20 @@ class RoundLoop:
         while True:
             waited_s = self.clock.now_s() - began_s
             self._tick(_TICK_S if waited_s < _BRISK_S else _IDLE_TICK_S)
-            self._raise_if_interrupted()
+            self._raise_if_interrupted(self.wishes.stop)
             clients = self._available(to_train=to_train)
-            cooling = [c.name for c in self._present() if not self.cooling.ready(c.name)]
-            there = len({c.name for c in clients}.union(cooling)) if clients else 0
+            left_out = [c.name for c in self._present() if not self.cooling.ready(c.name)]
+            left_out += self.wishes.drained
+            there = len({c.name for c in clients}.union(left_out)) if clients else 0
             if self._all_there(there, wanted):
                 self.state.fingerprints = self.roster.fingerprints
                 return self._at_work(clients) if to_train else clients
             cause = gathering(len(clients), wanted, asked=self.roster.questions_open)
             self.idle.because(cause, self.state.round_number)
             why = self.roster.waiting_for(wanted)
-            if cooling:
-                why += f"; left out for a while: {', '.join(cooling)}"
-            timed_out = waited_s >= self.config.clients_timeout and not cooling
+            if left_out:
+                why += f"; left out for a while: {', '.join(left_out)}"
+            timed_out = waited_s >= self.config.clients_timeout and not left_out
             if self.roster.hopeless(wanted) or timed_out:
                 raise RunFailed(f"not enough clients to continue: {why}")
             if self.clock.now_s() - reported_s >= _REPORT_WAITING_EVERY_S:
@@ -183,7 +186,7 @@ class RoundLoop:
 
     def _present(self) -> list[Client]:
         """Clients that owe no answer and are not leaving."""
-        return [client for client in self.roster.ready() if client.name not in self._leaving]
+        return [client for client in self.roster.ready() if client.name not in self.wishes.leaving]
 
     def _available(self, *, to_train: bool) -> list[Client]:
         """Clients that can take work now; to train, they need free rows and must not be cooling."""
@@ -229,8 +232,7 @@ class RoundLoop:
         while reason is None:
             self._tick(_TICK_S if self._monitor.awaited else _IDLE_TICK_S)
             self._join(rules)
-            stopped, view = self.interrupted(), self._view()
-            reason = EndReason.INTERRUPTED if stopped else end_reason(rules, view)
+            reason = self.wishes.end_reason(self.interrupted()) or end_reason(rules, self._view())
         self._monitor.ended_at_s = self.clock.now_s()
         self.coordinator.end_round(reason)
         self.report.round_ended(self._round.number, reason)
@@ -273,11 +275,7 @@ class RoundLoop:
         self.roster.send_hellos()
         self.dispatcher.cargo.forget()
         now_s = self.clock.now_s()
-        if now_s - self._redis_at_s >= _REDIS_EVERY_S:
-            self.coordinator.tick()
-            names = [client.name for client in self.roster.accepted()]
-            self._leaving = self.coordinator.draining(names)
-            self._redis_at_s = now_s
+        self.public.exchange(self._current, now_s)
         if self._current is not None:
             self._follow(now_s)
 
@@ -324,9 +322,10 @@ class RoundLoop:
             )
         self.coordinator.acknowledge(order.client.name, order.fence)
 
-    def _raise_if_interrupted(self) -> None:
-        if self.interrupted():
-            raise RunInterrupted("the run was stopped; the same command resumes it")
+    def _raise_if_interrupted(self, wish: str = "") -> None:
+        """`wish`: of an operator, between two rounds, where ending costs nothing."""
+        if self.interrupted() or wish:
+            raise RunInterrupted(wish)
 
     # -- 5. reply --------------------------------------------------------------------------------
 

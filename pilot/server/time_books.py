@@ -6,7 +6,14 @@ by its own); what they add up to is `rules/accounts.py`.
 
 from dataclasses import dataclass, field
 
-from pilot.rules.accounts import OrderFacts, Spent, client_accounts, spent_on_order
+from pilot.rules.accounts import (
+    ClientAccount,
+    OrderFacts,
+    Spent,
+    added,
+    client_accounts,
+    spent_on_order,
+)
 from pilot.server.idle import Cause, IdleTime
 from pilot.server.open_round import OpenRound
 from pilot.server.orders import Settled
@@ -20,6 +27,7 @@ class TimeBooks:
 
     idle: IdleTime
     report: Report
+    so_far: dict[str, ClientAccount] = field(default_factory=dict)  # client → of all rounds here
     _bytes_up: dict[str, int] = field(default_factory=dict)  # order → of its answer's tensors
     _spent: dict[str, Spent] = field(default_factory=dict)  # order → what its time went into
     _answered_at_s: float = float("-inf")  # the last one
@@ -56,6 +64,7 @@ class TimeBooks:
             orders, before=self._last_asked, last_end_s=self._last_end_s, end_s=end_s
         )
         self.report.round_time(closed.number, self.idle.take(), accounts, trained=trained)
+        self.so_far |= {name: added(self.so_far.get(name), one) for name, one in accounts.items()}
         self._last_end_s, self._last_asked = end_s, set(accounts)
         self._bytes_up, self._spent = {}, {}
 
