@@ -115,8 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     if outcome.succeeded:
         return 0
     reason = f": {outcome.details}" if outcome.details else ""
-    what = "was stopped" if outcome.status == "finished:stopped" else "failed"
-    print(f"error: the run {what}{reason}", file=sys.stderr)
+    what = "was stopped" if outcome.was_stopped else "failed"
+    print(f"error: {outcome.wish or f'the run {what}{reason}'}", file=sys.stderr)
     return 1
 
 

@@ -24,6 +24,8 @@ LOST_SUPERLINK_S = 120.0  # for how long we keep asking a SuperLink that does no
 DEAD_SERVER_S = 5.0  # from the end of the server's process to the end of its log, if it ended well
 
 _UNKNOWN_RUN = re.compile(r"run id\b.* not found", re.IGNORECASE)
+# `server.failures.RunInterrupted`, with its wish
+_STOPPED = re.compile(r"the run was stopped \(.*\); the same command resumes it")
 _RUN_ID = re.compile(r"Successfully started run (\d+)")
 # Flower's own lines that aren't the run's log, or are advice that doesn't fit a run of ours
 _NOISE = (
@@ -46,6 +48,17 @@ class Outcome:
     @property
     def succeeded(self) -> bool:
         return self.status == "finished:completed"
+
+    @property
+    def was_stopped(self) -> bool:
+        """By `flwr stop`, or by `pilot stop`, after which the server fails with a sentence of its own."""
+        return self.status == "finished:stopped" or bool(self.wish)
+
+    @property
+    def wish(self) -> str:
+        """That sentence, if `pilot stop` has ended the run."""
+        found = _STOPPED.search(self.details)
+        return found.group() if found else ""
 
     @property
     def has_ended(self) -> bool:

@@ -58,7 +58,7 @@ def keep_running(
                 run.close()
         if begun and _FINISHED.search(outcome.details):
             return Outcome("finished:completed")  # it died after it had written its results
-        if outcome.succeeded or outcome.status == "finished:stopped" or not begun:
+        if outcome.succeeded or outcome.was_stopped or not begun:
             return outcome
         failures += 1
         if failures > MAX_FAILURES:

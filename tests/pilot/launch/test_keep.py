@@ -97,3 +97,12 @@ def test_a_server_that_died_after_it_had_written_its_results_has_completed_the_r
     done = Outcome("finished:failed", "run r is finished: choose another run-name")
     attempts = Attempts(([ROUND, COMMIT], KILLED), ([], done))
     assert attempts.keep() == COMPLETED
+
+
+def test_a_run_that_an_operator_has_stopped_stays_stopped() -> None:
+    details = "the run was stopped (by bob on here); the same command resumes it"
+    ended = Outcome("finished:failed", details)
+    attempts = Attempts(([ROUND, COMMIT], ended), ([ROUND, COMMIT], COMPLETED))
+    assert attempts.keep() == ended and ended.was_stopped
+    assert len(attempts.runs) == 1, "nobody resumes it"
+    assert not KILLED.was_stopped
