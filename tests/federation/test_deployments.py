@@ -155,6 +155,30 @@ def test_node_that_is_told_to_leave_in_mid_round_goes_when_the_server_has_its_re
     assert events(builtin, "leaving", "reply_refused") == []
 
 
+def test_a_run_that_an_operator_stops_has_its_open_round_merged_and_is_reported_as_stopped(
+    builtin: Path, tmp_path: Path, deployment: Deployment, keys: "redis.Redis"
+) -> None:
+    values = MICRO | {"run-name": "stopped", "total-tokens": 10**8, "min-clients": 1, "epochs": 9}
+    config = write_config(
+        tmp_path, values | {"round-min-duration": 300.0, "round-max-duration": 300.0}
+    )
+    deployment.start_node_unless_there("site-a")
+    with killed_at_end(pilot_run(CONNECTION, config, env=deployment.env)) as process:
+        beat = "pilot:stopped:client:site-a"
+        until(lambda: int(keys.hget(beat, "tokens") or 0) > 0, RUN_S, "site-a to train")
+        stop = [BIN / "pilot", "stop", "stopped", "--reason", "dear power"]
+        said = subprocess.run(stop, env=deployment.env, capture_output=True, text=True, check=True)
+        assert "Run stopped was stopped; the same command resumes it" in said.stdout
+        output, _ = process.communicate(timeout=RUN_S)
+    assert process.returncode == 1, output[-3000:]
+    last = output.splitlines()[-1]
+    assert last == "error: the run was stopped (dear power); the same command resumes it"
+    assert "s3cret" not in output + said.stdout + said.stderr
+    (committed,) = events(builtin, "stopped", "round_committed")
+    assert (committed["reason"], committed["clients"]) == ("stopped", 1) and committed["tokens"] > 0
+    check_books(builtin, "stopped")
+
+
 def supernode(site: str) -> psutil.Process:
     """The SuperNode of a site itself, not what keeps it or what it started."""
     (found,) = (
