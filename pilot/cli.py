@@ -13,15 +13,18 @@ from importlib.metadata import version
 from types import FrameType
 
 from pilot.commands.dashboard import add_dashboard
+from pilot.commands.doctor import add_doctor
 from pilot.commands.down import add_down
 from pilot.commands.join import add_join, join
 from pilot.commands.node import add_node, node
 from pilot.commands.provision import add_provision
 from pilot.commands.report import add_report
 from pilot.commands.run import add_run
+from pilot.commands.status import add_logs, add_runs, add_status
 from pilot.commands.superlink import add_superlink, superlink
 from pilot.commands.token import add_token
 from pilot.commands.up import add_up
+from pilot.commands.wishes import add_drain, add_stop, add_undrain
 from pilot.errors import PilotError
 from pilot.processes.signals import end_signals_handled_by
 
@@ -36,6 +39,13 @@ COMMANDS = (
     add_provision,
     add_report,
     add_dashboard,
+    add_status,
+    add_runs,
+    add_logs,
+    add_stop,
+    add_drain,
+    add_undrain,
+    add_doctor,
 )
 
 
