@@ -12,9 +12,14 @@ class WishReport:
 
     def client_accepted(self, name: str, hello: HelloReply) -> None:
         what = f"joined: {hello.host}, {hello.devices} × {hello.device_name}, {len(hello.shards)} shards"
-        facts = {"host": hello.host, "devices": hello.devices, "device_name": hello.device_name}
-        text = f"Client {name} {what}"
-        self.telemetry.event("client_accepted", text, client=name, **facts)
+        self.telemetry.event(
+            "client_accepted",
+            f"Client {name} {what}",
+            client=name,
+            host=hello.host,
+            devices=hello.devices,
+            device_name=hello.device_name,
+        )
 
     def run_stopping(self, number: int, reason: str) -> None:
         """An operator wishes the run to end after the round that is open, or now if none is."""
