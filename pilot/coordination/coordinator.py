@@ -29,7 +29,7 @@ from typing import Any
 
 import redis
 
-from pilot.coordination import link, scripts
+from pilot.coordination import link, provisioner, scripts
 from pilot.coordination.client import ClientCoordinator, fence_text
 from pilot.coordination.heartbeats import Ages, Heard
 from pilot.coordination.link import CoordinatorError, RedisLink, ping, resolve_url, table
@@ -222,11 +222,14 @@ class ServerCoordinator:
         return reasons
 
     def _remember_drains(self, names: Iterable[str], reasons: Mapping[str, str]) -> None:
-        """What an operator wished of clients is written again, too, when Redis has lost it."""
+        """What an operator wished of clients is written again, too, when Redis has lost it.
+
+        Not what a provisioner wished, which renews it itself.
+        """
         until_s = self._clock.now_s() + DRAIN_EXPIRY_S
         for name in names:
             key, reason = f"stop:{name}", reasons.get(name, "")
-            if reason.startswith(DRAINED):
+            if reason.startswith(DRAINED) and not reason.startswith(provisioner.OURS):
                 self._notes[key] = (reason, until_s)
             elif self._notes.get(key, ("", 0.0))[0].startswith(DRAINED):
                 del self._notes[key]
