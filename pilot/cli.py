@@ -18,6 +18,7 @@ from pilot.commands.down import add_down
 from pilot.commands.join import add_join, join
 from pilot.commands.node import add_node, node
 from pilot.commands.provision import add_provision
+from pilot.commands.rehearse import add_rehearse
 from pilot.commands.report import add_report
 from pilot.commands.run import add_run
 from pilot.commands.status import add_logs, add_runs, add_status
@@ -37,6 +38,7 @@ COMMANDS = (
     add_node,
     add_superlink,
     add_provision,
+    add_rehearse,
     add_report,
     add_dashboard,
     add_status,

@@ -2,14 +2,12 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 
-from pilot.config import RunConfig
-from pilot.rehearse.clock import VirtualClock
+from pilot.rehearse.machine import Machine, Physics, Surroundings
 from pilot.segment import Score, Segment, first_rows
 from pilot.wire.code_hashes import code_hashes
 from pilot.wire.codec import encode
@@ -17,7 +15,6 @@ from pilot.wire.messages import (
     Fence,
     Heartbeat,
     HelloReply,
-    Part,
     StopReason,
     TrainOrder,
     TrainReply,
@@ -26,64 +23,10 @@ from pilot.wire.messages import (
 
 FINGERPRINTS = {"tokenizer": "rehearsed", "validation rows": "rehearsed"}
 UPDATE_SIZE = 64  # numbers of the update that stands for one
-_SCORING = 3.0  # times as fast as training: no backward pass
 _LINE_SLOWED = 10.0
 _ROW_BYTES = 4  # of text a token, in validation rows
+_BREAKS_WITHIN = 8  # messages, or parts of them: two rounds
 _NOISE = 0.3  # of an update, against what all updates have in common
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A client's machine.
-
-    `boot_s`: from its start until Flower knows its node; `start_s`: from the arrival of an order to the first
-    row; lines in bytes a second; `jitter`: the spread of its speed from round to round, relative.
-    """
-
-    name: str
-    tokens_per_s: float
-    jitter: float = 0.03
-    boot_s: float = 30.0
-    start_s: float = 2.0
-    download_bytes_s: float = 125e6
-    upload_bytes_s: float = 125e6
-    devices: int = 1
-
-
-@dataclass(frozen=True)
-class Physics:
-    """What is the same for all clients. `order_bytes` and `reply_bytes` travel, `shard_rows` each shard has."""
-
-    config: RunConfig
-    order_bytes: int
-    reply_bytes: int
-    shard_rows: int
-
-
-class Surroundings(Protocol):
-    """What a client has to do with: time, Flower and Redis (`world.py`)."""
-
-    clock: VirtualClock
-    redis_is_there: bool
-    stops: dict[str, str]  # client → why it is to leave
-
-    def new_node(self, client: "SimulatedClient", boot_s: float) -> int:
-        """The id of a node that Flower knows in `boot_s` seconds."""
-
-    def node_died(self, node_id: int) -> None:
-        """Its processes are gone; Flower will miss it."""
-
-    def reply(self, message_id: str, header: dict[str, Any], parts: Iterable[Part]) -> None:
-        """An answer leaves the node."""
-
-    def over(self, fence: Fence) -> str:
-        """Why the round of `fence` is over; "" while it is not."""
-
-    def announce_stop(self, name: str, why: str) -> None:
-        """The client says that it is leaving."""
-
-    def clear_stop(self, name: str) -> None:
-        """It is there again."""
 
 
 @dataclass
@@ -95,8 +38,10 @@ class _Work:
     rate: float  # tokens per second
     received_s: float
     segments: list[Segment]  # without open ends
+    row_tokens: int
     state: str = ""  # of the heartbeat; "" before there is one
     due_s: float = 0.0
+    evaluating_s: float | None = None  # since when its devices work
     begun_s: float | None = None
     stopped_by: str = ""
     scored: bool = False
@@ -104,16 +49,13 @@ class _Work:
     plan: int = 0  # counts the plans: one that was replaced does nothing
 
     @property
-    def rows(self) -> int:
-        return sum(segment.rows or 0 for segment in self.segments)
-
-    @property
     def step_rows(self) -> int:
+        """Rows of an optimizer step: the batch, or the client's part of it."""
         return self.order.step_rows
 
-    def micro_steps(self, device_rows: int) -> int:
-        """Parts of a step of which each may be the last."""
-        return max(1, self.step_rows // max(1, device_rows))
+    @property
+    def rows(self) -> int:
+        return sum(segment.rows or 0 for segment in self.segments)
 
 
 class SimulatedClient:
@@ -123,13 +65,19 @@ class SimulatedClient:
         self.machine, self.physics, self.world = machine, physics, world
         self.clock = world.clock
         self._rng = random.Random(f"{seed} {machine.name}")
+        self._tokens_per_s = machine.tokens_per_s
         self.node_id = 0  # 0: its machine is off
         self._frozen_s = self._cut_s = self._slow_s = 0.0  # until when
         self.leaving = ""
-        self._lies = False
+        self._late_s, self._breaks = 0.0, (0, 0.0)  # messages that are left, and for how long then
+        self._next_reply: set[str] = set()  # what is to be wrong with it
+        self._fence: Fence | None = None  # of the order before
         self.work: _Work | None = None
         self.trained_tokens = 0
-        self.train_s = self.up_s = 0.0
+        self.on: list[
+            tuple[float, float]
+        ] = []  # when its machine was on, and when its devices worked
+        self.busy: list[tuple[float, float]] = []
         self._up_since_s = 0.0
 
     # -- what happens to it ----------------------------------------------------------------------
@@ -167,13 +115,37 @@ class SimulatedClient:
                 self.clock.at(self._cut_s, self.look)
             case "slow":
                 self._slow_s = max(self._slow_s, now_s + seconds)
-            case "lie":
-                self._lies = True
+            case "crash" if self.up and self.work is not None and self.work.reply is None:
+                self._stop_working()
+                self.world.crashed(self.work.message_id)
+                self.work = None
+            case "break":
+                self._breaks = (self._rng.randint(1, _BREAKS_WITHIN), seconds)
+            case "late":
+                self._late_s = seconds
+            case "lie" | "stale" | "double":
+                self._next_reply.add(event)
+            case "speed" if seconds > 0:
+                self._tokens_per_s = seconds
 
     def _die(self) -> None:
-        self.up_s += self.clock.now_s() - self._up_since_s
+        self._stop_working()
+        self.on.append((self._up_since_s, self.clock.now_s()))
         self.world.node_died(self.node_id)
         self.node_id, self.work = 0, None
+
+    def end(self) -> None:
+        """The rehearsal is over: what it does now ends with it."""
+        if self.up:
+            self._die()
+
+    def _stop_working(self) -> None:
+        """Its devices stand still from now on; what they have done is done, whether or not it arrives."""
+        work = self.work
+        if work is None or work.reply is not None or work.evaluating_s is None:
+            return
+        self.busy.append((work.evaluating_s, self.clock.now_s()))
+        self.trained_tokens += self._rows_done(work) * work.row_tokens
 
     def _leave(self, seconds: float) -> None:
         self.leaving = f"notice: {seconds:.0f} s"
@@ -203,12 +175,25 @@ class SimulatedClient:
         )
         answer(to_header(reply) | {"node_name": self.machine.name})
 
+    def _broken(self) -> bool:
+        """Whether its machine has just been killed: it is at a message."""
+        left, seconds = self._breaks
+        self._breaks = (max(0, left - 1), seconds)
+        if left != 1 or not self.up:
+            return False
+        self._die()
+        self.clock.after(seconds, lambda: self.suffer("up", 0.0))
+        return True
+
     def receive(self, message_id: str, order: TrainOrder) -> None:
         """An order has reached its SuperNode: fetch the model, start, score, train, answer."""
-        speed = self.machine.tokens_per_s * math.exp(self._rng.gauss(0.0, self.machine.jitter))
+        if self._broken():
+            return
+        speed = self._tokens_per_s * math.exp(self._rng.gauss(0.0, self.machine.jitter))
         segments = [self._closed(segment) for segment in order.segments]
         now_s = self.clock.now_s()
-        self.work = work = _Work(order, message_id, speed, now_s, segments)
+        row_tokens = self.physics.config.sequence_len
+        self.work = work = _Work(order, message_id, speed, now_s, segments, row_tokens)
         fetch_s = self._line_s(self.physics.order_bytes, self.machine.download_bytes_s)
         self._plan(work, now_s + fetch_s + self.machine.start_s)
 
@@ -240,9 +225,9 @@ class SimulatedClient:
             self._arrive(work)
 
     def _evaluate(self, work: _Work) -> None:
-        work.state = "evaluating"
+        work.state, work.evaluating_s = "evaluating", self.clock.now_s()
         rows = sum(end - first for first, end in self._pieces(work.order))
-        seconds = rows * self.physics.config.sequence_len / (_SCORING * work.rate)
+        seconds = rows * self.physics.config.sequence_len / (self.machine.scoring * work.rate)
         self._plan(work, self.clock.now_s() + seconds)
         self.look()
 
@@ -258,7 +243,7 @@ class SimulatedClient:
         work.stopped_by = StopReason.LEASE_USED_UP
         if 0 < config.round_steps <= steps:
             steps, work.stopped_by = config.round_steps, StopReason.STEPS_DONE
-        due_s = now_s + steps * self._step_s(work)
+        due_s = now_s + steps * work.step_rows * work.row_tokens / work.rate
         if (deadline_s := work.received_s + order.seconds_left) < due_s:
             due_s, work.stopped_by = max(now_s, deadline_s), StopReason.DEADLINE
         self._plan(work, due_s)
@@ -274,14 +259,11 @@ class SimulatedClient:
             why = self.world.over(work.order.fence) or self.world.stops.get(self.machine.name, "")
         if why:
             work.stopped_by = why
-            micro_s = self._step_s(work) / work.micro_steps(self.physics.config.device_batch_size)
+            micro_rows = min(work.step_rows, self.physics.micro_rows * self.machine.devices)
+            micro_s = micro_rows * work.row_tokens / work.rate
             wait_s = self._rng.uniform(0, micro_s) if work.begun_s is not None else 0.1
             work.state = "training"  # for a moment: it answers next
             self._plan(work, min(work.due_s, self.clock.now_s() + wait_s))
-
-    def _step_s(self, work: _Work) -> float:
-        """Seconds of one of its steps."""
-        return work.step_rows * self.physics.config.sequence_len / work.rate
 
     def _steps_s(self, work: _Work) -> float:
         return 0.0 if work.begun_s is None else max(0.0, self.clock.now_s() - work.begun_s)
@@ -289,28 +271,41 @@ class SimulatedClient:
     def _rows_done(self, work: _Work) -> int:
         """Whole optimizer steps' rows by now; the last step of a tail may be shorter."""
         rows = work.step_rows
-        steps = math.floor(self._steps_s(work) / self._step_s(work) + 1e-6)
+        steps = math.floor(self._steps_s(work) * work.rate / (rows * work.row_tokens) + 1e-6)
         return min(
             work.rows if work.order.lease_is_tail else work.rows // rows * rows, steps * rows
         )
 
     def _send(self, work: _Work) -> None:
         rows, train_s = self._rows_done(work), self._steps_s(work)
+        self._stop_working()
         work.reply, work.state = self._reply(work, rows, train_s), "sending"
-        self.train_s += train_s
-        self.trained_tokens += work.reply.tokens
+        if self._broken():
+            return
         size = self.physics.reply_bytes if rows else 1000
-        self._plan(work, self.clock.now_s() + self._line_s(size, self.machine.upload_bytes_s))
+        late_s, self._late_s = self._late_s, 0.0
+        line_s = self._line_s(size, self.machine.upload_bytes_s)
+        self._plan(work, self.clock.now_s() + line_s + late_s)
 
     def _arrive(self, work: _Work) -> None:
         assert work.reply is not None
+        if self._broken():
+            return
         self.work, tokens = None, work.reply.tokens
-        update = self._update(work.reply.steps) if tokens else {}
-        if self._lies and tokens:
-            self._lies = False
+        update = self._update(tokens / (work.step_rows * work.row_tokens)) if tokens else {}
+        wrong, reply = self._next_reply, work.reply
+        if "lie" in wrong and tokens:
+            wrong.remove("lie")
             update["w"] = update["w"] * math.nan
-        header = to_header(work.reply) | {"node_name": self.machine.name}
-        self.world.reply(work.message_id, header, encode(update, wire=self.physics.config.wire_up))
+        if "stale" in wrong and self._fence is not None:
+            wrong.remove("stale")
+            reply = replace(reply, fence=self._fence)
+        self._fence = work.order.fence
+        header = to_header(reply) | {"node_name": self.machine.name}
+        parts = encode(update, wire=self.physics.config.wire_up)
+        self.world.reply(work.message_id, header, parts, twice="double" in wrong)
+        wrong.discard("double")
+        self._broken()
 
     def _update(self, steps: float) -> dict[str, torch.Tensor]:
         noise = torch.tensor([self._rng.gauss(0.0, _NOISE) for _ in range(UPDATE_SIZE)])

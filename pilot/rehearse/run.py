@@ -12,8 +12,9 @@ from pilot.config import RunConfig
 from pilot.coordination.coordinator import ServerCoordinator
 from pilot.errors import PilotError
 from pilot.faults import watched
-from pilot.rehearse.client import UPDATE_SIZE, Machine, Physics
+from pilot.rehearse.client import UPDATE_SIZE
 from pilot.rehearse.clock import VirtualClock
+from pilot.rehearse.machine import Machine, Physics
 from pilot.rehearse.trace import Happening
 from pilot.rehearse.world import Horizon, RehearsedCoordinator, ServerKilled, World
 from pilot.rules.ledger import Ledger
@@ -28,7 +29,16 @@ from pilot.server.telemetry import Telemetry
 RESTART_S = 15.0  # of a server that was killed, from its start to its first hello
 # Of a round's shortest length: what a tick of the round loop may be longer for where nothing happens.
 _LEAP_SHARE, _LEAP_MAX_S = 0.05, 60.0
-BEGAN = 1_700_000_000.0  # the wall clock of every rehearsal's begin, so that its events are the same bytes
+
+
+class _Events(Telemetry):
+    """Ends the rehearsal after a number of events, of all its terms together."""
+
+    world: World
+
+    def event(self, kind: str, message: str | None = None, **fields: Any) -> None:
+        super().event(kind, message, **fields)
+        self.world.happened()
 
 
 class _Report(Report):
@@ -69,14 +79,17 @@ def rehearse(
     physics: Physics,
     seed: int,
     until_s: float,
+    until_event: int = 0,
+    restart_s: float = RESTART_S,
 ) -> Rehearsal:
-    """Lead a run in `run_dir` (empty) to its end, or for `until_s` seconds of its clock.
+    """Lead a run in `run_dir` (empty) to its end, for `until_s` seconds of its clock, or until `until_event`
+    events have happened (0: all). A server that was killed needs `restart_s` from its start to its first hello.
 
-    The same arguments give the same events, byte for byte.
+    The same arguments give the same events, byte for byte, and with another end the first of them.
     """
     shortest_s = config.round_min_duration or config.round_max_duration
     clock = VirtualClock(leap_s=min(_LEAP_MAX_S, _LEAP_SHARE * shortest_s))
-    world = World(clock, machines, physics, trace, seed=seed)
+    world = World(clock, machines, physics, trace, seed=seed, events=until_event)
 
     def end() -> None:
         raise Horizon
@@ -90,28 +103,31 @@ def rehearse(
             with watched(world.passes):
                 _lead(state, world, run_dir)
         except ServerKilled as killed:
-            _restart(world, killed.seconds)
+            _restart(world, killed.seconds, restart_s)
             state = _state(config, run_dir)
             continue
         except Horizon:
             state = _state(config, run_dir)  # what is on disk is what there is
         except PilotError as error:
             failure = str(error)
+        for client in world.clients.values():
+            client.end()
         return Rehearsal(state, world, clock.now_s(), terms, failure)
 
 
 def _lead(state: RunState, world: World, run_dir: Path) -> None:
     config, clock, term = state.config, world.clock, next_term(run_dir)
     mailbox = Mailbox(cast(Any, world), clock, puller=world)
-    telemetry = Telemetry(
+    telemetry = _Events(
         run_dir,
         config_dict=config.to_mapping(),
         wandb_mode="disabled",
         wandb_project="",
         run_name=config.run_name,
         wandb_id="rehearsed",
-        clock=lambda: BEGAN + clock.now_s(),
+        clock=world.wall_clock,
     )
+    telemetry.world = world
     with telemetry:
         report = _Report(telemetry)
         report.run_started(state, term)
@@ -125,18 +141,18 @@ def _lead(state: RunState, world: World, run_dir: Path) -> None:
             clock=clock,
             run_dir=run_dir,
             version=lambda number: _version(config, run_dir, number),
-            wall_clock=lambda: BEGAN + clock.now_s(),
+            wall_clock=world.wall_clock,
         ).run()
 
 
-def _restart(world: World, down_s: float) -> None:
+def _restart(world: World, down_s: float, restart_s: float) -> None:
     """Time passes without a server; one that is killed while it starts, starts again."""
-    until_s = world.clock.now_s() + down_s + RESTART_S
+    until_s = world.clock.now_s() + down_s + restart_s
     while world.clock.now_s() < until_s:
         try:
             world.clock.advance(until_s)
         except ServerKilled as killed:
-            until_s = world.clock.now_s() + killed.seconds + RESTART_S
+            until_s = world.clock.now_s() + killed.seconds + restart_s
     world.forget_server()
 
 

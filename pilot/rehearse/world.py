@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from pilot.config import RunConfig
 from pilot.coordination.heartbeats import Heard
-from pilot.rehearse.client import Machine, Physics, SimulatedClient
+from pilot.rehearse.client import SimulatedClient
 from pilot.rehearse.clock import VirtualClock
+from pilot.rehearse.machine import Machine, Physics
 from pilot.rehearse.trace import REDIS, SERVER, Happening
 from pilot.wire.messages import Fence, Part, TrainOrder, from_header, plain
 from pilot.wire.records import from_records, to_records
@@ -22,8 +23,10 @@ from pilot.wire.records import from_records, to_records
 # Measured of Flower (docs/flower.md), in seconds: until it misses a node that was killed, from a push to the
 # ClientApp's start, from a reply's end to where the server can pull it.
 MISSED_S, DELIVERED_S, RETURNED_S = 50.0, 0.5, 0.2
+BEGAN = 1_700_000_000.0  # the wall clock of every rehearsal's begin, so that its events are the same bytes
 _HELLO_S = 1.0
-_CRASH_WITHIN = 40  # fault points: two rounds or three
+_AGAIN_S = 2.0  # between the two arrivals of an answer that comes twice
+_CRASH_WITHIN = 60  # fault points and messages: two rounds or three
 
 
 class ServerKilled(BaseException):
@@ -57,19 +60,21 @@ class World:
         trace: Iterable[Happening],
         *,
         seed: int,
+        events: int = 0,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.clock = clock
         self.clients = {m.name: SimulatedClient(m, physics, self, seed) for m in machines}
         self.stops: dict[str, str] = {}  # client → why it is to leave
         self.redis_is_there = True
+        self.wall_jump_s = 0.0  # of the server's wall clock
         self.acknowledged: dict[str, Fence] = {}
         self._round: tuple[int, int, str | None] = (0, 0, None)  # term, round, why it is over
         self._redis_back_s = 0.0
         self._nodes: dict[int, _Node] = {}
         self._messages: dict[str, tuple[Message, int]] = {}  # unanswered, by id
         self._ready: dict[str, Message] = {}
-        self._sent = 0
+        self._sent, self._events_left = 0, events
         self._rng = random.Random(seed)
         self._crash: tuple[int, float] | None = None  # writes that are left, and for how long then
         for one in trace:
@@ -79,6 +84,10 @@ class World:
         def happens() -> None:
             if one.client == SERVER and one.event == "crash":
                 self._crash = (self._rng.randint(1, _CRASH_WITHIN), one.seconds)
+            elif one.client == SERVER and one.event == "freeze":
+                self.clock.advance(self.clock.now_s() + one.seconds)
+            elif one.client == SERVER and one.event == "jump":
+                self.wall_jump_s += self._rng.choice((-1, 1)) * one.seconds
             elif one.client == SERVER:
                 raise ServerKilled(one.seconds)
             elif one.client == REDIS:
@@ -89,12 +98,22 @@ class World:
         return happens
 
     def passes(self, point: str) -> None:
-        """The server is at a fault point (pilot/faults.py): the place of a `crash`."""
+        """The server is at a fault point (pilot/faults.py) or a message: the place of a `crash`."""
         if self._crash is not None:
             left, seconds = self._crash
             self._crash = (left - 1, seconds) if left > 1 else None
             if left == 1:
                 raise ServerKilled(seconds)
+
+    def wall_clock(self) -> float:
+        """The server's, in seconds."""
+        return BEGAN + self.clock.now_s() + self.wall_jump_s
+
+    def happened(self) -> None:
+        """An event has been written. The last one that is wanted ends the rehearsal."""
+        self._events_left -= 1
+        if self._events_left == 0:
+            raise Horizon
 
     # -- Flower ----------------------------------------------------------------------------------
 
@@ -116,6 +135,14 @@ class World:
                 self._ready[message_id] = Message(error, reply_to=message)
                 del self._messages[message_id]
 
+    def crashed(self, message_id: str) -> None:
+        def arrive() -> None:
+            if (found := self._messages.pop(message_id, None)) is not None:
+                error = Error(ErrorCode.CLIENT_APP_CRASHED, "ClientApp stopped responding.")
+                self._ready[message_id] = Message(error, reply_to=found[0])
+
+        self.clock.after(RETURNED_S, arrive)
+
     def _online(self, node_id: int) -> bool:
         node, now_s = self._nodes.get(node_id), self.clock.now_s()
         return node is not None and node.online_s <= now_s < node.missed_s
@@ -134,10 +161,12 @@ class World:
             if not self._online(to):
                 yield ""
                 continue
+            self.passes("message.push")
             self._sent += 1
             message_id = f"m{self._sent}"
             self._messages[message_id] = (message, to)
             self.clock.after(DELIVERED_S, self._delivery(message_id))
+            self.passes("message.pushed")
             yield message_id
 
     def _delivery(self, message_id: str) -> Callable[[], None]:
@@ -160,22 +189,34 @@ class World:
 
         return deliver
 
-    def reply(self, message_id: str, header: dict[str, Any], parts: Iterable[Part]) -> None:
-        """A client's answer leaves its node; that to a server that is gone reaches nobody."""
+    def reply(
+        self, message_id: str, header: dict[str, Any], parts: Iterable[Part], *, twice: bool = False
+    ) -> None:
+        """A client's answer leaves its node, perhaps twice; that to a server that is gone reaches nobody."""
         content = to_records(header, parts)
 
         def arrive() -> None:
-            if (found := self._messages.pop(message_id, None)) is not None:
+            found = (
+                self._messages.get(message_id) if twice else self._messages.pop(message_id, None)
+            )
+            if found is not None:
                 self._ready[message_id] = Message(content, reply_to=found[0])
 
         self.clock.after(RETURNED_S, arrive)
+        if twice:
+            self.clock.after(RETURNED_S + _AGAIN_S, arrive)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self._ready.pop(i) for i in message_ids if i in self._ready]
+        return [message for _, message in self.pull(message_ids) if isinstance(message, Message)]
 
-    def pull(self, message_ids: Iterable[str]) -> list[tuple[str, Message | Exception]]:
-        """What `Puller.pull` gives, without its threads."""
-        return [(i, self._ready.pop(i)) for i in list(message_ids) if i in self._ready]
+    def pull(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message | Exception]]:
+        """What `Puller.pull` gives, without its threads: in any order, each once."""
+        found = [i for i in message_ids if i in self._ready]
+        self._rng.shuffle(found)
+        for message_id in found:
+            self.passes("message.pull")
+            yield message_id, self._ready.pop(message_id)
+            self.passes("message.pulled")
 
     def forget_server(self) -> None:
         """A new server begins a new run of Flower's: what was sent to the one before is no longer there."""

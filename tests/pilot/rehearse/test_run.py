@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pilot.config import RunConfig
-from pilot.rehearse.client import Machine, Physics
+from pilot.rehearse.machine import Machine, Physics
 from pilot.rehearse.run import Rehearsal, rehearse
 from pilot.rehearse.trace import Happening
 from pilot.run.events import EVENTS_FILE, read_events

@@ -5,16 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pilot.rehearse.trace import (
-    Happening,
-    TraceError,
-    faults,
-    read_trace,
-    solar,
-    weibull,
-    windows,
-    write_trace,
-)
+from pilot.rehearse.draw import faults, solar, weibull, windows
+from pilot.rehearse.trace import Happening, TraceError, read_trace, write_trace
 
 
 def test_a_trace_is_read_as_it_was_written_and_by_time(tmp_path: Path) -> None:
@@ -40,7 +32,7 @@ def test_a_trace_is_read_as_it_was_written_and_by_time(tmp_path: Path) -> None:
         ("1,a,freeze,nan", "its seconds is 'nan'"),
         ("1,,up", "names no client"),
         ("1,a,melt", "'melt' does not happen to a: one of up, down,"),
-        ("1,server,up", "'up' does not happen to server: one of kill, crash does"),
+        ("1,server,up", "'up' does not happen to server: one of kill, crash, freeze, jump does"),
     ],
 )
 def test_a_line_that_says_nothing_is_refused_by_file_and_line(
@@ -90,7 +82,8 @@ def test_windows_of_the_sun_begin_and_end_with_a_notice() -> None:
 
 def test_faults_are_of_every_kind_and_end_with_everybody_up() -> None:
     trace = faults(["a", "b"], seconds=5000, every_s=5, seed=3)
-    kinds = {"up", "down", "notice", "freeze", "cut", "slow", "lie", "kill", "crash", "away"}
+    of_clients = {"up", "down", "notice", "freeze", "cut", "slow", "late", "crash", "break", "lie"}
+    kinds = of_clients | {"stale", "double", "kill", "jump", "away"}
     assert {one.event for one in trace} == kinds
     assert trace == faults(["a", "b"], seconds=5000, every_s=5, seed=3)
     assert trace != faults(["a", "b"], seconds=5000, every_s=5, seed=4)
