@@ -44,7 +44,7 @@ class Horizon(BaseException):
 @dataclass
 class _Node:
     client: SimulatedClient
-    since: str
+    info: NodeInfo
     online_s: float
     missed_s: float = math.inf  # when Flower knows that it is gone
 
@@ -71,7 +71,8 @@ class World:
         self.acknowledged: dict[str, Fence] = {}
         self._round: tuple[int, int, str | None] = (0, 0, None)  # term, round, why it is over
         self._redis_back_s = 0.0
-        self._nodes: dict[int, _Node] = {}
+        self._nodes: dict[int, _Node] = {}  # that Flower does not miss yet
+        self._last_node = 0
         self._messages: dict[str, tuple[Message, int]] = {}  # unanswered, by id
         self._ready: dict[str, Message] = {}
         self._sent, self._events_left = 0, events
@@ -118,10 +119,11 @@ class World:
     # -- Flower ----------------------------------------------------------------------------------
 
     def new_node(self, client: SimulatedClient, boot_s: float) -> int:
-        node_id = len(self._nodes) + 1
+        self._last_node += 1
         online_s = self.clock.now_s() + boot_s
-        self._nodes[node_id] = _Node(client, f"{online_s:.3f}", online_s)
-        return node_id
+        info = NodeInfo(node_id=self._last_node, last_activated_at=f"{online_s:.3f}")
+        self._nodes[self._last_node] = _Node(client, info, online_s)
+        return self._last_node
 
     def node_died(self, node_id: int) -> None:
         node = self._nodes[node_id]
@@ -129,6 +131,7 @@ class World:
         self.clock.at(node.missed_s, lambda: self._miss(node_id))
 
     def _miss(self, node_id: int) -> None:
+        del self._nodes[node_id]
         for message_id, (message, to) in list(self._messages.items()):
             if to == node_id:
                 error = Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
@@ -149,11 +152,7 @@ class World:
 
     def get_nodes(self) -> list[NodeInfo]:
         now_s = self.clock.now_s()
-        return [
-            NodeInfo(node_id=node_id, last_activated_at=node.since)
-            for node_id, node in self._nodes.items()
-            if node.online_s <= now_s < node.missed_s
-        ]
+        return [n.info for n in self._nodes.values() if n.online_s <= now_s < n.missed_s]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
@@ -172,7 +171,8 @@ class World:
     def _delivery(self, message_id: str) -> Callable[[], None]:
         def deliver() -> None:
             found = self._messages.get(message_id)
-            client = self._nodes[found[1]].client if found else None
+            node = self._nodes.get(found[1]) if found else None
+            client = node.client if node else None
             if found is None or client is None or client.node_id != found[1]:
                 return  # of a server that is gone, or to a machine that is: Flower will miss it
             if client.work is not None:  # a node takes one message at a time
