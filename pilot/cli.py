@@ -34,6 +34,13 @@ COMMANDS = (
     add_join,
     add_token,
     add_down,
+    add_doctor,
+    add_status,
+    add_runs,
+    add_logs,
+    add_stop,
+    add_drain,
+    add_undrain,
     add_run,
     add_node,
     add_superlink,
@@ -41,13 +48,6 @@ COMMANDS = (
     add_rehearse,
     add_report,
     add_dashboard,
-    add_status,
-    add_runs,
-    add_logs,
-    add_stop,
-    add_drain,
-    add_undrain,
-    add_doctor,
 )
 
 
