@@ -186,7 +186,7 @@ def check_run(url: str, run: str) -> None:
 
 
 def ping(url: str, *, within_s: float = 0.0) -> None:
-    """Raise CoordinatorError, with one sentence, if no Redis answers at `url` within so many seconds.
+    """Raise CoordinatorError, with one sentence, if no Redis answers at `url` within `within_s` seconds.
 
     It is asked once at least, and a login that it refuses is not tried again.
     """

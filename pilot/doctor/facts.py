@@ -105,7 +105,7 @@ class SizeFacts:
 
 @dataclass(frozen=True)
 class PortFacts:
-    """A port of this machine that `pilot up` takes unless told otherwise, and whether it is free."""
+    """A port of this machine that `pilot up` takes by default, and whether it is free."""
 
     port: int
     what: str

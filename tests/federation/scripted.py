@@ -176,6 +176,7 @@ def scripted_config(**values: Any) -> RunConfig:
         "run-name": "scripted",
         "sequence-len": ROW_TOKENS,
         "total-batch-size": ROW_TOKENS * 4,
+        "batch-of": "client",  # scripted clients take the steps of their own figures
         "depth": 1,
         "vocab-size": 300,
         "num-shards": 4,
