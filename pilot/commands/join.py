@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pilot.commands.first_look import first_look
 from pilot.launch.node import default_name
 
 
@@ -55,6 +56,7 @@ def join(arguments: argparse.Namespace) -> int:
     """`pilot join`."""
     from pilot.fleet.join import JoinOptions, read_token, run_join
 
+    first_look()
     return run_join(
         JoinOptions(
             head=arguments.head,

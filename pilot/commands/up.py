@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pilot.commands.first_look import first_look
+
 
 def add_up(commands: Any) -> None:
     command = commands.add_parser(
@@ -90,6 +92,7 @@ def up(arguments: argparse.Namespace) -> int:
     # here: `pilot superlink` is the same program, and forks servers of runs that need none of it
     from pilot.fleet.up import UpOptions, run_up
 
+    first_look()
     return run_up(
         UpOptions(
             clients=arguments.clients,
