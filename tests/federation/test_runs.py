@@ -129,7 +129,9 @@ def test_a_killed_server_resumes_to_the_weights_of_one_that_was_not(
     assert re.search(r"Resuming run broken after round [12]", output)
 
     models = [
-        load_checkpoint(builtin / "base_checkpoints" / run, 3 * 2 * 3, "cpu")[0]
+        load_checkpoint(builtin / "base_checkpoints" / run, 3 * 3, "cpu")[
+            0
+        ]  # 3 rounds of 3 steps of both
         for run in ("whole", "broken")
     ]
     for name, weight in models[0].items():
