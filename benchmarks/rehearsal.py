@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nanochat.common import ArgumentParser, run_command_line
 from pilot.rehearse.draw import weibull
 from pilot.rehearse.machine import Machine
 from pilot.rehearse.outcome import Outcome
@@ -41,7 +42,9 @@ CONFIG = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(
+        prog="benchmarks.rehearsal", description=(__doc__ or "").splitlines()[0]
+    )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("speed")
     command.add_argument("--clients", type=int, default=6)
@@ -187,4 +190,4 @@ def replay(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)
