@@ -9,11 +9,12 @@ from typing import Any
 from pilot.config import check_name
 from pilot.errors import ConfigError
 from pilot.provision import remote, signals
-from pilot.provision.policy import Limits, Thresholds
+from pilot.provision.policy import Limits
 from pilot.provision.readings import Source
 from pilot.provision.signals import OPEN, SignalOptions
 from pilot.provision.tables import TABLE, key, read_table
 from pilot.rules.energy import PowerModel
+from pilot.rules.thresholds import Thresholds
 
 _HOOKS = ("subprocess", "command")
 _PER = ("kwh", "hour")

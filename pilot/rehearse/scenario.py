@@ -30,6 +30,7 @@ from pilot.rehearse.machine import Machine
 from pilot.rehearse.run import RESTART_S
 from pilot.rehearse.trace import REDIS, SERVER, Happening, TraceError
 from pilot.rules.energy import PowerModel, Price, Series, overlaps
+from pilot.rules.thresholds import Thresholds
 
 _HOUR_S = 3600.0
 NOTICE_S = 60.0  # how long before it is drained a client of a policy hears of it
@@ -109,13 +110,10 @@ class Scenario:
             raise ScenarioError(
                 f"a policy follows {policy.follow}, and site {name} has none: give it one"
             )
-        wanted = signals.below(
-            series,
-            start_below=policy.start_below,
-            stop_above=policy.stop_above,
-            least_s=policy.least_s,
-            hours=self.hours,
+        thresholds = Thresholds(
+            start=policy.start_below, drain=policy.stop_above, hold_s=0.0, min_on_s=policy.least_s
         )
+        wanted = signals.windows(series, thresholds, hours=self.hours)
         there = _up_spans(site.trace, self.hours)
         others = [one for one in site.trace if one.event not in ("up", "down", "notice")]
         # nobody is drained because the rehearsal ends

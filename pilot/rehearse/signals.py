@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pilot.rehearse.trace import TraceError
 from pilot.rules.energy import Series
+from pilot.rules.thresholds import Thresholds
 
 _HOUR_S = 3600.0
 _STEP_S = 900.0  # of a drawn series: markets and grids settle quarters of an hour
@@ -96,33 +97,27 @@ def less(series: Series, *, base: float, covers: float) -> Series:
     return Series(series.times_s, values)
 
 
-def below(
-    series: Series, *, start_below: float, stop_above: float, least_s: float, hours: float
-) -> list[tuple[float, float]]:
-    """Windows in hours, within `hours`, in which a client runs that follows `series`.
-
-    It starts where the value is below `start_below`, and stops where it is above `stop_above`, but not before
-    `least_s` seconds. So a value between both changes nothing.
-    """
+def windows(series: Series, thresholds: Thresholds, *, hours: float) -> list[tuple[float, float]]:
+    """Windows in hours, within `hours`, in which a client runs that follows `series` without a hold."""
     end_s, times_s = hours * _HOUR_S, series.times_s
     found, i = [], 0
     while i < len(times_s) and times_s[i] < end_s:
-        if series.values[i] >= start_below:
+        if not thresholds.good(series.values[i]):
             i += 1
             continue
         since_s = max(0.0, times_s[i])
-        stop_s = _first_above(series, stop_above, max(times_s[i], since_s + least_s))
+        stop_s = _first_bad(series, thresholds, max(times_s[i], since_s + thresholds.min_on_s))
         found.append((since_s / _HOUR_S, min(stop_s, end_s) / _HOUR_S))
         i = bisect_right(times_s, stop_s)
     return found
 
 
-def _first_above(series: Series, limit: float, from_s: float) -> float:
-    """The first moment from `from_s` on at which the value is above `limit`; infinity if it never is."""
-    if series.at(from_s) > limit:
+def _first_bad(series: Series, thresholds: Thresholds, from_s: float) -> float:
+    """The first moment from `from_s` on at which a client would leave; infinity if there is none."""
+    if thresholds.bad(series.at(from_s)):
         return from_s
     later = range(bisect_right(series.times_s, from_s), len(series.times_s))
-    return next((series.times_s[i] for i in later if series.values[i] > limit), math.inf)
+    return next((series.times_s[i] for i in later if thresholds.bad(series.values[i])), math.inf)
 
 
 def read_series(path: Path) -> Series:

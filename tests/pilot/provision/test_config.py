@@ -7,8 +7,9 @@ import pytest
 
 from pilot.errors import ConfigError
 from pilot.provision.config import open_source, read_config
-from pilot.provision.policy import Limits, Thresholds
+from pilot.provision.policy import Limits
 from pilot.rules.energy import PowerModel
+from pilot.rules.thresholds import Thresholds
 
 from .kit import service
 

@@ -11,12 +11,12 @@ from pilot.provision.policy import (
     Limits,
     Memory,
     Own,
-    Thresholds,
     Wish,
     by_signal,
     decide,
 )
 from pilot.provision.readings import Reading
+from pilot.rules.thresholds import Thresholds
 
 PAPER = Thresholds(start=100.0, drain=100.0, hold_s=600.0)
 BAND = Thresholds(start=80.0, drain=120.0, hold_s=0.0)

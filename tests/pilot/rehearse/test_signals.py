@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pilot.rehearse.signals import below, less, read_series, spot_price, sun, wind
+from pilot.rehearse.signals import less, read_series, spot_price, sun, wind, windows
 from pilot.rehearse.trace import TraceError
 from pilot.rules.energy import Series
+from pilot.rules.thresholds import Thresholds
 
 HOUR = 3600.0
 
@@ -64,7 +65,7 @@ def test_renewables_cover_a_part_of_the_grid_and_never_more_than_all() -> None:
         ([150, 90, 150, 90, 150], 2.2, [(1, 4)]),  # low again when its time is over
         ([90, 150, 90], 0, [(0, 1), (2, 5)]),  # up to the end
         ([90, 90, 90], 0, [(0, 5)]),
-        ([100, 150], 0, []),
+        ([100, 150], 0, [(0, 1)]),  # at the threshold it runs, as under `pilot provision`
         ([90, 150, 90], 9, [(0, 5)]),
     ],
 )
@@ -72,13 +73,17 @@ def test_a_client_follows_a_series_with_hysteresis(
     values: list[float], least_h: float, expected: list[tuple[float, float]]
 ) -> None:
     series = Series(tuple(HOUR * i for i in range(len(values))), tuple(values))
-    found = below(series, start_below=100, stop_above=100, least_s=least_h * HOUR, hours=5)
+    thresholds = Thresholds(start=100, drain=100, hold_s=0.0, min_on_s=least_h * HOUR)
+    found = windows(series, thresholds, hours=5)
     assert found == expected
 
 
 def test_between_two_thresholds_nothing_changes() -> None:
     series = Series.of((HOUR * i, v) for i, v in enumerate([110, 90, 110, 130, 110, 90]))
-    assert below(series, start_below=100, stop_above=120, least_s=0, hours=6) == [(1, 3), (5, 6)]
+    assert windows(series, Thresholds(start=100, drain=120, hold_s=0.0), hours=6) == [
+        (1, 3),
+        (5, 6),
+    ]
 
 
 def test_a_series_is_read_or_refused_by_line(tmp_path: Path) -> None:
