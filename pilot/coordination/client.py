@@ -10,10 +10,9 @@ import redis
 
 from pilot.coordination.heartbeats import COUNTER
 from pilot.coordination.link import TIMEOUT_S, RedisLink
+from pilot.coordination.stop_reasons import ANNOUNCED
 from pilot.rules.rounds import Clock, MonotonicClock
 from pilot.wire.messages import Fence, Heartbeat
-
-_ANNOUNCED = "leaving: "  # how the reason in a client's own `stop:` key begins
 
 
 def fence_text(fence: Fence) -> str:
@@ -87,7 +86,7 @@ class ClientCoordinator:
         """
         key = self._link.key(f"stop:{self._client}")
         reason: Any = self._link.attempt("reading", lambda: self._link.redis.get(key))
-        return None if not reason or reason.startswith(_ANNOUNCED) else reason
+        return None if not reason or reason.startswith(ANNOUNCED) else reason
 
     def acknowledged(self, fence: Fence) -> bool:
         """Whether the server has the reply with `fence` on its disk."""
@@ -151,7 +150,7 @@ class ClientCoordinator:
 
     def announce_leave(self, reason: str, *, expiry_s: float) -> None:
         """Announce that this client leaves of its own accord: it gets no new work for `expiry_s`."""
-        self.stop(_ANNOUNCED + reason, expiry_s=expiry_s)
+        self.stop(ANNOUNCED + reason, expiry_s=expiry_s)
 
     def stop(self, reason: str, *, expiry_s: float) -> None:
         """Set this client's `stop:` key unless it is set."""

@@ -29,11 +29,12 @@ from typing import Any
 
 import redis
 
-from pilot.coordination import link, provisioner, scripts
+from pilot.coordination import link, scripts
 from pilot.coordination.client import ClientCoordinator, fence_text
 from pilot.coordination.heartbeats import Ages, Heard
 from pilot.coordination.link import CoordinatorError, RedisLink, ping, resolve_url, table
 from pilot.coordination.lock import LockRenewal
+from pilot.coordination.stop_reasons import DRAINED, PROVISIONED
 from pilot.redis_url import redact_url
 from pilot.rules.rounds import Clock, MonotonicClock
 from pilot.wire.messages import Fence, plain
@@ -46,9 +47,6 @@ STOP_EXPIRY_S = 3600.0
 ACK_EXPIRY_S = 24 * 3600.0
 PROGRESS_EXPIRY_S = 3600.0  # with what is left of it, a reader knows how old it is
 DRAIN_EXPIRY_S = 30 * 24 * 3600.0  # nobody drains a client for longer; no key stays for ever
-DRAINED = (
-    "drained: "  # how the reason in the `stop:` key of a client begins that an operator drained
-)
 
 
 class ServerCoordinator:
@@ -229,7 +227,7 @@ class ServerCoordinator:
         until_s = self._clock.now_s() + DRAIN_EXPIRY_S
         for name in names:
             key, reason = f"stop:{name}", reasons.get(name, "")
-            if reason.startswith(DRAINED) and not reason.startswith(provisioner.OURS):
+            if reason.startswith(DRAINED) and not reason.startswith(PROVISIONED):
                 self._notes[key] = (reason, until_s)
             elif self._notes.get(key, ("", 0.0))[0].startswith(DRAINED):
                 del self._notes[key]

@@ -15,13 +15,9 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from pilot.coordination import scripts
-from pilot.coordination.coordinator import (
-    DRAIN_EXPIRY_S,
-    DRAINED,
-    PROGRESS_EXPIRY_S,
-    STOP_EXPIRY_S,
-)
+from pilot.coordination.coordinator import DRAIN_EXPIRY_S, PROGRESS_EXPIRY_S, STOP_EXPIRY_S
 from pilot.coordination.link import CoordinatorError, connect, ping, run_key, table
+from pilot.coordination.stop_reasons import DRAINED
 from pilot.redis_url import redact_url
 from pilot.wire.messages import Heartbeat, plain
 

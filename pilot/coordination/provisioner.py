@@ -10,14 +10,14 @@ from typing import Any
 
 from pilot.coordination.heartbeats import COUNTER
 from pilot.coordination.link import RedisLink
+from pilot.coordination.stop_reasons import ANNOUNCED, OF_NODE, PROVISIONED
 from pilot.rules.rounds import Clock
 from pilot.wire.messages import plain
 
 # As `pilot drain` writes it: the client replies and gets no new work until the key is gone.
-OURS = "drained: pilot provision"
 DRAIN_EXPIRY_S = 3600.0  # renewed all the time: what a dead provisioner wished is over some day
 _BUSY = ("evaluating", "training")  # states of a heartbeat in which devices compute
-_OWN_REASONS = ("leaving: ", "pilot node: ", "drained: pilot provision")
+_OWN_REASONS = (ANNOUNCED, OF_NODE, PROVISIONED)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ClientKeys:
 
     @property
     def drained_by_us(self) -> bool:
-        return self.stop.startswith(OURS)
+        return self.stop.startswith(PROVISIONED)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class ProvisionerCoordinator:
         def write() -> None:
             if keys.drained_by_us:
                 self._link.redis.pexpire(key, expiry_ms)
-            elif self._link.redis.set(key, plain(f"{OURS}: {reason}"), px=expiry_ms, nx=True):
+            elif self._link.redis.set(
+                key, plain(f"{PROVISIONED}: {reason}"), px=expiry_ms, nx=True
+            ):
                 self._link.redis.publish(self._link.key("signals"), "{}")  # "look at the keys"
 
         self._link.attempt("writing", write)
@@ -108,7 +110,7 @@ class ProvisionerCoordinator:
         key = self._link.key(f"stop:{client}")
 
         def clear() -> bool:
-            self._link.delete_if_begins(key, OURS)
+            self._link.delete_if_begins(key, PROVISIONED)
             return True
 
         return bool(self._link.attempt("writing", clear))

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from pilot.config import check_name
 from pilot.coordination.coordinator import ClientCoordinator, ping, resolve_url
+from pilot.coordination.stop_reasons import OF_NODE
 from pilot.errors import PilotError
 from pilot.launch import supernode, warm
 from pilot.launch.connection import base_directory, flower_environment
@@ -59,7 +60,6 @@ LOST_S = 6.0  # for a SuperNode to give up an order whose ClientApp is gone (`su
 _POLL_S = 0.2
 _ORDER_POLL_S = 0.5
 _STOP_EXPIRY_S = 3600.0
-_STOPPED_BY = "pilot node"  # how the reason in our `stop:` key begins
 _USAGE, _NOT_STARTED = 2, 127  # exit codes of argparse and of the keeper
 
 
@@ -135,7 +135,7 @@ class _Node:
         order = in_flight.read(self.directory)
         if order is not None and (coordinator := order.coordinator()):
             with contextlib.closing(coordinator):
-                coordinator.clear_stop(_STOPPED_BY)
+                coordinator.clear_stop(OF_NODE)
         (self.directory / in_flight.FILE_NAME).unlink(missing_ok=True)
 
     def _check_redis(self) -> None:
@@ -284,7 +284,7 @@ class _Node:
     def _why_done(self, order: InFlight, coordinator: ClientCoordinator | None, reason: str) -> str:
         """Why nothing is lost by ending now; "" if something might be."""
         if coordinator is not None:
-            coordinator.stop(f"{_STOPPED_BY}: {reason}", expiry_s=_STOP_EXPIRY_S)
+            coordinator.stop(OF_NODE + reason, expiry_s=_STOP_EXPIRY_S)
             if coordinator.acknowledged(order.fence):
                 return "the server has our last reply on disk"
             if over := coordinator.superseded():

@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from pilot.config import RunConfig
 from pilot.coordination.heartbeats import Heard
+from pilot.coordination.stop_reasons import ANNOUNCED
 from pilot.rehearse.client import SimulatedClient
 from pilot.rehearse.clock import VirtualClock
 from pilot.rehearse.machine import Machine, Physics
@@ -252,7 +253,7 @@ class World:
         return reason or "" if (term, number) == (fence.term, fence.round_number) else ""
 
     def announce_stop(self, name: str, why: str) -> None:
-        self.stops[name] = f"leaving: {why}"
+        self.stops[name] = ANNOUNCED + why
 
     def clear_stop(self, name: str) -> None:
         self.stops.pop(name, None)

@@ -7,7 +7,8 @@ order that it does not take.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pilot.coordination.coordinator import DRAINED, ServerCoordinator
+from pilot.coordination.coordinator import ServerCoordinator
+from pilot.coordination.stop_reasons import DRAINED
 from pilot.rules.rounds import EndReason
 from pilot.server.report import Report
 from pilot.server.roster import Client
