@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from pilot.coordination.link import URL_VARIABLE, ping, resolve_url
+from pilot.coordination.link import ping
 from pilot.errors import PilotError
 from pilot.processes.signals import end_signals_handled_by
+from pilot.status.sources import redis_url
 
 if TYPE_CHECKING:
     from pilot.provision.config import Config
@@ -144,18 +145,3 @@ def _check(config: "Config") -> int:
     for name, why in trouble.items():
         print(f"signal {name} is away: {why}", file=sys.stderr)
     return 1 if trouble else 0
-
-
-def redis_url() -> str:
-    """PILOT_REDIS_URL, or what `pilot up` has left. Raises PilotError if neither says."""
-    if url := resolve_url(""):
-        return url
-    from nanochat.common import get_base_dir
-
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        text = (get_base_dir() / "fleet" / "environment").read_text(encoding="utf-8")
-        for line in text.splitlines():
-            name, _, value = line.partition("=")
-            if name.strip() == URL_VARIABLE and value.strip():
-                return resolve_url(value.strip())
-    raise PilotError(f"set {URL_VARIABLE} to the Redis of the run: clients are drained through it")

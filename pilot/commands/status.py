@@ -13,6 +13,7 @@ from rich.live import Live
 
 from pilot.coordination.operator import Operator
 from pilot.errors import PilotError
+from pilot.launch.connection import base_directory
 from pilot.run.events import EVENTS_FILE
 from pilot.status import logs as log_lines
 from pilot.status import sources
@@ -118,7 +119,7 @@ def show_runs(arguments: argparse.Namespace) -> int:
     if lines:
         console.print(render_runs(lines))
     else:
-        console.print(f"There is no run in {sources.base_directory() / 'runs'}.", soft_wrap=True)
+        console.print(f"There is no run in {base_directory() / 'runs'}.", soft_wrap=True)
     if why:
         console.print(f"Without those of Redis: {why}.", style="dim", markup=False, soft_wrap=True)
     return 0

@@ -10,9 +10,10 @@ from pilot.coordination.operator import Operator
 from pilot.doctor import checks, probes
 from pilot.doctor.finding import Finding, todo, unknown
 from pilot.errors import PilotError
+from pilot.launch.connection import base_directory
 from pilot.run.facts import read_facts
 from pilot.status.published import published
-from pilot.status.sources import NoRedis, base_directory, redis_url, run_directories
+from pilot.status.sources import NoRedis, redis_url, run_directories
 
 ROLES = ("server", "site")
 

@@ -3,6 +3,7 @@
 The file has KEY=VALUE lines that a shell reads as well (`set -a; . FILE`). What is set in the environment wins.
 """
 
+import contextlib
 import os
 import shlex
 import tomllib
@@ -31,14 +32,15 @@ def read_environment(path: Path) -> dict[str, str]:
     """The variables of such a file; none if it is missing. Raises PilotError if others may read it."""
     try:
         text = read_secret(path).decode("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     found = {}
     for line in text.splitlines():
         name, _, value = line.partition("=")
-        words = shlex.split(value)
-        if name and len(words) == 1:
-            found[name] = words[0]
+        with contextlib.suppress(ValueError):  # a quotation mark without its other
+            words = shlex.split(value)
+            if name and len(words) == 1:
+                found[name] = words[0]
     return found
 
 

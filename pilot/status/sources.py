@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from pilot.coordination.link import URL_VARIABLE, CoordinatorError
 from pilot.coordination.operator import Live, Operator
 from pilot.errors import PilotError
-from pilot.launch.node import node_directory
+from pilot.fleet.environment import read_environment
+from pilot.fleet.places import Places
+from pilot.launch.connection import base_directory
 from pilot.redis_url import check_redis_url
 from pilot.run.events import EVENTS_FILE, read_events
 from pilot.run.facts import RunFacts, read_facts
@@ -23,46 +24,24 @@ class NoRedis(PilotError):
     """No Redis is known here."""
 
 
-def base_directory() -> Path:
-    """`$NANOCHAT_BASE_DIR`, without importing nanochat."""
-    return node_directory("any").parents[1]
-
-
 def fleet_directory() -> Path:
     """What `pilot up` and `pilot join` leave on this machine."""
-    return base_directory() / "fleet"
+    return Places.of(None).fleet
 
 
 def redis_url() -> str:
-    """`PILOT_REDIS_URL` of the environment, else that of the fleet on this machine. Raises NoRedis without."""
+    """`PILOT_REDIS_URL` of the environment, else that of the fleet on this machine. Raises NoRedis
+    without, PilotError if others may read the fleet's."""
     url, where = os.environ.get(URL_VARIABLE, ""), URL_VARIABLE
     if not url:
-        where = str(fleet_directory() / "environment")
-        url = fleet_environment().get(URL_VARIABLE, "")
+        path = Places.of(None).environment
+        where, url = str(path), read_environment(path).get(URL_VARIABLE, "")
     if not url:
         raise NoRedis(
             f"no Redis is known here: set {URL_VARIABLE} to the run's Redis, or run this where `pilot up` runs"
         )
     check_redis_url(url, where)
     return url
-
-
-def fleet_environment() -> dict[str, str]:
-    """The KEY=VALUE lines of `fleet/environment`; none if it is missing or cannot be read."""
-    try:
-        lines = (fleet_directory() / "environment").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return {}
-    found = {}
-    for line in lines:
-        name, equals, value = line.removeprefix("export ").partition("=")
-        try:
-            words = shlex.split(value, comments=True)
-        except ValueError:
-            continue
-        if equals and name.isidentifier() and len(words) <= 1:
-            found[name] = "".join(words)
-    return found
 
 
 def run_directory(run: str) -> Path:

@@ -137,4 +137,7 @@ def test_check_says_what_signals_are_and_starts_nothing(
     assert "signal s is away: 127.0.0.1:" in capsys.readouterr().err
     # without Redis nothing could be drained
     assert main(["provision", str(tmp_path / "c.toml")]) == 2
-    assert "error: set PILOT_REDIS_URL to the Redis of the run" in capsys.readouterr().err
+    assert (
+        "error: no Redis is known here: set PILOT_REDIS_URL to the run's Redis"
+        in capsys.readouterr().err
+    )

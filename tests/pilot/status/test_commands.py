@@ -65,6 +65,10 @@ def test_redis_is_found_in_the_file_of_the_fleet_and_the_environment_wins(
     (base / "fleet").mkdir()
     text = f"# of pilot up\nFLWR_HOME=/x\nPILOT_REDIS_URL='{redis_url}'\nbroken 'line\n"
     (base / "fleet" / "environment").write_text(text)
+    (base / "fleet" / "environment").chmod(0o644)
+    assert main(["drain", "a"]) == 2
+    assert "others have access to it" in capsys.readouterr().err
+    (base / "fleet" / "environment").chmod(0o600)
     assert main(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == "r"
     monkeypatch.setenv("PILOT_REDIS_URL", "redis://:secret@127.0.0.1:1/0")
