@@ -67,7 +67,7 @@ def doctor(arguments: argparse.Namespace) -> int:
             print(finding.line(), flush=True)
     if arguments.json:
         print(json.dumps([finding.to_json() for finding in found]))
-    return int(any(finding.level is Level.TODO for finding in found))
+    return int(any(finding.level is Level.FIX for finding in found))
 
 
 def _config(app: Path, texts: list[str]) -> RunConfig:

@@ -8,5 +8,5 @@ def first_look() -> None:
     from pilot.doctor import Level, quick_checks
 
     for finding in quick_checks(url=""):  # of Redis nothing is known yet
-        if finding.level is Level.TODO:
+        if finding.level is Level.FIX:
             print(f"warning: {finding.what}: {finding.text}: {finding.cure}", file=sys.stderr)

@@ -13,7 +13,7 @@ from pilot.doctor.facts import (
     SpaceFacts,
     TorchFacts,
 )
-from pilot.doctor.finding import Finding, ok, todo, unknown
+from pilot.doctor.finding import Finding, fix, ok, unknown
 
 # Flower refuses a node whose signed time is more than 5 s ahead (docs/flower.md)
 REFUSED_AHEAD_S, REFUSED_BEHIND_S = 5.0, 305.0
@@ -41,13 +41,13 @@ def check_python(version: tuple[int, ...]) -> list[Finding]:
     if first <= version[:2] < below:
         return [ok("Python", shown)]
     wanted = f"{first[0]}.{first[1]} or newer, below {below[0]}.{below[1]}"
-    return [todo("Python", f"{shown}, and Pilot needs {wanted}", "uv sync installs a right one")]
+    return [fix("Python", f"{shown}, and Pilot needs {wanted}", "uv sync installs a right one")]
 
 
 def check_torch(facts: TorchFacts) -> list[Finding]:
     """Torch, the driver, the devices, NCCL."""
     if facts.error:
-        return [todo("torch", facts.error, "uv sync, then `python -c 'import torch'` shows more")]
+        return [fix("torch", facts.error, "uv sync, then `python -c 'import torch'` shows more")]
     built = f", built for CUDA {facts.cuda}" if facts.cuda else ", built for CPUs"
     found = [ok("torch", f"{facts.version}{built}"), _devices(facts)]
     if len(facts.devices) > 1:
@@ -55,7 +55,7 @@ def check_torch(facts: TorchFacts) -> list[Finding]:
         found.append(
             ok("NCCL", facts.nccl)
             if facts.nccl
-            else todo(
+            else fix(
                 "NCCL", f"torch has none, and there are {several}", "install a torch with NCCL"
             )
         )
@@ -68,7 +68,7 @@ def _devices(facts: TorchFacts) -> Finding:
         driver = f", driver {facts.driver}" if facts.driver else ""
         kinds = set(facts.devices)
         if len(kinds) > 1:
-            return todo(
+            return fix(
                 "devices",
                 f"cards of different kinds ({names}){driver}",
                 "start a node for each kind, with CUDA_VISIBLE_DEVICES",
@@ -78,27 +78,27 @@ def _devices(facts: TorchFacts) -> Finding:
         return ok("devices", "MPS" if facts.mps else "no GPU here: training uses the CPUs")
     what = f"{facts.gpus_here} NVIDIA GPUs that torch does not see"
     if not facts.cuda:
-        return todo("devices", what, "install a torch that is built for CUDA (docs/deployment.md)")
+        return fix("devices", what, "install a torch that is built for CUDA (docs/deployment.md)")
     needed = _DRIVERS.get(_leading(facts.cuda), 0)
     if facts.driver and _leading(facts.driver) < needed:
-        return todo(
+        return fix(
             "devices",
             f"{what}: its CUDA {facts.cuda} needs driver {needed} or newer, and here is {facts.driver}",
             "update the driver, or install a torch for an older CUDA (docs/deployment.md)",
         )
-    return todo("devices", what, "see what `nvidia-smi` says, and CUDA_VISIBLE_DEVICES")
+    return fix("devices", what, "see what `nvidia-smi` says, and CUDA_VISIBLE_DEVICES")
 
 
 def check_redis(facts: RedisFacts) -> list[Finding]:
     """Whether it can be used, by whom, and whether it keeps what it is given."""
     if facts.error:
-        return [todo("Redis", facts.error, "see docs/deployment.md, Redis")]
+        return [fix("Redis", facts.error, "see docs/deployment.md, Redis")]
     found = [ok("Redis", f"{facts.version} answers at {facts.url}")]
     if facts.writes:
-        found.append(todo("Redis writes", facts.writes, "free memory or disk there"))
+        found.append(fix("Redis writes", facts.writes, "free memory or disk there"))
     if not facts.loopback and not facts.password:
         cure = "set requirepass there, and the password in PILOT_REDIS_URL"
-        found.append(todo("Redis password", "anybody on the network can write to it", cure))
+        found.append(fix("Redis password", "anybody on the network can write to it", cure))
     if not facts.loopback and not facts.tls:
         found.append(
             unknown("Redis TLS", "it is spoken to in plain text: right only in a network of yours")
@@ -106,7 +106,7 @@ def check_redis(facts: RedisFacts) -> list[Finding]:
     found += _memory_policy(facts)
     if facts.last_save_ok is False:
         found.append(
-            todo(
+            fix(
                 "Redis persistence",
                 "its last save failed, after which it refuses writes",
                 "free its disk, or CONFIG SET save '' (Pilot needs no persistence)",
@@ -126,7 +126,7 @@ def _memory_policy(facts: RedisFacts) -> list[Finding]:
     if facts.policy.startswith("allkeys"):
         text = f"{facts.policy} throws away any key, an operator's wishes too, once it is full"
         cure = "CONFIG SET maxmemory-policy noeviction, or give Pilot a Redis of its own"
-        return [todo("Redis memory", text, cure)]
+        return [fix("Redis memory", text, cure)]
     return [ok("Redis memory", f"{facts.maxmemory:,} bytes, {facts.policy}")]
 
 
@@ -141,10 +141,10 @@ def check_clock(facts: ClockFacts) -> list[Finding]:
     cure = "let NTP set the clocks of both (timedatectl set-ntp true)"
     if off_s > limit_s:
         return [
-            todo("clock", f"{text}: Flower refuses a node that is more than {limit_s:.0f} s", cure)
+            fix("clock", f"{text}: Flower refuses a node that is more than {limit_s:.0f} s", cure)
         ]
     if off_s > _CLOSE_S:
-        return [todo("clock", f"{text}: Flower refuses nodes that are 5 s ahead", cure)]
+        return [fix("clock", f"{text}: Flower refuses nodes that are 5 s ahead", cure)]
     return [ok("clock", text)]
 
 
@@ -153,9 +153,9 @@ def check_flower(facts: FlowerFacts) -> list[Finding]:
     found = [ok("Flower", facts.version)]
     if not facts.fits:
         text = f"{facts.version or 'missing'}, and Pilot needs {facts.wanted}"
-        found = [todo("Flower", text, "uv sync")]
+        found = [fix("Flower", text, "uv sync")]
     if facts.refused:
-        found.append(todo("Flower's connection", facts.refused, "see docs/deployment.md"))
+        found.append(fix("Flower's connection", facts.refused, "see docs/deployment.md"))
     elif facts.local:
         found.append(ok("Flower's connection", f"{facts.connection} simulates on this machine"))
     elif facts.connection:
@@ -174,7 +174,7 @@ def check_ports(ports: Iterable[PortFacts]) -> list[Finding]:
 def check_data(facts: DataFacts, heads: Mapping[str, str], of: str = "") -> list[Finding]:
     """Data and tokenizer here; `heads`: the fingerprints of run `of`, as its server knows them."""
     if facts.error:
-        return [todo("data", facts.error, "get what is missing")]
+        return [fix("data", facts.error, "get what is missing")]
     found = [ok("data", f"{facts.shards} of {facts.wanted_shards} shards of {facts.source}")]
     if not heads:
         return [*found, unknown("fingerprints", "no run here or in Redis says what they must be")]
@@ -186,7 +186,7 @@ def check_data(facts: DataFacts, heads: Mapping[str, str], of: str = "") -> list
     if not differing:
         return [*found, ok("fingerprints", f"those of run {of}")]
     return found + [
-        todo(f"fingerprint of {name}", f"differs from that of run {of}", _CURES[name])
+        fix(f"fingerprint of {name}", f"differs from that of run {of}", _CURES[name])
         for name in differing
     ]
 
@@ -195,7 +195,7 @@ def check_space(facts: SpaceFacts, sizes: SizeFacts | None, roles: Sequence[str]
     """Disk and memory, against what the configuration needs as a "server" and as a "site"."""
     if sizes is None:
         if facts.disk_free < _LITTLE_DISK:
-            return [todo("disk", f"{gb(facts.disk_free)} free at {facts.base}", "make room")]
+            return [fix("disk", f"{gb(facts.disk_free)} free at {facts.base}", "make room")]
         return [ok("disk", f"{gb(facts.disk_free)} free at {facts.base}")]
     if sizes.error:
         return [unknown("sizes", sizes.error)]
@@ -216,8 +216,8 @@ def _enough(what: str, there: int, needed: int, where: str) -> Finding:
     if there >= needed:
         return ok(what, text)
     if what.startswith("shared"):
-        return todo(what, text, "docker run --shm-size, or --ipc=host")
-    return todo(what, text, "give it more, or take a smaller depth (python -m scripts.sizes)")
+        return fix(what, text, "docker run --shm-size, or --ipc=host")
+    return fix(what, text, "give it more, or take a smaller depth (python -m scripts.sizes)")
 
 
 def check_writable(refused: Mapping[str, str]) -> list[Finding]:
@@ -226,7 +226,7 @@ def check_writable(refused: Mapping[str, str]) -> list[Finding]:
     if not faults:
         return [ok("write permissions", ", ".join(refused))]
     cure = "change its owner or mode, or set NANOCHAT_BASE_DIR"
-    return [todo("write permissions", f"{where}: {why}", cure) for where, why in faults.items()]
+    return [fix("write permissions", f"{where}: {why}", cure) for where, why in faults.items()]
 
 
 def gb(size: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pilot.config import RunConfig
 from pilot.coordination.operator import Operator
 from pilot.doctor import checks, probes
-from pilot.doctor.finding import Finding, todo, unknown
+from pilot.doctor.finding import Finding, fix, unknown
 from pilot.errors import PilotError
 from pilot.launch.connection import base_directory
 from pilot.run.facts import read_facts
@@ -66,7 +66,7 @@ def _redis_and_clock(url: str | None, superlink: str = "", ca: str = "") -> list
         found = [unknown("Redis", f"{error}; a simulation brings its own")]
         return found + checks.check_clock(probes.probe_clock("", superlink, ca))
     except PilotError as error:  # a URL that is none
-        return [todo("Redis", str(error), "correct it")]
+        return [fix("Redis", str(error), "correct it")]
     found = checks.check_redis(probes.probe_redis(known))
     return found + checks.check_clock(probes.probe_clock(known, superlink, ca))
 

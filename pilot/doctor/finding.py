@@ -7,13 +7,13 @@ from typing import Any
 
 class Level(StrEnum):
     OK = "ok"
-    TODO = "to do"
+    FIX = "to do"
     UNKNOWN = "not known"  # nothing to be done for it, as far as one can tell
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` was looked at, what was found, and for TODO the `cure`."""
+    """`what` was looked at, what was found, and for FIX the `cure`."""
 
     what: str
     level: Level
@@ -32,8 +32,8 @@ def ok(what: str, text: str) -> Finding:
     return Finding(what, Level.OK, text)
 
 
-def todo(what: str, text: str, cure: str) -> Finding:
-    return Finding(what, Level.TODO, text, cure)
+def fix(what: str, text: str, cure: str) -> Finding:
+    return Finding(what, Level.FIX, text, cure)
 
 
 def unknown(what: str, text: str) -> Finding:

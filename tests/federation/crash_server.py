@@ -169,7 +169,7 @@ def _exit_after(job: dict[str, Any]) -> None:
     except PilotError as error:
         print(f"{type(error).__name__}: {error}")
         status = FAILED
-    except Exception:  # noqa: BLE001  # told in the log, for the test that fails
+    except Exception:  # noqa: BLE001 - its traceback is what the failing test shows
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -30,7 +30,7 @@ def test_everything_is_written_again_after_redis_lost_it(redis_url: str, tmp_pat
     leader = server(redis_url, tmp_path)
     leader.open_round(3)
     with redis.Redis.from_url(redis_url) as raw:
-        raw.flushdb()
+        raw.flushdb()  # of a server that this test alone uses
     with client(redis_url, round_number=2) as half:
         assert half.round_over() is None
         leader.tick()

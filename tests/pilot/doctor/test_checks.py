@@ -17,17 +17,17 @@ from pilot.doctor.facts import (
 )
 from pilot.doctor.finding import Finding, Level
 
-OK, TODO, UNKNOWN = Level.OK, Level.TODO, Level.UNKNOWN
+OK, FIX, UNKNOWN = Level.OK, Level.FIX, Level.UNKNOWN
 
 
 def levels(found: list[Finding]) -> dict[str, Level]:
-    assert all(bool(one.cure) == (one.level is TODO) for one in found), "a cure where one is needed"
+    assert all(bool(one.cure) == (one.level is FIX) for one in found), "a cure where one is needed"
     return {one.what: one.level for one in found}
 
 
 @pytest.mark.parametrize(
     ("version", "level"),
-    [((3, 11, 7), OK), ((3, 12, 0), OK), ((3, 10, 9), TODO), ((3, 13, 0), TODO)],
+    [((3, 11, 7), OK), ((3, 12, 0), OK), ((3, 10, 9), FIX), ((3, 13, 0), FIX)],
 )
 def test_python(version: tuple[int, ...], level: Level) -> None:
     assert levels(checks.check_python(version)) == {"Python": level}
@@ -39,7 +39,7 @@ CUDA = {"version": "2.9", "cuda": "13.0", "driver": "580.65"}
 @pytest.mark.parametrize(
     ("facts", "expected", "words"),
     [
-        (TorchFacts(error="cannot be used: x"), {"torch": TODO}, "uv sync"),
+        (TorchFacts(error="cannot be used: x"), {"torch": FIX}, "uv sync"),
         (TorchFacts(version="2.9+cpu"), {"torch": OK, "devices": OK}, "no GPU here"),
         (TorchFacts(version="2.9", mps=True), {"torch": OK, "devices": OK}, "MPS"),
         (
@@ -54,25 +54,25 @@ CUDA = {"version": "2.9", "cuda": "13.0", "driver": "580.65"}
         ),
         (
             TorchFacts(**CUDA, gpus_here=2, devices=("H100", "H100")),
-            {"torch": OK, "devices": OK, "NCCL": TODO},
+            {"torch": OK, "devices": OK, "NCCL": FIX},
             "torch has none",
         ),
         (
             TorchFacts(**CUDA, gpus_here=2, devices=("H100", "L4"), nccl="2.27"),
-            {"torch": OK, "devices": TODO, "NCCL": OK},
+            {"torch": OK, "devices": FIX, "NCCL": OK},
             "a node for each kind",
         ),
         (
             TorchFacts(**CUDA | {"driver": "550.1"}, gpus_here=8),
-            {"torch": OK, "devices": TODO},
+            {"torch": OK, "devices": FIX},
             "needs driver 580 or newer, and here is 550.1",
         ),
         (
             TorchFacts(version="2.9+cpu", gpus_here=8),
-            {"torch": OK, "devices": TODO},
+            {"torch": OK, "devices": FIX},
             "built for CUDA",
         ),
-        (TorchFacts(**CUDA, gpus_here=8), {"torch": OK, "devices": TODO}, "CUDA_VISIBLE_DEVICES"),
+        (TorchFacts(**CUDA, gpus_here=8), {"torch": OK, "devices": FIX}, "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_torch_driver_devices_and_nccl(facts: TorchFacts, expected: Any, words: str) -> None:
@@ -88,17 +88,17 @@ GOOD = RedisFacts("redis://h", version="8.0", maxmemory=0, policy="noeviction", 
     ("changes", "what", "level"),
     [
         ({}, "Redis", OK),
-        ({"error": "cannot reach Redis"}, "Redis", TODO),
-        ({"loopback": False, "password": False}, "Redis password", TODO),
+        ({"error": "cannot reach Redis"}, "Redis", FIX),
+        ({"loopback": False, "password": False}, "Redis password", FIX),
         ({"loopback": True, "password": False}, "Redis memory", OK),
         ({"loopback": False, "tls": False}, "Redis TLS", UNKNOWN),
-        ({"maxmemory": 10**6, "policy": "allkeys-lru"}, "Redis memory", TODO),
+        ({"maxmemory": 10**6, "policy": "allkeys-lru"}, "Redis memory", FIX),
         ({"maxmemory": 10**6, "policy": "volatile-lru"}, "Redis memory", OK),
         ({"maxmemory": 0, "policy": "allkeys-lru"}, "Redis memory", OK),
         ({"maxmemory": None, "policy": None}, "Redis memory", UNKNOWN),
         ({"saves": True}, "Redis persistence", OK),
-        ({"last_save_ok": False}, "Redis persistence", TODO),
-        ({"writes": "OOM"}, "Redis writes", TODO),
+        ({"last_save_ok": False}, "Redis persistence", FIX),
+        ({"writes": "OOM"}, "Redis writes", FIX),
     ],
 )
 def test_redis(changes: dict[str, Any], what: str, level: Level) -> None:
@@ -115,11 +115,11 @@ def test_redis(changes: dict[str, Any], what: str, level: Level) -> None:
     [
         (0.2, 0.0, OK),
         (-1.5, 0.0, OK),
-        (3.0, 0.0, TODO),
+        (3.0, 0.0, FIX),
         (3.0, 1.5, OK),
-        (5.5, 0.0, TODO),
-        (-4.0, 0.0, TODO),
-        (-400.0, 0.0, TODO),
+        (5.5, 0.0, FIX),
+        (-4.0, 0.0, FIX),
+        (-400.0, 0.0, FIX),
         (None, 0.0, UNKNOWN),
     ],
 )
@@ -138,8 +138,8 @@ def test_clock(ahead_s: float | None, good_to_s: float, level: Level) -> None:
     [
         (FlowerFacts("1.41", "<1.43", True, "local", local=True), [OK, OK]),
         (FlowerFacts("1.41", "<1.43", True, "fleet", "h:8000"), [OK, OK]),
-        (FlowerFacts("1.50", "<1.43", False, "fleet", "h:8000"), [TODO, OK]),
-        (FlowerFacts("1.41", "<1.43", True, refused="no SuperLink answers"), [OK, TODO]),
+        (FlowerFacts("1.50", "<1.43", False, "fleet", "h:8000"), [FIX, OK]),
+        (FlowerFacts("1.41", "<1.43", True, refused="no SuperLink answers"), [OK, FIX]),
     ],
 )
 def test_flower(facts: FlowerFacts, expected: list[Level]) -> None:
@@ -167,14 +167,14 @@ SPACE = SpaceFacts("/data", disk_free=16 * 10**9, memory=6 * 10**9, shm=64 * 10*
 def test_disk_and_memory_are_what_the_role_needs() -> None:
     found = levels(checks.check_space(SPACE, SizeFacts(values=NEEDS), ("server", "site")))
     assert found == {
-        "disk as a server": TODO,
-        "memory as a server": TODO,
+        "disk as a server": FIX,
+        "memory as a server": FIX,
         "disk as a site": OK,
         "memory as a site": OK,
-        "shared memory": TODO,
+        "shared memory": FIX,
     }
     assert levels(checks.check_space(SPACE, None, ())) == {"disk": OK}
-    assert levels(checks.check_space(SpaceFacts("/", 10**9), None, ())) == {"disk": TODO}
+    assert levels(checks.check_space(SpaceFacts("/", 10**9), None, ())) == {"disk": FIX}
     assert levels(checks.check_space(SPACE, SizeFacts("x"), ("site",))) == {"sizes": UNKNOWN}
 
 
@@ -186,21 +186,21 @@ OURS = {"tokenizer": "t", "corpus": "c", "pilot package": "p", "packing": "k"}
     [
         ({}, {"data": OK, "fingerprints": UNKNOWN}),
         (OURS | {"validation rows": "v"}, {"data": OK, "fingerprints": OK}),
-        (OURS | {"tokenizer": "other"}, {"data": OK, "fingerprint of tokenizer": TODO}),
+        (OURS | {"tokenizer": "other"}, {"data": OK, "fingerprint of tokenizer": FIX}),
         (
             {"corpus": "x", "pilot package": "y"},
-            {"data": OK, "fingerprint of corpus": TODO, "fingerprint of pilot package": TODO},
+            {"data": OK, "fingerprint of corpus": FIX, "fingerprint of pilot package": FIX},
         ),
     ],
 )
 def test_data_and_fingerprints(heads: dict[str, str], expected: dict[str, Level]) -> None:
     facts = DataFacts(source="fineweb-edu", shards=3, wanted_shards=240, fingerprints=OURS)
     assert levels(checks.check_data(facts, heads, "d20")) == expected
-    assert levels(checks.check_data(DataFacts(error="no tokenizer"), heads)) == {"data": TODO}
+    assert levels(checks.check_data(DataFacts(error="no tokenizer"), heads)) == {"data": FIX}
 
 
 def test_a_directory_that_cannot_be_written_is_named() -> None:
     found = checks.check_writable({"/a": "", "/b": "Permission denied"})
     assert [one.line().split(": ")[1:3] for one in found] == [["/b", "Permission denied"]]
-    assert levels(found) == {"write permissions": TODO}
+    assert levels(found) == {"write permissions": FIX}
     assert levels(checks.check_writable({"/a": ""})) == {"write permissions": OK}

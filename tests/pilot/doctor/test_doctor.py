@@ -38,7 +38,7 @@ def test_a_redis_that_is_full_or_away_is_something_to_be_done_and_shows_no_passw
         operator.config_set("maxmemory", "1")
         found = {one.what: one for one in quick_checks(url=tcp_redis.url)}
         operator.config_set("maxmemory", "0")
-    assert found["Redis writes"].level is Level.TODO
+    assert found["Redis writes"].level is Level.FIX
     away = quick_checks(url="redis://:hunter2@127.0.0.1:1/0")
     lines = " ".join(one.line() for one in away)
     assert "to do      Redis: cannot reach Redis" in lines and "hunter2" not in lines
@@ -50,7 +50,7 @@ def test_a_clock_is_compared_with_that_of_redis(
     now = time.time
     monkeypatch.setattr(probes.time, "time", lambda: now() + 60.0)
     assert probes.probe_clock(redis_url).ahead_s == pytest.approx(60.0, abs=5.0)
-    assert {one.level for one in quick_checks(url=redis_url) if one.what == "clock"} == {Level.TODO}
+    assert {one.level for one in quick_checks(url=redis_url) if one.what == "clock"} == {Level.FIX}
 
 
 def test_without_redis_the_clock_is_compared_with_the_date_of_a_reply(
